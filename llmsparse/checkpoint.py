@@ -1,0 +1,288 @@
+"""Safetensors checkpoints as a stream: tensors read one by one, and written in place at offsets planned from headers.
+
+Memory is the tensors asked for and nothing else; nothing stays mapped. What lies inside one file is `shard.py`'s
+business, here shards become a checkpoint. Pickled weights (`.bin`) are not read.
+"""
+
+# pyright: reportUnknownVariableType=false
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsparse.disk import disk_error, fsync, replace_file, reserve, write_all
+from llmsparse.errors import CheckpointError, RecipeError
+from llmsparse.shard import Header, TensorSpec, bytes_of, lay_out, read_header, read_into
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CHUNK_BYTES = 8 << 20
+UNITS = (
+    {"": 1, "B": 1}
+    | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
+    | {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
+)
+
+
+class CheckpointReader:
+    """A checkpoint folder: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+
+    Only headers are read here, and held against the index and the files' sizes: a missing, truncated or corrupt shard
+    is a CheckpointError before any work is done. `config.json` is not looked at.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        weight_map = _weight_map(self.folder)
+        self._headers: list[Header] = []
+        self._specs: dict[str, TensorSpec] = {}
+        for file in sorted({self.folder / name for name in weight_map.values()}) or [self.folder / SINGLE]:
+            header = read_header(file)
+            self._headers.append(header)
+            for key, spec in header.specs.items():
+                if weight_map.get(key, file.name) != file.name:
+                    continue  # the index says that another shard holds the one that counts
+                if key in self._specs:
+                    raise CheckpointError(f"{file}: tensor {key!r} is also in {self._specs[key].file.name}")
+                self._specs[key] = spec
+        for key, name in weight_map.items():
+            if key not in self._specs:
+                raise CheckpointError(
+                    f"{self.folder / INDEX}: names tensor {key!r} in {name}, which does not hold it; "
+                    "download the checkpoint again"
+                )
+
+    def keys(self) -> list[str]:
+        """Names of all tensors, in file order."""
+        return list(self._specs)
+
+    def spec(self, key: str) -> TensorSpec:
+        """Shape, dtype and place of one tensor."""
+        if key not in self._specs:
+            raise CheckpointError(f"{self.folder}: holds no tensor {key!r}")
+        return self._specs[key]
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, on CPU, in memory of their own."""
+        return {key: _read(self.spec(key)) for key in keys}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Per shard: size, modification time and hash of the header; changes when the checkpoint does."""
+        return {
+            header.file.name: {
+                "size": header.size,
+                "mtime_ns": header.mtime_ns,
+                "header_sha256": hashlib.sha256(header.text).hexdigest(),
+            }
+            for header in self._headers
+        }
+
+
+class CheckpointWriter:
+    """Shards of known layout in `folder`, filled in place and in any order.
+
+    Shards are planned as `save_pretrained` plans them: greedy in the order of `specs` (name -> shape, dtype), at most
+    `max_shard_bytes` of tensors each, a larger tensor alone. All files get their full size, header and index here, so
+    a full disk shows at once (MachineError). A file that is already there with the same header and size keeps its
+    contents: a resumed run goes on where the last one stopped.
+    """
+
+    def __init__(
+        self, folder: Path, specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]], max_shard_bytes: int
+    ) -> None:
+        from huggingface_hub import split_state_dict_into_shards_factory
+
+        self.folder = Path(folder)
+        split = split_state_dict_into_shards_factory(
+            dict(specs),
+            get_storage_size=_nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_bytes,
+        )
+        self._specs: dict[str, TensorSpec] = {}
+        self._touched: set[Path] = set()
+        headers: dict[Path, bytes] = {}
+        for name, keys in (split.filename_to_tensors or {SINGLE: []}).items():
+            file = self.folder / name
+            headers[file], placed = lay_out(file, {key: specs[key] for key in keys})
+            self._specs |= placed
+        self._index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        self._sharded = len(headers) > 1
+        self._create(headers)
+
+    def keys(self) -> list[str]:
+        """Names of all tensors, shard by shard."""
+        return list(self._specs)
+
+    def spec(self, key: str) -> TensorSpec:
+        """Shape, dtype and place of one tensor."""
+        if key not in self._specs:
+            raise CheckpointError(f"{self.folder}: no place was planned for tensor {key!r}")
+        return self._specs[key]
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Each tensor to its place. Shape and dtype must be as planned."""
+        for key, tensor in tensors.items():
+            spec = self.spec(key)
+            _check_same(key, spec, tuple(tensor.shape), tensor.dtype)
+            self._put(spec, 0, bytes_of(tensor.detach().cpu()))
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """What was written before, by this run or by the one it resumes."""
+        return {key: _read(self.spec(key)) for key in keys}
+
+    def copy(self, reader: CheckpointReader, keys: Iterable[str]) -> None:
+        """The named tensors byte for byte from another checkpoint, `CHUNK_BYTES` at a time whatever their size."""
+        buffer = memoryview(bytearray(CHUNK_BYTES))
+        for key in keys:
+            source, target = reader.spec(key), self.spec(key)
+            _check_same(key, target, source.shape, source.dtype)
+            for offset in range(0, source.end - source.begin, CHUNK_BYTES):
+                chunk = buffer[: min(CHUNK_BYTES, source.end - source.begin - offset)]
+                read_into(source, offset, chunk)
+                self._put(target, offset, chunk)
+
+    def sync(self) -> None:
+        """Return when everything written so far would survive a power cut."""
+        for path in [*sorted(self._touched), self.folder]:
+            fsync(path)
+        self._touched.clear()
+
+    def finish(self) -> None:
+        """The last call: index and shards are complete and safely on disk."""
+        self._write_index()
+        self.sync()
+
+    def _put(self, spec: TensorSpec, offset: int, data: memoryview) -> None:
+        self._touched.add(spec.file)
+        try:
+            descriptor = os.open(spec.file, os.O_WRONLY)
+            try:
+                write_all(descriptor, data, spec.begin + offset)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise disk_error(spec.file, error, len(data)) from error
+
+    def _write_index(self) -> None:
+        if self._sharded:
+            replace_file(self.folder / INDEX, json.dumps(self._index, indent=2, sort_keys=True) + "\n")
+
+    def _create(self, headers: Mapping[Path, bytes]) -> None:
+        """Make every planned file that is not there yet; on failure remove those, so that no disk stays full."""
+        sizes = {file: len(header) for file, header in headers.items()}
+        for spec in self._specs.values():
+            sizes[spec.file] = max(sizes[spec.file], spec.end)
+        new: list[Path] = []
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            new = [file for file, header in headers.items() if not _holds(file, header, sizes[file])]
+            for file in new:
+                file.unlink(missing_ok=True)
+            volume = os.statvfs(self.folder)
+            if volume.f_blocks and sum(sizes[file] for file in new) > volume.f_bavail * volume.f_frsize:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._write_index()
+            for file in new:
+                descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+                try:
+                    reserve(descriptor, sizes[file])
+                    write_all(descriptor, headers[file], 0)
+                finally:
+                    os.close(descriptor)
+        except OSError as error:
+            for file in new:
+                file.unlink(missing_ok=True)
+            raise disk_error(self.folder, error, sum(sizes[file] for file in new)) from error
+        self._touched |= set(new)
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from `5GB`, `500MB`, `1.5GiB` or a plain number; units of 1000 as in transformers, `KiB` … of 1024.
+
+    >>> parse_size("5GB"), parse_size("1GiB")
+    (5000000000, 1073741824)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)\s*", str(text).upper())
+    size = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0
+    if size <= 0:
+        raise RecipeError(f"size {text!r}: wanted a positive number of bytes, such as 5GB, 500MB or 1GiB")
+    return size
+
+
+def _read(spec: TensorSpec) -> Tensor:
+    tensor = torch.empty(spec.shape, dtype=spec.dtype)
+    read_into(spec, 0, bytes_of(tensor))
+    return tensor
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor -> shard from the index; empty for a single file. Precedence as in transformers: the single file first."""
+    index = folder / INDEX
+    try:
+        if (folder / SINGLE).is_file():
+            return {}
+        if not index.is_file():
+            raise CheckpointError(f"{folder}: {_no_weights(folder)}")
+        weight_map: Any = json.loads(index.read_bytes())["weight_map"]
+        bare = all(Path(name).name == name for name in weight_map.values())
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: not a checkpoint index (no weight_map of names); download it again") from error
+    if not bare or not weight_map:
+        raise CheckpointError(f"{index}: weight_map is empty or names files outside of its folder")
+    missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{index}: names shard {missing[0]}{more}, which is missing; download the checkpoint again"
+        )
+    return weight_map
+
+
+def _no_weights(folder: Path) -> str:
+    """What to say about a folder with neither a single safetensors file nor an index."""
+    if not folder.is_dir():
+        return "no such folder"
+    names = sorted(path.name for path in folder.iterdir())
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth")) and name != "training_args.bin"]
+    others = [name for name in names if name.endswith(".safetensors")]
+    if others:
+        return f"has {others[0]} but neither {SINGLE} nor {INDEX}; save the whole model with save_pretrained"
+    if pickled:
+        return (
+            f"has only pickled weights ({pickled[0]}), which are not read; load and save_pretrained them as safetensors"
+        )
+    return f"holds no weights: wanted {SINGLE} or {INDEX}"
+
+
+def _nbytes(spec: tuple[tuple[int, ...], torch.dtype]) -> int:
+    return math.prod(spec[0]) * spec[1].itemsize
+
+
+def _holds(file: Path, header: bytes, size: int) -> bool:
+    """Whether the file is there already, as planned."""
+    if not file.is_file() or file.stat().st_size != size:
+        return False
+    with file.open("rb") as stream:
+        return stream.read(len(header)) == header
+
+
+def _check_same(key: str, planned: TensorSpec, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if (shape, dtype) != (planned.shape, planned.dtype):
+        raise CheckpointError(
+            f"tensor {key!r}: got shape {list(shape)} {dtype}, planned {list(planned.shape)} {planned.dtype}"
+        )

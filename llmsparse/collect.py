@@ -1,0 +1,131 @@
+"""Pass 1 over a block: run the calibration batches through it and keep a statistic of every input.
+
+A statistic belongs to an *input*, not to a weight: q, k and v share one, gate and up share one. Who shares is learned
+on the first batch by the identity of the input tensors, while they are held (addresses are reused once a tensor is
+freed), and checked on every later one. An expert has inputs of its own, made of its own tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llmsparse.errors import NumericalError
+from llmsparse.model import Activations, Block, Slot, Weight
+from llmsparse.stats import Statistic
+from llmsparse.tap import Tap
+
+SAMPLE_ROWS = 4096  # calibration rows kept of each input, to measure output errors on
+EXPERT_ROWS = 256  # the same for one of many experts, whose samples add up
+
+
+@dataclass
+class Input:
+    """One input of a block and what calibration left of it."""
+
+    slots: tuple[Slot, ...]  # where it enters, in call order
+    weights: tuple[Weight, ...]  # the weights it is multiplied with
+    tokens: int = 0  # rows seen
+    statistic: Statistic | None = None
+    rows: list[Tensor] = field(default_factory=list[Tensor])  # a seeded sample of its rows, each (some, in)
+
+    @property
+    def width(self) -> int:
+        return self.weights[0].shape[1]
+
+    @property
+    def sample(self) -> Tensor:
+        """The sampled rows, (rows, in) in the compute dtype."""
+        return torch.cat(self.rows)
+
+
+def learn_inputs(block: Block, acts: Activations, weights: Sequence[Weight]) -> list[Input]:
+    """Which of the weights share an input, in the order the block calls them, learned from the first batch."""
+    by_slot: dict[Slot, list[Weight]] = {}
+    for weight in weights:
+        by_slot.setdefault(weight.slot, []).append(weight)
+
+    seen: dict[tuple[object, ...], list[Slot]] = {}
+    held: list[Tensor] = []
+
+    def note(slot: Slot, x: Tensor) -> None:
+        held.append(x)
+        slots = seen.setdefault(_identity(x), [])
+        if slot in by_slot and slot not in slots:
+            slots.append(slot)
+
+    with torch.no_grad(), Tap(block, note):
+        block.call(acts, 0)
+    groups = [tuple(slots) for slots in seen.values() if slots]
+    reached = {slot for slots in groups for slot in slots}
+    groups += [(slot,) for slot in by_slot if slot not in reached]  # experts that the first batch did not visit
+    return [Input(slots, tuple(weight for slot in slots for weight in by_slot[slot])) for slots in groups]
+
+
+def collect(
+    block: Block,
+    acts: Activations,
+    inputs: Iterable[Input],
+    needs: Callable[[Input], type[Statistic] | None],
+    *,
+    device: torch.device,
+    seed: int,
+    advance: Callable[[], None] = lambda: None,
+    keep_output: bool = False,
+) -> list[Tensor]:
+    """Fill `statistic`, `rows` and `tokens` of each input from one pass of all batches through the block.
+
+    Returns the block's outputs, one (batch, tokens, width) a batch, when `keep_output`; the block is still dense, so
+    these are what block matching aims at.
+    """
+    lead: dict[Slot, Input] = {}
+    followers: dict[Slot, Input] = {}
+    for entry in inputs:
+        needed = needs(entry)
+        entry.statistic = needed(entry.width, device) if needed else None
+        lead[entry.slots[0]] = entry
+        followers.update(dict.fromkeys(entry.slots[1:], entry))
+    current: dict[int, Tensor] = {}
+
+    def update(slot: Slot, x: Tensor) -> None:  # x: (tokens, in)
+        if slot in followers:
+            shared = current.get(id(followers[slot]))
+            assert shared is not None and _identity(shared) == _identity(x), f"{slot} no longer shares its input"
+        if slot not in lead:
+            return
+        entry = lead[slot]
+        current[id(entry)] = x
+        entry.tokens += x.shape[0]
+        if entry.statistic is not None:
+            entry.statistic.update(x)
+        quota = -(-(SAMPLE_ROWS if slot[1] is None else EXPERT_ROWS) // len(acts.hidden))
+        entry.rows.append(x[_draw(x.shape[0], quota, seed + batch).to(x.device)])
+
+    outputs: list[Tensor] = []
+    for batch in range(len(acts.hidden)):
+        with torch.no_grad(), Tap(block, update):
+            output = block.call(acts, batch)
+        current.clear()
+        if keep_output:
+            outputs.append(output)
+        advance()
+    for entry in lead.values():
+        if any(not torch.isfinite(rows).all() for rows in entry.rows):
+            raise NumericalError(
+                f"the activations that enter {entry.weights[0].name} are NaN or Inf; try --dtype float32, or check the model"
+            )
+    return outputs
+
+
+def _draw(tokens: int, quota: int, seed: int) -> Tensor:
+    """At most `quota` of `tokens` row numbers, drawn by the seed, in order."""
+    if tokens <= quota:
+        return torch.arange(tokens)
+    return torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[:quota].sort().values
+
+
+def _identity(x: Tensor) -> tuple[object, ...]:
+    return (x.data_ptr(), x.shape, x.stride())

@@ -1,0 +1,118 @@
+"""What llmsparse does, shown on the embedded model in about two minutes on a laptop's CPU, with no download.
+
+Every method prunes the same model to the same sparsity from the same text, and each result is measured on modules of
+the standard library that neither training nor calibration saw.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from llmsparse.progress import Progress
+
+MODEL = Path(__file__).parent / "model"
+SPARSITY = 0.6
+CALIBRATION_WINDOWS = 48
+EVALUATION_WINDOWS = 48
+SEQ_LEN = 256
+PROMPT = "def "
+RUNS = (  # label, method, block matching steps
+    ("magnitude", "magnitude", 0),
+    ("wanda", "wanda", 0),
+    ("dsnot", "dsnot", 0),
+    ("sparsegpt", "sparsegpt", 0),
+    ("alps", "alps", 0),
+    ("sparsegpt + matching", "sparsegpt", 60),
+)
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    label: str
+    sparsity: float
+    perplexity: float
+    seconds: float
+    text: str  # greedy continuation of PROMPT
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The table of the demo: the dense model first."""
+
+    rows: list[DemoRow]
+    protocol: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def table(self) -> RenderableType:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("method", "sparsity", "perplexity", "seconds", box=None, pad_edge=False)
+        for row in self.rows:
+            table.add_row(row.label, f"{row.sparsity:.2f}", f"{row.perplexity:.2f}", f"{row.seconds:.1f}")
+        table.caption = (
+            f"perplexity per token on {self.protocol.get('source', 'builtin')}, {EVALUATION_WINDOWS} windows of {SEQ_LEN} tokens"
+        )
+        table.caption_justify = "left"
+        texts = [Text(f"\n{row.label}:\n{row.text}") for row in (self.rows[0], self.rows[-1])]
+        return Group(table, *texts)
+
+
+def run(progress: Progress | None = None) -> Demo:
+    """Prune the embedded model by every method; the folders are temporary."""
+    import torch
+
+    from llmsparse.perplexity import perplexity
+    from llmsparse.pipeline import prune
+    from llmsparse.recipe import Recipe
+
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory(prefix="llmsparse-demo-") as scratch:
+
+        def measure(label: str, folder: Path, sparsity: float, seconds: float) -> tuple[DemoRow, dict[str, Any]]:
+            result = perplexity(
+                str(folder), "builtin", seq_len=SEQ_LEN, windows=EVALUATION_WINDOWS, device=device, dtype="float32"
+            )
+            return DemoRow(label, sparsity, result.perplexity, seconds, _continue(folder)), result.protocol
+
+        def rows() -> Iterator[tuple[DemoRow, dict[str, Any]]]:
+            yield measure("dense", MODEL, 0.0, 0.0)
+            for label, method, steps in RUNS:
+                recipe = Recipe(
+                    model=str(MODEL),
+                    output=str(Path(scratch) / label.replace(" ", "")),
+                    method=method,
+                    sparsity=SPARSITY,
+                    calibration="builtin",
+                    calibration_samples=CALIBRATION_WINDOWS,
+                    seq_len=SEQ_LEN,
+                    match_steps=steps,
+                    device=device,
+                    dtype="float32",
+                )
+                report = prune(recipe, progress=progress)
+                yield measure(label, Path(report.output), report.sparsity, report.seconds)
+
+        measured = list(rows())
+    return Demo([row for row, _ in measured], measured[0][1])
+
+
+def _continue(folder: Path, tokens: int = 48) -> str:
+    """The model's greedy continuation of PROMPT, by plain transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    ids = tokenizer(PROMPT, return_tensors="pt")
+    output = model.generate(**ids, max_new_tokens=tokens, do_sample=False)
+    return tokenizer.decode(output[0], skip_special_tokens=True)

@@ -1,0 +1,69 @@
+"""Where a run computes, in which dtype, and in batches of which size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsparse.calibration import TOKEN_FILE_SUFFIX
+from llmsparse.checkpoint import CheckpointReader
+from llmsparse.errors import MachineError, RecipeError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+DEFAULT_WINDOW = 2048
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first GPU, or the CPU. MachineError for a device this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"--device {name!r} is no device; use auto, cpu or cuda:0") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MachineError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    if device.type not in BATCH_TOKENS:
+        raise RecipeError(f"--device {name}: only cpu and cuda devices are supported")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def choose_dtype(name: str, device: torch.device, reader: CheckpointReader) -> torch.dtype:
+    """The dtype a model computes in; what is stored keeps its own.
+
+    `auto` is the checkpoint's most frequent floating dtype on a GPU, and float32 on a CPU, where few have fast
+    half-precision products.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    sizes: dict[torch.dtype, int] = {}
+    for key in reader.keys():
+        spec = reader.spec(key)
+        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.end - spec.begin
+    stored = max(sizes, key=lambda dtype: sizes[dtype])
+    return stored if stored in DTYPES.values() else torch.float32
+
+
+def window_length(config: Any, asked: int | None, text: str) -> int | None:
+    """Tokens in a window: as asked, or min(2048, the model's maximum); None lets a token file say it.
+
+    RecipeError when asked for more than the model's maximum.
+    """
+    text_config = config.get_text_config()
+    longest: int | None = getattr(text_config, "max_position_embeddings", None)
+    if asked is not None and longest is not None and asked > longest:
+        raise RecipeError(f"--seq-len {asked} is above the model's maximum of {longest}; use --seq-len {longest} or less")
+    if asked is not None or text.endswith(TOKEN_FILE_SUFFIX):
+        return asked
+    return min(DEFAULT_WINDOW, longest or DEFAULT_WINDOW)
+
+
+def split_batches(ids: Tensor, batch_size: int | None, device: torch.device) -> list[Tensor]:
+    """(windows, tokens) → batches of at most `batch_size` windows, by default a few thousand tokens each."""
+    size = batch_size or max(1, BATCH_TOKENS[device.type] // ids.shape[1])
+    return list(ids.split(size)) if len(ids) else []

@@ -1,0 +1,68 @@
+"""Writes that survive a power cut, and what to tell the user when the disk does not play along."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from llmsparse.errors import MachineError
+
+
+def disk_error(path: Path, error: OSError, needed: int = 0) -> MachineError:
+    """One line for a failed write to `path`, which took `needed` bytes."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason = "disk full" if error.errno == errno.ENOSPC else "disk quota exceeded"
+        free = shutil.disk_usage(next(p for p in [path, *path.absolute().parents] if p.is_dir())).free
+        return MachineError(
+            f"{path}: {reason}: {needed:,} bytes needed, {free:,} free; make room, or choose another output folder"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return MachineError(f"{path}: not writable ({error.strerror}); choose another output folder")
+    if error.errno == errno.EFBIG:
+        return MachineError(
+            f"{path}: a file of this size is not allowed here ({error.strerror}); lower --max-shard-size"
+        )
+    return MachineError(f"{path}: cannot be written ({error.strerror or error})")
+
+
+def write_all(descriptor: int, data: memoryview | bytes, offset: int) -> None:
+    """All of `data` at `offset`, however many calls it takes."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Give a new, empty file its size, with disk blocks behind it where the file system can."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(descriptor, size)
+
+
+def fsync(path: Path) -> None:
+    """Return when the file's contents, or the folder's entries, are on the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise disk_error(path, error) from error
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a small file so that a crash leaves the old one or the new one, never half of it."""
+    draft = path.with_name(path.name + ".draft")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        fsync(draft)
+        draft.replace(path)
+    except OSError as error:
+        raise disk_error(path, error, len(text)) from error

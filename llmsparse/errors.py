@@ -1,0 +1,65 @@
+"""What can go wrong, and with which exit code.
+
+    LlmsparseError            1  the run failed
+    ├── NumericalError        1  NaN, Inf, a Hessian that is not positive definite
+    ├── RecipeError           2  an option, a recipe or a selection asks for what cannot be
+    │   └── PatternError      2  a sparsity pattern that does not fit a weight
+    ├── CheckpointError       2  a model or checkpoint that cannot be read, or is of a kind not handled
+    ├── CalibrationError      2  a text, dataset or token file that cannot be used
+    └── MachineError          3  the machine: no network, no device, no memory, no disk, a folder in use
+
+Every message is one line that says what, where, got, wanted, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class LlmsparseError(ValueError):
+    """Root of all errors that a user can cause; `exit_code` is the process's status."""
+
+    exit_code = 1
+
+
+class NumericalError(LlmsparseError):
+    """NaN, Inf, or a matrix that no amount of damping makes positive definite."""
+
+
+class RecipeError(LlmsparseError):
+    """An option, a recipe or a selection that cannot be."""
+
+    exit_code = 2
+
+
+class PatternError(RecipeError):
+    """A sparsity pattern that does not fit a weight."""
+
+
+class CheckpointError(LlmsparseError):
+    """A model that cannot be read, or is of a kind that is not handled."""
+
+    exit_code = 2
+
+
+class CalibrationError(LlmsparseError):
+    """A text, dataset or token file that cannot be used."""
+
+    exit_code = 2
+
+
+class MachineError(LlmsparseError):
+    """The machine, not the request: network, device, memory, disk, a folder in use."""
+
+    exit_code = 3
+
+
+def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
+    """`; did you mean 'wanda'?` when one of the known names is close, then the list of them.
+
+    >>> did_you_mean("wandaa", ["magnitude", "wanda"])
+    "; did you mean 'wanda'? known: magnitude, wanda"
+    """
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ";"
+    return f"{hint} known: {', '.join(known)}"

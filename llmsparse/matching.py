@@ -1,0 +1,175 @@
+"""Block matching: tune what pruning left of a block until the block computes what it did when it was dense.
+
+With the mask frozen, minimise the relative squared error of the block's output on the inputs that the pruned prefix
+really produces (EBFT, arXiv 2402.12419; "transformer matching" of 3BASiL). No gradient crosses a block boundary, so
+the memory is that of one block and its Adam state.
+
+Two things differ from the papers' code. The error of each token is divided by that token's own squared norm: the next
+block normalises every token, and a few tokens of huge norm would otherwise be all that is matched. The learning rate
+is a fraction of each weight's root mean square, found by a short probe on held-out windows, so it needs no tuning for
+a model. Masters are fp32; the held-out error decides which step is kept, and a block that does not improve stays as
+it was pruned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llmsparse.model import Activations, Block
+
+TOKENS_PER_STEP = 4096  # or four times the block's width, if that is more
+LEARNING_RATES = (3e-3, 1e-2, 3e-2)  # fractions of a weight's root mean square
+PROBE_STEPS = 20
+FINAL_FRACTION = 0.05  # of the learning rate, at the end of the cosine
+CHECKS = 8  # held-out measurements in a run
+
+
+@dataclass(frozen=True)
+class Match:
+    """What matching did to a block: held-out relative output error before and after, and how it got there."""
+
+    before: float
+    after: float
+    steps: int
+    learning_rate: float
+
+
+def match(
+    block: Block,
+    acts: Activations,
+    targets: Sequence[Tensor],
+    keep: dict[str, Tensor],
+    *,
+    steps: int,
+    seed: int,
+    autocast: torch.dtype | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Tensor], Match]:
+    """Tune the parameters named in `keep` so that the block maps `acts` to `targets`; zeros stay zero.
+
+    `targets`: the dense block's outputs, one (batch, tokens, width) for each hidden state of `acts`. `keep`: module
+    parameter name → bool mask of its shape, True where a weight may move. Returns fp32 values of these parameters
+    and a record. The module itself is left with its old parameters.
+    """
+    held_out = _held_out(len(targets))
+    train = [j for j in range(len(targets)) if j not in held_out] or held_out
+    group = batches_per_step(*targets[0].shape)
+    tuner = _Tuner(block, acts, targets, keep, autocast)
+
+    before = tuner.error(held_out)
+    rate = 0.0
+    best, best_error = tuner.values(), before
+    if steps:
+        schedule = _batches(train, group, steps, seed)
+        probes = {rate: tuner.probe(rate, schedule[:PROBE_STEPS], held_out) for rate in LEARNING_RATES}
+        rate = min(probes, key=lambda rate: probes[rate])
+        optimizer = tuner.start(rate)
+        for step, batches in enumerate(schedule):
+            cosine = 0.5 * (1 + math.cos(math.pi * step / len(schedule)))
+            tuner.step(optimizer, batches, FINAL_FRACTION + (1 - FINAL_FRACTION) * cosine)
+            advance()
+            if (step + 1) % max(1, steps // CHECKS) == 0 or step + 1 == steps:
+                error = tuner.error(held_out)
+                if error < best_error:
+                    best, best_error = tuner.values(), error
+    tuner.restore()
+    return best, Match(before, best_error, steps, rate)
+
+
+def batches_per_step(windows: int, tokens: int, width: int) -> int:
+    """How many batches of (windows, tokens, width) make one step of the optimiser."""
+    return max(1, round(max(TOKENS_PER_STEP, 4 * width) / (windows * tokens)))
+
+
+class _Tuner:
+    """The block's kept weights as fp32 leaves, and the loss on them."""
+
+    def __init__(
+        self,
+        block: Block,
+        acts: Activations,
+        targets: Sequence[Tensor],
+        keep: dict[str, Tensor],
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.block, self.acts, self.targets, self.autocast = block, acts, targets, autocast
+        self.parameters = {name: block.module.get_parameter(name) for name in keep}
+        self.original = {name: parameter.data for name, parameter in self.parameters.items()}
+        self.keep = {name: mask.to(self.original[name].device) for name, mask in keep.items()}
+        self._load(self.original)
+
+    def _load(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data = values[name].to(self.original[name].device, torch.float32, copy=True)
+            parameter.requires_grad_(True)
+
+    def values(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    def restore(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+            parameter.data = self.original[name]
+
+    def loss(self, batch: int) -> Tensor:
+        """mean over tokens of ‖block(x) − dense(x)‖² / ‖dense(x)‖²."""
+        hidden, target = self.acts.hidden[batch], self.targets[batch]
+        device = next(iter(self.original.values())).device
+        target = target.to(device).float()  # (batch, tokens, width)
+        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+            output = self.block.call(self.acts, batch, hidden=hidden.to(device))
+        error = (output.float() - target).square().sum(-1)  # (batch, tokens)
+        return (error / target.square().sum(-1).clamp_min(1e-12)).mean()
+
+    @torch.no_grad()
+    def error(self, batches: Sequence[int]) -> float:
+        return sum(self.loss(batch).item() for batch in batches) / len(batches)
+
+    def start(self, rate: float) -> torch.optim.Adam:
+        scales: list[tuple[nn.Parameter, float]] = []
+        for name, parameter in self.parameters.items():
+            kept = self.keep[name].sum().clamp_min(1)
+            scales.append((parameter, (parameter.data.square().sum() / kept).sqrt().item()))
+        groups = [{"params": [parameter], "lr": rate * scale, "base": rate * scale} for parameter, scale in scales]
+        return torch.optim.Adam(groups, betas=(0.9, 0.95))
+
+    def step(self, optimizer: torch.optim.Adam, batches: Sequence[int], fraction: float) -> None:
+        optimizer.zero_grad()
+        for batch in batches:
+            (self.loss(batch) / len(batches)).backward()
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:  # None for experts that no token of these batches reached
+                parameter.grad.mul_(self.keep[name])  # Adam never moves a weight whose gradients were all zero
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * fraction
+        optimizer.step()
+
+    def probe(self, rate: float, schedule: Sequence[Sequence[int]], held_out: Sequence[int]) -> float:
+        """Held-out error after a few steps at a constant rate; the weights are put back."""
+        start = self.values()
+        optimizer = self.start(rate)
+        for batches in schedule:
+            self.step(optimizer, batches, 1.0)
+        error = self.error(held_out)
+        self._load(start)
+        return error if math.isfinite(error) else math.inf
+
+
+def _held_out(batches: int) -> list[int]:
+    """An eighth of the batches, evenly spread; the only one when there is just one."""
+    return list(range(0, batches, 8))
+
+
+def _batches(train: Sequence[int], group: int, steps: int, seed: int) -> list[list[int]]:
+    """`steps` groups of batch numbers: epochs of a seeded shuffle."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < steps * group:
+        order += [train[j] for j in torch.randperm(len(train), generator=generator).tolist()]
+    return [order[step * group : (step + 1) * group] for step in range(steps)]

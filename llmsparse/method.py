@@ -1,0 +1,87 @@
+"""A method as a recipe names it ⇄ a `Pruner`.
+
+`wanda`, or a mapping `{name: dsnot, max_cycles: 20, initial: {name: sparsegpt, damp: 0.1}}`: the options are the fields
+of the method's dataclass, checked against their types, and a field of type `Pruner` takes a method of its own.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from llmsparse.errors import RecipeError, did_you_mean
+from llmsparse.recipe_file import KeyPath
+
+if TYPE_CHECKING:
+    from llmsparse.pruners import Pruner
+
+MethodSpec = str | dict[str, Any]
+
+
+class OptionError(RecipeError):
+    """What is wrong with the option at `path`; the recipe says where that stands."""
+
+    def __init__(self, path: KeyPath, message: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+def build(spec: MethodSpec, path: KeyPath = ("method",)) -> Pruner:
+    """The pruner that `spec` describes. OptionError for an unknown name or option, or a value of the wrong type."""
+    from llmsparse.pruners import PRUNERS, Pruner
+
+    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = options.pop("name", None)
+    if not isinstance(name, str) or name not in PRUNERS:
+        raise OptionError(path, f"unknown method {name!r}{did_you_mean(str(name), list(PRUNERS))}")
+    method: type[Any] = PRUNERS[name]
+    hints = get_type_hints(method, localns={"Pruner": Pruner})
+    known = [field.name for field in fields(method) if field.init]
+    values: dict[str, Any] = {}
+    for key, value in options.items():
+        here = (*path, key)
+        if key not in known:
+            none = "; it has none" if not known else did_you_mean(key, known)
+            raise OptionError(here, f"method {name} has no option {key!r}{none}")
+        values[key] = build(value, here) if hints[key] is Pruner else _checked(value, hints[key], here)
+    try:
+        return method(**values)
+    except ValueError as error:  # raised by the method's own __post_init__
+        raise OptionError(path, f"method {name}: {error}") from None
+
+
+def describe(pruner: Pruner) -> dict[str, Any]:
+    """The mapping that `build` turns into an equal pruner, every option spelled out."""
+    from llmsparse.pruners import PRUNERS
+
+    name = next(name for name, method in PRUNERS.items() if type(pruner) is method)
+    options = {field.name: getattr(pruner, field.name) for field in fields(pruner) if field.init}  # type: ignore[arg-type]
+    nested = tuple(PRUNERS.values())
+    return {"name": name} | {
+        key: describe(value) if isinstance(value, nested) else list(value) if isinstance(value, tuple) else value
+        for key, value in options.items()
+    }
+
+
+def _checked(value: Any, hint: Any, path: KeyPath) -> Any:
+    wants_bool = hint is bool or bool in get_args(hint)
+    if isinstance(value, Mapping) or (isinstance(value, bool) and not wants_bool):
+        raise OptionError(path, f"got {value!r}, wanted {_spell(hint)}")
+    try:
+        return TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+    except ValidationError:
+        raise OptionError(path, f"got {value!r}, wanted {_spell(hint)}") from None
+
+
+def _spell(hint: Any) -> str:
+    """`float | None` → "a number or nothing"."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "nothing"}
+    if hint in words:
+        return words[hint]
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_spell(part) for part in get_args(hint))
+    return " or ".join(str(part) for part in get_args(hint)) or str(hint)

@@ -1,0 +1,254 @@
+"""A causal language model as a stream of blocks, with never more than one of them in memory.
+
+The transformers model describes itself: built on meta, it says what its blocks are, what each is called with, which
+parameters are matrices that activations meet, and how they are named on disk. There is no code per architecture. The
+model's own forward is used for everything, with blocks replaced by recorders (`embed`) or by the final hidden states
+(`logits`).
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmsparse import source
+from llmsparse.activations import Activations, Recorder
+from llmsparse.block import Block, Head
+from llmsparse.checkpoint import CheckpointReader
+from llmsparse.errors import CheckpointError
+from llmsparse.naming import Naming, in_block
+from llmsparse.outline import outline
+from llmsparse.skeleton import assign, build, find_blocks, quiet, replaced
+from llmsparse.weight import Slot, Weight, list_weights
+
+__all__ = ["Activations", "Block", "Head", "Slot", "StreamedModel", "Weight"]
+
+HEAD = "head"
+
+
+class StreamedModel:
+    """The model in a checkpoint: what it is made of, and its parts one after the other.
+
+    `dtype` is the one to compute in. Reads `config.json` and headers, no tensor. Raises CheckpointError for a config
+    that transformers has no model for, a model that is no stack of blocks, and tensors that are missing.
+    """
+
+    def __init__(
+        self, reader: CheckpointReader, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+    ) -> None:
+        self.config: Any = source.load_config(reader.folder, trust_remote_code)
+        self._reader = reader
+        self._device = device
+        with quiet():
+            self._model = build(self.config, device, dtype, trust_remote_code)
+        self._dtypes = {name: tensor.dtype for name, tensor in self._model.state_dict().items()}
+        path, self._blocks = find_blocks(self._model)
+        self.block_names = [f"{path}.{index}" for index in range(len(self._blocks))]
+
+        self._naming = Naming(self._model, reader.keys())
+        self.outside_keys: list[str] = []
+        self._block_keys: list[list[str]] = [[] for _ in self._blocks]
+        for key in reader.keys():
+            index = in_block(self._naming.target(key) or "", path)
+            (self.outside_keys if index is None else self._block_keys[index]).append(key)
+        self._input = self._name_of(self._model.get_input_embeddings())
+        self._output = self._name_of(self._model.get_output_embeddings())
+        self._tied = self._check_complete()
+        self._loaded = False  # what lies outside the blocks and embeddings
+        self._outline = outline(self._model, self._blocks, device)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return self.config.get_text_config().hidden_size
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits there are for a token."""
+        return self._model.get_parameter(self._output).shape[0]
+
+    def block_keys(self, index: int) -> list[str]:
+        """On-disk keys of a block, in file order."""
+        return self._block_keys[index]
+
+    def weights(self, index: int) -> list[Weight]:
+        """Every matrix that a block multiplies activations with. Reads nothing."""
+        prefix = self.block_names[index] + "."
+        groups = [group for name, group in self._naming.groups.items() if name.startswith(prefix)]
+        return list_weights(self._reader, groups, self._blocks[index], prefix, self._outline.transposed)
+
+    def head_weights(self) -> list[Weight]:
+        """The untied output head, which is not pruned by default; nothing where it is tied to the input embedding."""
+        if self._output in self._model.all_tied_weights_keys:
+            return []
+        module, prefix = self._model.get_output_embeddings(), self._output.removesuffix("weight")
+        group = self._naming.groups[self._output]
+        return list_weights(self._reader, [group], module, prefix, self._outline.transposed, {"weight": HEAD})
+
+    @torch.no_grad()
+    def embed(self, batches: Sequence[Tensor]) -> Activations:
+        """What enters the first block for each batch of (batch, tokens) int64 ids, and what each block is called with.
+
+        Runs no block. The input embedding is read for it, and dropped afterwards.
+        """
+        self._load(self._input)
+        recorder = Recorder(len(self._blocks))
+
+        def record(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                hidden = recorder.record(index, args, kwargs)
+                if index == len(self._blocks) - 1:
+                    raise _Recorded  # final norm and head have nothing to do yet
+                return self._outline.wrap(hidden)
+
+            return run
+
+        with quiet(), replaced(self._blocks, record):
+            for ids in batches:
+                recorder.next_batch()
+                try:
+                    self._model(ids.to(self._device), use_cache=False)
+                except _Recorded:
+                    pass
+        self._drop(self._input)
+        return Activations(recorder.hidden, recorder.calls)
+
+    def block(self, index: int) -> Block:
+        """Load a block. Evict it before the next one is loaded."""
+        self._drop(self._output)
+        name = self.block_names[index]
+        return Block(
+            name,
+            index,
+            self._blocks[index],
+            self.weights(index),
+            self._reader.read(self._block_keys[index]),
+            naming=self._naming,
+            prefix=name + ".",
+            device=self._device,
+            fill=self._fill,
+        )
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (batch, tokens, vocabulary) of hidden states (batch, tokens, width) after the last block.
+
+        Final norm, head, scaling and caps are the model's own code; each token stands for itself, so any part of a
+        sequence will do.
+        """
+        self._load(self._output)
+        return self._finish(hidden.to(self._device)).logits
+
+    def head(self) -> Head | None:
+        """The untied output head as a last pseudo-block, or None."""
+        weights = self.head_weights()
+        if not weights:
+            return None
+        self._load(self._output)
+        head = Head(
+            HEAD,
+            len(self._blocks),
+            self._model.get_output_embeddings(),
+            weights,
+            self._reader.read([weights[0].key]),
+            naming=self._naming,
+            prefix=self._output.removesuffix("weight"),
+            device=self._device,
+            fill=self._fill,
+        )
+        head.entering = self._entering_head
+        return head
+
+    def _finish(self, hidden: Tensor) -> Any:
+        """Run the model with every block giving back `hidden`."""
+        width = self._model.get_parameter(self._input).shape[1]
+        blank = torch.zeros(*hidden.shape[:2], width, dtype=hidden.dtype, device=self._device)
+        final = self._outline.wrap(hidden)
+        with quiet(), replaced(self._blocks, lambda index, forward: lambda *args, **kwargs: final):
+            return self._model(inputs_embeds=blank, use_cache=False)
+
+    def _entering_head(self, hidden: Tensor) -> Tensor:
+        """What the head is called with for hidden states after the last block."""
+        caught: list[Tensor] = []
+
+        def catch(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(entering: Tensor) -> Any:
+                caught.append(entering)
+                raise _Recorded
+
+            return run
+
+        with replaced([self._model.get_output_embeddings()], catch):
+            try:
+                self._finish(hidden)
+            except _Recorded:
+                pass
+        return caught[0]
+
+    def _name_of(self, embeddings: nn.Module | None) -> str:
+        for name, module in self._model.named_modules():
+            if module is embeddings:
+                return f"{name}.weight"
+        raise CheckpointError(f"{self._reader.folder}: {type(self._model).__name__} has no input or no output embeddings")
+
+    def _check_complete(self) -> dict[str, str]:
+        """Tied parameters that are not on disk → the one that is. Raises CheckpointError if any other is missing."""
+        on_disk = {name for group in self._naming.groups.values() for name in group.targets}
+        tied: dict[str, str] = {}
+        for target, origin in self._model.all_tied_weights_keys.items():
+            if target not in on_disk:
+                tied[target] = origin
+            elif origin not in on_disk:
+                tied[origin] = target
+        needed = [name for name, _ in self._model.named_parameters(remove_duplicate=False)]
+        missing = [name for name in needed if tied.get(name, name) not in on_disk]
+        if missing:
+            raise CheckpointError(
+                f"{self._reader.folder}: {len(missing)} of the tensors that config.json asks for are not on disk, "
+                f"{missing[0]!r} among them; download the checkpoint again"
+            )
+        return tied
+
+    def _load(self, part: str) -> None:
+        """Load an embedding, and what else lies outside the blocks, unless they are there."""
+        large = {self._tied.get(name, name) for name in (self._input, self._output)}
+        rest = [
+            key
+            for key in self.outside_keys
+            if (target := self._naming.target(key)) and target not in large and not self._loaded
+        ]
+        if rest:
+            self._fill(self._reader.read(rest))
+        self._loaded = True
+        if self._model.get_parameter(part).is_meta:
+            self._fill(self._reader.read(self._naming.groups[self._tied.get(part, part)].keys))
+
+    def _drop(self, part: str) -> None:
+        """Let go of an embedding, and of what is tied to it."""
+        stored = self._tied.get(part, part)
+        for name in (stored, *(name for name, origin in self._tied.items() if origin == stored)):
+            assign(self._model, name, torch.empty_like(self._model.get_parameter(name), device="meta"))
+
+    def _fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put on-disk tensors into the model, cast to the dtype that each has there; always copies."""
+
+        def prepare(target: str, tensor: Tensor) -> Tensor:
+            return tensor.to(self._device, self._dtypes[target], copy=True)
+
+        for name, tensor in self._naming.to_module(tensors, prepare):
+            wanted = self._model.get_parameter_or_buffer(name).shape
+            if tensor.shape != wanted:
+                raise CheckpointError(
+                    f"{self._reader.folder}: {name} has shape {list(tensor.shape)} on disk, config.json asks for "
+                    f"{list(wanted)}; they do not belong together"
+                )
+            for same in (name, *(tied for tied, origin in self._tied.items() if origin == name)):
+                assign(self._model, same, tensor)
+
+
+class _Recorded(Exception):
+    """Ends a forward whose rest is not wanted."""

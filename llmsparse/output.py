@@ -1,0 +1,230 @@
+"""A run's output folder: invisible under its final name until it is complete.
+
+The run writes `OUT.partial`, which holds its own state in `.llmsparse/`: `run.json` (fingerprint of everything the
+result depends on), `journal.jsonl` (one line a finished block) and, while a folder is being replaced, `replaced/`. A
+crash at any moment leaves no OUT, the old OUT or the new one, each complete, and a folder to resume from. A lock that
+the system drops when the process dies, `OUT.lock`, keeps a second run away.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from llmsparse.disk import disk_error, fsync, replace_file
+from llmsparse.errors import CheckpointError, MachineError, RecipeError
+
+STATE = ".llmsparse"
+
+
+class PartialOutput:
+    """`OUT.partial`, locked: a context manager that lets go of the lock and leaves the folder if the run fails.
+
+    `fingerprint` is JSON-able; a resume with a different one is refused, naming the top-level keys that differ.
+    `overwrite` allows an existing OUT, if it is a checkpoint, to be replaced by `publish`, and starts anew where an
+    unfinished run is found. `source` is the model's folder, which OUT may neither be nor hold nor lie in.
+
+    Raises RecipeError for what the user must decide, MachineError for a locked, unwritable or full place.
+    """
+
+    def __init__(
+        self, out: Path, *, fingerprint: dict[str, Any], resume: bool, overwrite: bool, source: Path | None = None
+    ) -> None:
+        if resume and overwrite:
+            raise RecipeError("--resume goes on with an unfinished run and --overwrite starts anew: choose one")
+        self.out = Path(out).expanduser().resolve()
+        self.folder = self.out.with_name(self.out.name + ".partial")
+        self.finished: dict[str, Any] = {}
+        self._state = self.folder / STATE
+        self._journal = self._state / "journal.jsonl"
+        self._check_place(source)
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _Lock(self.out.with_name(self.out.name + ".lock"), self.out)
+            try:
+                self._open(json.loads(json.dumps(fingerprint)), resume, overwrite)
+            except BaseException:
+                self._lock.release()
+                raise
+        except OSError as error:
+            raise disk_error(self.folder, error) from error
+
+    def __enter__(self) -> PartialOutput:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+    def journal(self, block: str, entry: dict[str, Any]) -> None:
+        """Note that a block is finished; its tensors must be on disk (`CheckpointWriter.sync`) before."""
+        line = json.dumps({"block": block, "entry": entry}) + "\n"
+        try:
+            with self._journal.open("a", encoding="utf-8") as stream:
+                stream.write(line)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise disk_error(self._journal, error, len(line)) from error
+        self.finished[block] = json.loads(line)["entry"]
+
+    def publish(self) -> Path:
+        """Give the complete folder its final name, in the place of an old one where that was allowed; returns OUT."""
+        for path in [*self.folder.rglob("*"), self.folder]:
+            fsync(path)
+        try:
+            if self.out.exists() and any(self.out.iterdir()):
+                self.out.rename(self._state / "replaced")
+            self.folder.rename(self.out)
+            fsync(self.out.parent)
+            shutil.rmtree(self.out / STATE)
+        except OSError as error:
+            raise disk_error(self.out, error) from error
+        return self.out
+
+    def _check_place(self, source: Path | None) -> None:
+        """Refuse, from names alone, an OUT that can never be renamed into place or would harm the source."""
+        if not self.out.name or os.path.ismount(self.out):
+            raise RecipeError(f"{self.out}: cannot be replaced as a whole; name a folder inside it")
+        if source is not None:
+            model = source.expanduser().resolve()
+            for place in (self.out, self.folder):
+                if place == model or model in place.parents or place in model.parents:
+                    raise RecipeError(
+                        f"{self.out}: output and model folder {model} must lie apart; choose another output"
+                    )
+
+    def _open(self, fingerprint: dict[str, Any], resume: bool, overwrite: bool) -> None:
+        self._recover()
+        run = self._run()
+        if self.out.exists():
+            self._check_existing(resume, overwrite or bool(run and run["overwrite"]))
+        if resume:
+            if run is None:
+                raise RecipeError(f"{self.folder}: nothing to resume; leave out --resume")
+            _check_fingerprint(self.folder, run["fingerprint"], fingerprint)
+            self._read_journal()
+            return
+        if run is not None and not overwrite:
+            raise RecipeError(
+                f"{self.folder}: an unfinished run is there; go on with --resume, or start anew with --overwrite"
+            )
+        self._clear()
+        self._state.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"fingerprint": fingerprint, "overwrite": overwrite}, indent=2) + "\n"
+        replace_file(self._state / "run.json", text)
+        for folder in (self._state, self.folder, self.out.parent):
+            fsync(folder)
+
+    def _recover(self) -> None:
+        """Finish what a crash inside `publish` left undone."""
+        replaced = self._state / "replaced"
+        if replaced.exists() and not self.out.exists():
+            replaced.rename(self.out)
+        if (self.out / STATE / "run.json").exists():
+            shutil.rmtree(self.out / STATE)
+
+    def _run(self) -> dict[str, Any] | None:
+        """What the unfinished run in OUT.partial noted at its start; None where no run got as far as that."""
+        file = self._state / "run.json"
+        if file.is_file():
+            try:
+                run: Any = json.loads(file.read_bytes())
+                return {"fingerprint": run["fingerprint"], "overwrite": run["overwrite"]}
+            except (ValueError, KeyError, TypeError) as error:
+                raise RecipeError(f"{file}: corrupt; delete {self.folder} and start anew") from error
+        if self.folder.exists() and any(path.name != STATE for path in self.folder.iterdir()):
+            raise RecipeError(f"{self.folder}: in the way, and not written by llmsparse; move it elsewhere")
+        return None
+
+    def _check_existing(self, resume: bool, overwrite: bool) -> None:
+        """OUT is there: only an empty folder, or a checkpoint with leave to overwrite, may be replaced."""
+        if self.out.is_dir() and not any(self.out.iterdir()):
+            return
+        checkpoint = (self.out / "config.json").is_file() and any(self.out.glob("*.safetensors"))
+        if overwrite and checkpoint:
+            return
+        if overwrite:
+            raise RecipeError(
+                f"{self.out}: not a checkpoint, so --overwrite will not replace it; choose another output"
+            )
+        if resume and not self.folder.exists():
+            raise RecipeError(f"{self.out}: finished already, nothing to resume; replace it with --overwrite")
+        raise RecipeError(f"{self.out}: exists already; choose another output, or replace it with --overwrite")
+
+    def _clear(self) -> None:
+        """Empty OUT.partial, the journal first and `run.json` last: a crash meanwhile leaves nothing to trust."""
+        self._journal.unlink(missing_ok=True)
+        for path in [*self.folder.glob("*"), *self.folder.glob(".*")]:
+            if path == self._state:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _read_journal(self) -> None:
+        """Fill `finished`. A last line without its newline was being written in a crash: it is cut off."""
+        if not self._journal.exists():
+            return
+        data = self._journal.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                note: Any = json.loads(line)
+                self.finished[note["block"]] = note["entry"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{self._journal}:{number}: corrupt; start anew with --overwrite") from error
+        if len(whole) < len(data):
+            os.truncate(self._journal, len(whole))
+
+
+class _Lock:
+    """An flock on a file beside OUT that names the process; the file goes when the run ends in any orderly way."""
+
+    def __init__(self, file: Path, out: Path) -> None:
+        self._file = file
+        while True:
+            self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(self._descriptor), os.stat(file)):
+                    break  # otherwise its last holder removed the file between our two calls
+            except FileNotFoundError:
+                pass
+            except BlockingIOError as error:
+                holder = os.pread(self._descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+                os.close(self._descriptor)
+                raise MachineError(
+                    f"{out}: another run (process {holder}) is writing there; wait for it, or choose another output"
+                ) from error
+            os.close(self._descriptor)
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Let go; safe to call again."""
+        if self._descriptor >= 0:
+            self._file.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _check_fingerprint(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if not changed:
+        return
+    details: list[str] = []
+    for key in changed:
+        was, is_ = json.dumps(before.get(key)), json.dumps(now.get(key))
+        details.append(f"{key} ({was} then, {is_} now)" if len(was) + len(is_) < 80 else key)
+    raise RecipeError(
+        f"{folder}: cannot be resumed, changed since it was started: {', '.join(details)}; "
+        "set it back, or start anew with --overwrite"
+    )

@@ -1,0 +1,122 @@
+"""Perplexity, streamed block by block, so that a model larger than memory can be measured.
+
+exp of the mean negative log-likelihood of every token but the first of each window, over non-overlapping windows: the
+figure papers report. It depends on the window length, so it never travels without its protocol.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmsparse import calibration, source
+from llmsparse.checkpoint import CheckpointReader
+from llmsparse.device import choose_device, choose_dtype, split_batches, window_length
+from llmsparse.model import Activations, StreamedModel
+from llmsparse.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+LOGIT_ELEMENTS = 2**25  # logits computed at once: 128 MiB in fp32
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity and how it was measured."""
+
+    model: str
+    perplexity: float
+    tokens: int
+    seconds: float
+    protocol: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def table(self) -> RenderableType:
+        from rich.table import Table
+
+        table = Table("model", "perplexity", "tokens", "seconds", box=None)
+        table.add_row(self.model, f"{self.perplexity:.4g}", f"{self.tokens:,}", f"{self.seconds:.1f}")
+        table.caption = ", ".join(f"{key} {value}" for key, value in self.protocol.items() if value is not None)
+        return table
+
+
+def perplexity(
+    model: str,
+    text: str,
+    *,
+    seq_len: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    windows: int | None = None,
+    text_field: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Measure `model` (folder or hub id) on `text` (a file, a dataset, or `builtin`).
+
+    Every full window of `seq_len` tokens (default min(2048, the model's maximum)), or the first `windows` of them, is
+    used; the remainder is dropped.
+    Raises CheckpointError, CalibrationError, RecipeError or MachineError, each with one line.
+    """
+    started = time.perf_counter()
+    progress = progress or Silent()
+    folder = source.resolve(model, revision)
+    config = source.load_config(folder, trust_remote_code)
+    reader = CheckpointReader(folder)
+    place = choose_device(device)
+    streamed = StreamedModel(
+        reader, device=place, dtype=choose_dtype(dtype, place, reader), trust_remote_code=trust_remote_code
+    )
+    stored_tokens = text.endswith(calibration.TOKEN_FILE_SUFFIX)
+    tokenizer = None if stored_tokens else source.load_tokenizer(folder, trust_remote_code)
+    chosen = calibration.load_evaluation(
+        text,
+        tokenizer,
+        seq_len=window_length(config, seq_len, text),
+        limit=windows,
+        text_field=text_field,
+        vocabulary=streamed.vocabulary,
+    )
+    window_length(config, chosen.ids.shape[1], text)
+    batches = split_batches(chosen.ids, batch_size, place)
+    with torch.no_grad(), progress:
+        acts = streamed.embed(batches)
+        progress.start(len(streamed.block_names))
+        for index, name in enumerate(streamed.block_names):
+            progress.block(name)
+            block = streamed.block(index)
+            acts = block.run(acts)
+            block.evict()
+        nll = negative_log_likelihood(streamed, acts, batches)
+    tokens = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
+    protocol = chosen.protocol | {"stride": chosen.ids.shape[1], "level": "token"}
+    return Perplexity(str(model), math.exp(nll / tokens), tokens, time.perf_counter() - started, protocol)
+
+
+@torch.no_grad()
+def negative_log_likelihood(model: StreamedModel, acts: Activations, batches: Sequence[Tensor]) -> float:
+    """Σ −log p(token | window so far) over all windows, in nats, from the hidden states after the last block.
+
+    `batches`: the (batch, tokens) ids that `acts` was embedded from. Logits are made for a few tokens at a time.
+    """
+    total = 0.0
+    for hidden, ids in zip(acts.hidden, batches, strict=True):  # (batch, tokens, width), (batch, tokens)
+        chunk = max(1, LOGIT_ELEMENTS // (ids.shape[0] * model.vocabulary))
+        for start in range(0, ids.shape[1] - 1, chunk):
+            stop = min(start + chunk, ids.shape[1] - 1)
+            logits = model.logits(hidden[:, start:stop]).float()  # (batch, chunk, vocabulary)
+            wanted = ids[:, start + 1 : stop + 1].to(logits.device)
+            total += F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum").item()
+    return total

@@ -1,0 +1,268 @@
+"""What a run will do, decided and checked before a weight is read.
+
+Everything that can be refused is refused here: a pattern against a shape, a rule or a glob that matches nothing, a
+window too long, a full disk. `llmsparse plan` prints the result; `prune` carries it out.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from llmsparse import __version__, calibration, source
+from llmsparse.checkpoint import CheckpointReader, parse_size
+from llmsparse.device import choose_device, choose_dtype, split_batches, window_length
+from llmsparse.errors import MachineError, RecipeError
+from llmsparse.matching import LEARNING_RATES, PROBE_STEPS, batches_per_step
+from llmsparse.memory import available_bytes
+from llmsparse.model import StreamedModel, Weight
+from llmsparse.patterns import Pattern
+from llmsparse.pruners import Pruner
+from llmsparse.recipe import Recipe
+from llmsparse.selection import select
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+HEAD = "head"  # the pseudo-block of an untied output head
+MATCH_STEPS = 300
+MATCH_SECONDS_ON_CPU = 900  # matching is on by default where it is expected to take no longer, and on any GPU
+FLOPS_PER_THREAD = 40e9  # a cautious guess for fp32 on one CPU core
+HELD_OUT_TOKENS = 16384  # for the perplexity in the summary
+STATISTICS_SHARE = 0.4  # of the memory that is free, for statistics held together
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One weight, and how it will be pruned."""
+
+    weight: Weight
+    pruner: Pruner
+    method: str
+    pattern: Pattern
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has passed every check that needs no weights."""
+
+    recipe: Recipe
+    folder: Path  # the source checkpoint
+    output: Path
+    reader: CheckpointReader
+    model: StreamedModel
+    choices: dict[str, list[Choice]]  # block name → what is pruned in it
+    windows: calibration.Windows
+    device: torch.device
+    dtype: torch.dtype
+    match_steps: int
+
+    @property
+    def name(self) -> str:
+        """The model as the user named it, without the path."""
+        return Path(self.recipe.model).name if Path(self.recipe.model).exists() else self.recipe.model
+
+    @cached_property
+    def batches(self) -> list[Tensor]:
+        return split_batches(self.windows.ids, self.recipe.batch_size, self.device)
+
+    @cached_property
+    def held_out(self) -> list[Tensor]:
+        return split_batches(self.windows.held_out, self.recipe.batch_size, self.device)
+
+    @property
+    def selected_keys(self) -> set[str]:
+        return {choice.weight.key for choices in self.choices.values() for choice in choices}
+
+    @property
+    def tensors(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of everything that will be written: what the source holds."""
+        return {key: (spec.shape, spec.dtype) for key in self.reader.keys() for spec in [self.reader.spec(key)]}
+
+    @property
+    def total_parameters(self) -> int:
+        return sum(torch.Size(shape).numel() for shape, _ in self.tensors.values())
+
+    @property
+    def bytes_to_write(self) -> int:
+        return sum(spec.end - spec.begin for spec in map(self.reader.spec, self.reader.keys()))
+
+    @property
+    def statistics_budget(self) -> int:
+        """Bytes of statistics that may be held at once."""
+        return int(STATISTICS_SHARE * available_bytes(self.device))
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed run must share with the one it resumes."""
+        return {
+            "recipe": {key: value for key, value in self.recipe.resolved().items() if key != "output"},
+            "model": self.reader.fingerprint(),
+            "calibration": self.windows.fingerprint,
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "batch size": self.batches[0].shape[0],
+            "match steps": self.match_steps,
+        }
+
+    def memory_bytes(self) -> int:
+        """An estimate of the peak: the largest block, the calibration activations, the statistics of its inputs."""
+        itemsize = torch.empty((), dtype=self.dtype).element_size()
+        block = outside = statistics = 0
+        for index in range(len(self.model.block_names)):
+            numel = sum(torch.Size(self.tensors[key][0]).numel() for key in self.model.block_keys(index))
+            stored = sum(self.reader.spec(key).end - self.reader.spec(key).begin for key in self.model.block_keys(index))
+            block = max(block, numel * itemsize + (stored if self.device.type == "cpu" else 0))
+        for key in self.model.outside_keys:
+            outside += torch.Size(self.tensors[key][0]).numel() * itemsize
+        for choices in self.choices.values():
+            widths = {(c.weight.slot, c.weight.shape[1]): c.pruner.needs for c in choices}
+            total = sum(needs.nbytes(width) for (_, width), needs in widths.items() if needs)
+            statistics = max(statistics, min(total, self.statistics_budget))
+        width = self.model.hidden_size
+        copies = 3 if self.match_steps else 2
+        activations = copies * (self.windows.ids.numel() + 2 * self.windows.held_out.numel()) * width * itemsize
+        return block * (4 if self.match_steps else 1) + outside + statistics + activations
+
+    def to_json(self) -> dict[str, Any]:
+        methods = sorted({choice.method for choices in self.choices.values() for choice in choices})
+        weights = [
+            {"name": c.weight.name, "shape": c.weight.shape, "method": c.method, "pattern": str(c.pattern)}
+            for choices in self.choices.values()
+            for c in choices
+        ]
+        return {
+            "model": self.recipe.model,
+            "output": str(self.output),
+            "blocks": len(self.model.block_names),
+            "methods": methods,
+            "weights": weights,
+            "parameters_to_prune": sum(c.weight.shape[0] * c.weight.shape[1] for cs in self.choices.values() for c in cs),
+            "bytes_to_read": self.bytes_to_write,
+            "bytes_to_write": self.bytes_to_write,
+            "memory_bytes": self.memory_bytes(),
+            "match_steps": self.match_steps,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "calibration": self.windows.protocol,
+            "batch_size": self.batches[0].shape[0],
+        }
+
+    def table(self) -> RenderableType:
+        from rich.table import Table
+
+        plan = self.to_json()
+        table = Table(box=None, show_header=False, pad_edge=False)
+        patterns = sorted({weight["pattern"] for weight in plan["weights"]})
+        rows = {
+            "model": f"{plan['model']}, {plan['blocks']} blocks",
+            "output": plan["output"],
+            "prune": f"{len(plan['weights'])} weights, {plan['parameters_to_prune']:,} parameters, "
+            f"by {', '.join(plan['methods'])} to {', '.join(patterns)}",
+            "matching": f"{self.match_steps} steps a block" if self.match_steps else "off",
+            "calibration": ", ".join(f"{key} {value}" for key, value in self.windows.protocol.items()),
+            "compute": f"{plan['device']}, {plan['dtype']}, {plan['batch_size']} windows a batch",
+            "read, write": f"{plan['bytes_to_read'] / 1e9:.2f} GB each",
+            "memory": f"about {plan['memory_bytes'] / 1e9:.2f} GB",
+        }
+        for label, text in rows.items():
+            table.add_row(f"[bold]{label}", text)
+        return table
+
+
+def plan(recipe: Recipe | None = None, **keys: Any) -> Plan:
+    """What `prune` with the same recipe or keys would do; nothing is written."""
+    return make_plan(recipe or Recipe(**keys))
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Resolve and check everything a run needs, from headers and shapes alone, then read the calibration text."""
+    device = choose_device(recipe.device)
+    folder = source.resolve(recipe.model, recipe.revision)
+    config = source.load_config(folder, recipe.trust_remote_code)
+    length = window_length(config, recipe.seq_len, recipe.calibration)
+    reader = CheckpointReader(folder)
+    parse_size(recipe.max_shard_size)
+    dtype = choose_dtype(recipe.dtype, device, reader)
+    model = StreamedModel(reader, device=device, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
+    choices = choose(recipe, model)
+    output = recipe.output_folder
+    _check_disk(output, sum(spec.end - spec.begin for spec in map(reader.spec, reader.keys())))
+    stored_tokens = recipe.calibration.endswith(calibration.TOKEN_FILE_SUFFIX)
+    tokenizer = None if stored_tokens else source.load_tokenizer(folder, recipe.trust_remote_code)
+    windows = calibration.load_windows(
+        recipe.calibration,
+        tokenizer,
+        seq_len=length,
+        samples=recipe.calibration_samples,
+        seed=recipe.seed,
+        held_out=max(8, min(32, HELD_OUT_TOKENS // (length or 512))),
+        text_field=recipe.text_field,
+        vocabulary=model.vocabulary,
+    )
+    window_length(config, windows.ids.shape[1], recipe.calibration)
+    draft = Plan(recipe, folder, output, reader, model, choices, windows, device, dtype, match_steps=0)
+    return replace(draft, match_steps=default_match_steps(draft) if recipe.match_steps == "auto" else recipe.match_steps)
+
+
+def choose(recipe: Recipe, model: StreamedModel) -> dict[str, list[Choice]]:
+    """Which weights of each block are pruned, how, and to which pattern; the output head stands under its own name."""
+    blocks: dict[str, list[Weight]] = {name: model.weights(i) for i, name in enumerate(model.block_names)}
+    blocks[HEAD] = model.head_weights()
+    weights = [weight for block in blocks.values() for weight in block]
+    selected = select(weights, only=recipe.only, include=recipe.include, exclude=recipe.exclude)
+    recipe.check_rules([weight.name for weight in selected])
+    names = {weight.name for weight in selected}
+    choices: dict[str, list[Choice]] = {}
+    for block, members in blocks.items():
+        choices[block] = []
+        for weight in members:
+            if weight.name in names:
+                pattern = recipe.pattern_for(weight.name)
+                pattern.check(weight.name, weight.shape)
+                pruner = recipe.pruner_for(weight.name)
+                choices[block].append(Choice(weight, pruner, recipe.method_for(weight.name), pattern))
+    return choices
+
+
+def default_match_steps(plan: Plan) -> int:
+    """Matching is on wherever it stays affordable: on any GPU, and on a CPU while its estimate is minutes.
+
+    The estimate counts a multiply and an add for each parameter and token: 2 forward, 4 backward.
+    """
+    if plan.device.type == "cuda":
+        return MATCH_STEPS
+    width = plan.model.hidden_size
+    windows, tokens = plan.batches[0].shape
+    tokens_per_step = batches_per_step(windows, tokens, width) * windows * tokens
+    parameters = sum(torch.Size(plan.tensors[key][0]).numel() for key in plan.selected_keys)
+    steps = MATCH_STEPS + PROBE_STEPS * len(LEARNING_RATES)
+    seconds = 6 * parameters * steps * tokens_per_step / (FLOPS_PER_THREAD * torch.get_num_threads())
+    return MATCH_STEPS if seconds <= MATCH_SECONDS_ON_CPU else 0
+
+
+def versions() -> dict[str, str]:
+    return {"llmsparse": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _check_disk(output: Path, size: int) -> None:
+    """MachineError unless the nearest existing parent of `output` has room for `size` bytes."""
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise RecipeError(f"--output {output}: {parent} is not a folder")
+    free = shutil.disk_usage(parent).free
+    if free < size:
+        raise MachineError(
+            f"--output {output} needs {size / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; choose another --output"
+        )

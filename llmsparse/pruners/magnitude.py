@@ -1,0 +1,30 @@
+"""Magnitude pruning (Han et al. 2015): the smallest weights go, whatever they are multiplied with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llmsparse.patterns import Pattern, Scope
+from llmsparse.pruners.protocol import Pruned
+from llmsparse.stats import Statistic
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """score = |W_ij|, compared over the whole matrix; needs no calibration."""
+
+    scope: ClassVar[Scope] = "matrix"
+
+    @property
+    def needs(self) -> type[Statistic] | None:
+        return None
+
+    def __call__(
+        self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator
+    ) -> Pruned:
+        keep = pattern.keep(weight.abs(), slice(0, weight.shape[1]), weight.shape[1])
+        return Pruned.of(weight, keep)

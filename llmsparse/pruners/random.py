@@ -1,0 +1,31 @@
+"""Random pruning (Liu et al., ICLR 2022, arXiv:2202.02643): the baseline that every method must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llmsparse.patterns import Pattern, Scope
+from llmsparse.pruners.protocol import Pruned
+from llmsparse.stats import Statistic
+
+
+@dataclass(frozen=True)
+class Random:
+    """Every mask of the pattern is equally likely; drawn on the CPU, so that a seed means the same on every device."""
+
+    scope: ClassVar[Scope] = "matrix"
+
+    @property
+    def needs(self) -> type[Statistic] | None:
+        return None
+
+    def __call__(
+        self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator
+    ) -> Pruned:
+        score = torch.rand(weight.shape, generator=generator, dtype=torch.float64).to(weight.device)
+        keep = pattern.keep(score, slice(0, weight.shape[1]), weight.shape[1])
+        return Pruned.of(weight, keep)

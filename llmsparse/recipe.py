@@ -1,0 +1,281 @@
+"""Recipe: everything a pruning run needs, checked before a byte of the model is read.
+
+A recipe is YAML with the keys below, each of them also a flag of `llmsparse prune`: defaults < recipe < flags and
+`key=value`. An unknown key, a value of the wrong type and a request that contradicts itself are errors that name the
+file, the line and the way out. What needs the model's shapes (a rule that matches nothing, a width that 4 does not
+divide) is checked by the plan.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
+from decimal import Decimal
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+
+from llmsparse import method as methods
+from llmsparse import recipe_file
+from llmsparse.errors import RecipeError, did_you_mean
+from llmsparse.method import MethodSpec, OptionError
+from llmsparse.recipe_file import KeyPath
+from llmsparse.recipe_origins import Origins
+
+if TYPE_CHECKING:
+    from llmsparse.patterns import Pattern
+    from llmsparse.pruners import Pruner
+
+DEFAULT_METHOD = "sparsegpt"
+
+
+def parse_sparsity(value: Any) -> float:
+    """0.7, "0.7" or "70%" → 0.7, the fraction of zeros. ValueError for anything that is not in [0, 1)."""
+    text = str(value).strip()
+    if isinstance(value, bool) or not re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]+)?%?", text):
+        raise ValueError(f"got {value!r}, wanted a fraction of zeros such as 0.7, or 70%")
+    fraction = Decimal(text.removesuffix("%")) / (100 if text.endswith("%") else 1)  # exact: 33.3% is 0.333
+    if not 0 <= fraction < 1:
+        example = (
+            f"; for {fraction}% write {fraction / 100} or {fraction}%" if 1 < fraction < 100 else " such as 0.7 or 70%"
+        )
+        raise ValueError(f"got {text}, wanted a fraction of zeros, at least 0 and below 1{example}")
+    return float(fraction)
+
+
+def _match_steps(value: Any) -> int | Literal["auto"]:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    raise ValueError(f"got {value!r}, wanted auto, or a number of steps such as 300 (0 turns matching off)")
+
+
+def _method(value: Any) -> MethodSpec:
+    if isinstance(value, str) or (isinstance(value, dict) and "name" in value):
+        return value  # pyright: ignore[reportUnknownVariableType]
+    if is_dataclass(value):  # a pruner, from Python
+        return methods.describe(cast("Pruner", value))
+    raise ValueError(f"got {value!r}, wanted a name such as wanda, or a mapping such as {{name: wanda}}")
+
+
+def _name(method: MethodSpec) -> str:
+    return method if isinstance(method, str) else str(method["name"])
+
+
+def _device(value: Any) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", str(value)):
+        raise ValueError(f"got {value!r}, wanted auto, cpu, cuda or cuda:0")
+    return str(value)
+
+
+def _one_or_more(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"got {str(value).lower()}, wanted a whole number")
+    return value
+
+
+Sparsity = Annotated[float, PlainValidator(parse_sparsity)]
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+Globs = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
+Method = Annotated[MethodSpec, PlainValidator(_method)]
+
+
+class Rule(BaseModel):
+    """Other settings for the weights whose on-disk name (without `.weight`) matches a glob."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    match: str
+    sparsity: Sparsity | None = None
+    pattern: str | None = None
+    method: Method | None = None
+
+
+class Recipe(BaseModel):
+    """A pruning run. Raises RecipeError, in one line, for whatever cannot be."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Annotated[str, Field(min_length=1, description="Checkpoint folder or hub id.")]
+    output: Annotated[str | None, Field(description="Folder to write; ./NAME-METHOD-PERCENT if not given.")] = None
+    method: Annotated[Method, Field(description="sparsegpt, alps, dsnot, wanda, magnitude or random.")] = DEFAULT_METHOD
+    sparsity: Annotated[Sparsity | None, Field(description="Fraction of zeros: 0.7 or 70%.")] = None
+    pattern: Annotated[str, Field(description="unstructured, or N:M such as 2:4 (keep 2 of every 4).")] = "unstructured"
+    scope: Annotated[
+        Literal["auto", "row", "matrix"],
+        Field(description="What an unstructured sparsity counts over; auto: the method's own."),
+    ] = "auto"
+    rules: Annotated[
+        tuple[Rule, ...], Field(description="Other settings by weight name; the last that matches wins.")
+    ] = ()
+    only: Annotated[Globs, Field(description="Prune only weights matching this glob (repeatable).")] = ()
+    include: Annotated[
+        Globs, Field(description="Also prune weights matching this glob, such as lm_head (repeatable).")
+    ] = ()
+    exclude: Annotated[Globs, Field(description="Leave weights matching this glob as they are (repeatable).")] = ()
+    true_sequential: Annotated[bool, Field(description="Re-run a block after each group of its weights.")] = False
+    match_steps: Annotated[
+        int | Literal["auto"],
+        PlainValidator(_match_steps),
+        Field(description="Steps that tune a pruned block to the dense one's output; auto: where affordable, 0: off."),
+    ] = "auto"
+    calibration: Annotated[
+        str,
+        Field(
+            min_length=1,
+            description="c4, wikitext2, builtin, a .txt/.jsonl/.parquet/.safetensors file, or ORG/NAME[:SPLIT].",
+        ),
+    ] = "c4"
+    text_field: Annotated[str | None, Field(description="Column of the calibration data that holds the text.")] = None
+    calibration_samples: Annotated[Count, Field(description="Calibration windows.")] = 128
+    seq_len: Annotated[
+        Annotated[int, BeforeValidator(_no_bool), Field(ge=2)] | None,
+        Field(description="Tokens per window; min(2048, the model's maximum) if not given."),
+    ] = None
+    batch_size: Annotated[Count | None, Field(description="Windows run at once; chosen if not given.")] = None
+    device: Annotated[str, PlainValidator(_device), Field(description="auto, cpu or cuda:0.")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Field(description="What to compute in; the stored dtype stays."),
+    ] = "auto"
+    seed: Annotated[
+        int, BeforeValidator(_no_bool), Field(ge=0, lt=2**63, description="Same seed, data and device: same bytes.")
+    ] = 0
+    max_shard_size: Annotated[str, BeforeValidator(str), Field(description="Largest file to write.")] = "5GB"
+    revision: Annotated[str | None, Field(description="Branch, tag or commit on the hub.")] = None
+    trust_remote_code: Annotated[bool, Field(description="Run the code that comes with the model.")] = False
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise Origins(data).explain(error, type(self)) from error
+
+    @classmethod
+    def load(
+        cls, recipe: str | Path | None = None, flags: Mapping[str, Any] | None = None, assignments: Sequence[str] = ()
+    ) -> Self:
+        """Read a recipe file or a shipped recipe by name, or neither, under `flags` (None: not given) and `key=value`s.
+
+        Raises RecipeError that names file and line, flag, or assignment.
+        """
+        origins = Origins()
+        if recipe is not None:
+            origins.add_file(recipe_file.find(recipe))
+        origins.add_flags(flags or {})
+        for assignment in assignments:
+            origins.add_assignment(assignment, DEFAULT_METHOD)
+        try:
+            return cls(**origins.data)
+        except RecipeError as error:
+            if isinstance(error.__cause__, ValidationError):  # said again, now with file and line
+                raise origins.explain(error.__cause__, cls) from None
+            raise
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values, checked like a new one."""
+        return type(self)(**{**self.model_dump(), **changes})
+
+    def resolved(self) -> dict[str, Any]:
+        """The mapping that `dump` writes: every default and method option spelled out, what is not set left out."""
+        data = {key: value for key, value in self.model_dump(mode="json", exclude_none=True).items() if value != []}
+        return data | {"method": methods.describe(self.pruner)}
+
+    def dump(self, comments: Mapping[str, Any] | None = None) -> str:
+        """YAML that loads to an equal run, under `# key: value` comments."""
+        return recipe_file.write(self.resolved(), comments or {})
+
+    @property
+    def pruner(self) -> Pruner:
+        """The method with its options, rules aside."""
+        return methods.build(self.method)
+
+    @property
+    def method_name(self) -> str:
+        return _name(self.method)
+
+    @property
+    def output_folder(self) -> Path:
+        """`output`, or `./<name>-<method>-<percent>` (`-2of4` for N:M)."""
+        if self.output is not None:
+            return Path(self.output)
+        name = Path(self.model).name or Path(self.model).resolve().name
+        name = Path(self.model).resolve().name if name == ".." else name
+        how_much = (
+            self.pattern.replace(":", "of")
+            if self.sparsity is None or ":" in self.pattern
+            else f"{100 * self.sparsity:.4g}"
+        )
+        return Path(f"{name}-{self.method_name}-{how_much}")
+
+    def rule_for(self, name: str) -> Rule | None:
+        """The last rule that matches a weight; what it leaves out comes from the recipe's own keys."""
+        return next((rule for rule in reversed(self.rules) if fnmatchcase(name, rule.match)), None)
+
+    def pruner_for(self, name: str) -> Pruner:
+        rule = self.rule_for(name)
+        return methods.build(rule.method) if rule and rule.method is not None else self.pruner
+
+    def method_for(self, name: str) -> str:
+        rule = self.rule_for(name)
+        return _name(rule.method) if rule and rule.method is not None else self.method_name
+
+    def pattern_for(self, name: str) -> Pattern:
+        return self._pattern(self.rule_for(name))
+
+    def check_rules(self, names: Iterable[str]) -> None:
+        """RecipeError for a rule whose glob matches none of the weights `names`."""
+        known = list(names)
+        for index, rule in enumerate(self.rules):
+            if not any(fnmatchcase(name, rule.match) for name in known):
+                hint = did_you_mean(rule.match, known).partition(" known:")[0].rstrip(";")
+                example = "" if hint or not known else f"; a name looks like {known[0]!r}"
+                raise RecipeError(
+                    f"rules[{index}]: match {rule.match!r} matches none of {len(known)} weights{hint or example}"
+                )
+
+    def _pattern(self, rule: Rule | None) -> Pattern:
+        from llmsparse.patterns import parse_pattern
+
+        text, sparsity, pruner = self.pattern, self.sparsity, self.pruner
+        if rule is not None:
+            if rule.pattern is not None:
+                text = rule.pattern
+                sparsity = None if ":" in text else sparsity  # an N:M of its own brings its sparsity
+            sparsity = sparsity if rule.sparsity is None else rule.sparsity
+            pruner = pruner if rule.method is None else methods.build(rule.method)
+        return parse_pattern(text, sparsity, pruner.scope if self.scope == "auto" else self.scope)
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        from llmsparse.checkpoint import parse_size
+
+        if self.sparsity is None and self.pattern == "unstructured":
+            raise ValueError("nothing says how much to prune: give --sparsity 0.5, or a pattern such as --pattern 2:4")
+        _try(("max_shard_size",), lambda: parse_size(self.max_shard_size))
+        methods.build(self.method)
+        _try(("sparsity" if self.pattern == "unstructured" else "pattern",), lambda: self._pattern(None))
+        for index, rule in enumerate(self.rules):
+            at = ("rules", index)
+            if rule.sparsity is None and rule.pattern is None and rule.method is None:
+                raise OptionError(at, "says nothing but match; give it a sparsity, a pattern or a method")
+            if rule.method is not None:
+                methods.build(rule.method, (*at, "method"))
+            _try((*at, "pattern" if rule.pattern is not None else "sparsity"), lambda rule=rule: self._pattern(rule))
+        return self
+
+
+def _try(at: KeyPath, check: Callable[[], object]) -> None:
+    """Run a check of another module; its complaint is about the key at `at`."""
+    try:
+        check()
+    except RecipeError as error:
+        raise OptionError(at, str(error)) from None

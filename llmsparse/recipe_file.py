@@ -1,0 +1,119 @@
+"""Recipes as YAML: find one, read it with the line of every key, write one.
+
+Scalars are read as YAML 1.2 has it: `2:4` is text (YAML 1.1 makes it 124), `1e-3` is a number, `yes` is text. A key
+that stands twice is an error. Knows nothing of what the keys mean.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmsparse.errors import RecipeError, did_you_mean
+
+KeyPath = tuple[str | int, ...]  # ("rules", 0, "sparsity")
+
+_WORDS: dict[str, bool | None] = {"true": True, "false": False, "null": None, "~": None, "": None}
+_INT = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with llmsparse, by name: in the wheel, or beside the package in a source checkout."""
+    inside = Path(str(files("llmsparse").joinpath("recipes")))
+    folder = inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find(recipe: str | Path) -> Path:
+    """The file of a recipe given as a path or as a shipped name. RecipeError if there is neither."""
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    known = shipped()
+    if str(recipe) in known:
+        return known[str(recipe)]
+    if path.is_dir():
+        raise RecipeError(f"{recipe}: is a folder, wanted a recipe file or one of {', '.join(known)}")
+    if path.suffix in (".yaml", ".yml"):
+        raise RecipeError(f"{recipe}: no such recipe file; `llmsparse recipes list` shows the shipped ones")
+    raise RecipeError(f"no recipe {str(recipe)!r}, neither a file nor shipped{did_you_mean(str(recipe), list(known))}")
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    """The mapping a file holds, and the line of each of its keys. RecipeError for anything but one mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.BaseLoader)
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: is not text, wanted a YAML recipe") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"{path}:{line}: is not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: is not YAML: {str(error).splitlines()[0]}") from None
+    if node is None:
+        return {}, {}
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(f"{path}:1: holds no `key: value` lines, wanted a recipe such as `sparsity: 0.5`")
+    lines: dict[KeyPath, int] = {}
+    return _construct(node, (), lines, path), lines
+
+
+def parse_value(text: str) -> Any:
+    """The value in `key=value`: a YAML scalar, list or mapping, or the text as it is (`*.q_proj`)."""
+    try:
+        node = yaml.compose(text, Loader=yaml.BaseLoader)
+    except yaml.YAMLError:
+        return text
+    return text if node is None else _construct(node, (), {}, Path(text))
+
+
+def write(data: Mapping[str, Any], comments: Mapping[str, Any]) -> str:
+    """YAML that `read` gives back as `data`, under one `# key: value` line for each comment."""
+    head = "".join(f"# {key}: {value}\n" for key, value in comments.items())
+    return head + yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _construct(node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], path: Path) -> Any:
+    lines.setdefault(at, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in mapping:
+                raise RecipeError(f"{path}:{line}: key {key!r} stands twice; keep one of them")
+            lines[(*at, key)] = line
+            mapping[key] = _construct(value_node, (*at, key), lines, path)
+        return mapping
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(item, (*at, index), lines, path) for index, item in enumerate(node.value)]
+    assert isinstance(node, yaml.ScalarNode)
+    return _scalar(node.value) if node.style is None else node.value
+
+
+def _scalar(text: str) -> Any:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    if _INT.fullmatch(text):
+        return int(text)
+    return float(text) if _FLOAT.fullmatch(text) else text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that `_scalar` would read as something else."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    quoted = not isinstance(_scalar(text), str)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if quoted else None)
+
+
+_Dumper.add_representer(str, _represent_text)

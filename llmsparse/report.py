@@ -1,0 +1,190 @@
+"""What a run did: a row for every weight, totals, perplexities. As JSON, as a table, as a model card."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SCHEMA_VERSION = 1
+LARGE_LOSS = 1.5  # a perplexity ratio worth a warning
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pruned weight."""
+
+    name: str
+    shape: tuple[int, int]  # (out, in)
+    method: str
+    pattern: str
+    sparsity_asked: float
+    sparsity: float  # fraction of zeros as written
+    error: float  # ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on a sample of calibration rows, as the method left it
+    tokens: int  # calibration rows its input was seen with
+    notes: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """What the journal keeps of a finished block."""
+
+    name: str
+    rows: list[Row]
+    match: dict[str, Any] | None  # held-out relative output error before and after block matching
+    seconds: dict[str, float]  # per weight, and "block"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> BlockRecord:
+        rows = [Row(**{**row, "shape": tuple(row["shape"])}) for row in entry["rows"]]
+        return cls(entry["name"], rows, entry["match"], entry["seconds"])
+
+
+@dataclass
+class Report:
+    """The outcome of `prune`; written as llmsparse_report.json."""
+
+    model: str
+    output: str
+    recipe: dict[str, Any]
+    protocol: dict[str, Any]  # of the calibration windows
+    versions: dict[str, str]
+    blocks: list[BlockRecord] = field(default_factory=list[BlockRecord])
+    perplexity: dict[str, Any] | None = None  # {"before", "after", "protocol"} on held-out windows
+    warnings: list[str] = field(default_factory=list[str])
+    total_parameters: int = 0
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for block in self.blocks for row in block.rows]
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros over elements of the pruned weights."""
+        return self.zeros / sum(row.numel for row in self.rows)
+
+    @property
+    def zeros(self) -> int:
+        return sum(round(row.sparsity * row.numel) for row in self.rows)
+
+    @property
+    def matched(self) -> bool:
+        return any(block.match for block in self.blocks)
+
+    def to_json(self) -> dict[str, Any]:
+        """One document, the same on stdout and on disk; everything that time decides stands under `timings`."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model,
+            "output": self.output,
+            "sparsity": self.sparsity,
+            "sparsity_of_all_parameters": self.zeros / self.total_parameters,
+            "perplexity": self.perplexity,
+            "calibration": self.protocol,
+            "weights": [asdict(row) for row in self.rows],
+            "matching": [{"block": block.name, **block.match} for block in self.blocks if block.match],
+            "warnings": self.warnings,
+            "recipe": self.recipe,
+            "versions": self.versions,
+            "timings": {
+                "seconds": self.seconds,
+                "peak_memory_bytes": self.peak_memory_bytes,
+                "weights": {name: seconds for block in self.blocks for name, seconds in block.seconds.items()},
+            },
+        }
+
+    def summary(self) -> list[tuple[str, str]]:
+        """What a person wants to know, as (label, text) pairs."""
+        lines = [
+            ("output", self.output),
+            ("pruned", f"{len(self.rows)} weights, {sum(row.numel for row in self.rows):,} parameters"),
+            ("sparsity", f"{self.sparsity:.4f} of these, {self.zeros / self.total_parameters:.4f} of all parameters"),
+            ("matching", self._matching()),
+        ]
+        if self.perplexity:
+            before, after = self.perplexity["before"], self.perplexity["after"]
+            windows, length = self.perplexity["windows"], self.perplexity["seq_len"]
+            lines.append(
+                ("perplexity", f"{before:.4g} → {after:.4g} on {windows} held-out windows of {length} tokens, per token")
+            )
+        lines.append(("took", f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 1e9:.2f} GB"))
+        lines += [("warning", warning) for warning in self.warnings]
+        return lines
+
+    def _matching(self) -> str:
+        matches = [block.match for block in self.blocks if block.match]
+        if not matches:
+            return "off"
+        before = sum(match["before"] for match in matches) / len(matches)
+        after = sum(match["after"] for match in matches) / len(matches)
+        return f"{matches[0]['steps']} steps a block, mean held-out output error {before:.4f} → {after:.4f}"
+
+    def table(self) -> RenderableType:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for label, text in self.summary():
+            style = "yellow" if label == "warning" else ""
+            table.add_row(Text(label, style="bold " + style), Text(text, style=style))
+        return table
+
+    def warn(self) -> None:
+        """Say plainly what a user should know: weights that fell back, text that ran short, a large loss."""
+        fallen = [row.name for row in self.rows if "fallback" in row.notes]
+        if fallen:
+            self.warnings.append(
+                f"{len(fallen)} experts saw no calibration token and were pruned by magnitude, {fallen[0]} first; "
+                "use more --calibration-samples"
+            )
+        if "note" in self.protocol:
+            self.warnings.append(f"calibration: {self.protocol['note']}")
+        if not self.perplexity:
+            return
+        before, after = self.perplexity["before"], self.perplexity["after"]
+        if not after < LARGE_LOSS * before:
+            hints = ["a lower --sparsity", "--method alps"]
+            if not self.matched:
+                hints.append("--match-steps 300")
+            self.warnings.append(
+                f"perplexity rose {after / before:.1f}-fold; this model may be of little use at "
+                f"{self.sparsity:.0%} sparsity: try {', or '.join(hints)}, or more calibration text"
+            )
+
+    def card(self) -> str:
+        """The model card, README.md of the output folder."""
+        method = self.rows[0].method
+        lines = [
+            "---",
+            f"base_model: {self.model}",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            "tags:",
+            *(f"- {tag}" for tag in ("llmsparse", "sparse", "pruned", method)),
+            "---",
+            "",
+            f"# {self.model}, pruned to {self.sparsity:.0%} with {method}",
+            "",
+            "Made with llmsparse. An ordinary checkpoint whose pruned weights hold zeros: it loads wherever the original does,",
+            "and takes the same space and time until it is packed.",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {label} | {text} |" for label, text in self.summary() if label not in ("output", "took")),
+            f"| calibration | {', '.join(f'{key} {value}' for key, value in self.protocol.items())} |",
+            "",
+            "The resolved recipe is in `llmsparse_recipe.yaml`, a row for every weight in `llmsparse_report.json`.",
+            "",
+        ]
+        return "\n".join(lines)

@@ -1,0 +1,46 @@
+"""Which weights are pruned: globs over on-disk names (without `.weight`).
+
+The default is every matrix that a block multiplies activations with; the model says what that is (`Weight.prunable`).
+`only` restricts, `include` adds, `exclude` removes, in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from llmsparse.errors import RecipeError, did_you_mean
+from llmsparse.model import Weight
+
+
+def select(
+    weights: Sequence[Weight], *, only: Sequence[str] = (), include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[Weight]:
+    """The weights to prune, in their given order.
+
+    Raises RecipeError for a glob that matches nothing, for an `include` of what cannot be pruned, and when nothing
+    is left.
+    """
+    names = [weight.name for weight in weights]
+    for option, globs in (("only", only), ("include", include), ("exclude", exclude)):
+        for glob in globs:
+            if not any(fnmatchcase(name, glob) for name in names):
+                raise RecipeError(f"--{option} {glob!r} matches none of {len(names)} weights{_example(glob, names)}")
+
+    def chosen(weight: Weight) -> bool:
+        included = any(fnmatchcase(weight.name, glob) for glob in include)
+        default = weight.prunable and (not only or any(fnmatchcase(weight.name, glob) for glob in only))
+        return (default or included) and not any(fnmatchcase(weight.name, glob) for glob in exclude)
+
+    selected = [weight for weight in weights if chosen(weight)]
+    if not selected:
+        raise RecipeError(
+            f"nothing is left to prune: --only, --include and --exclude select none of {len(names)} weights; "
+            "see their names with `llmsparse inspect MODEL`"
+        )
+    return selected
+
+
+def _example(glob: str, names: Sequence[str]) -> str:
+    hint = did_you_mean(glob, list(names)).split(" known:")[0].rstrip(";")
+    return hint or f"; a name looks like {names[0]!r}"

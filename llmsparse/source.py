@@ -1,0 +1,208 @@
+"""From what the user calls a model to a folder, a config and a tokenizer; what is not handled is refused here.
+
+A model is a local folder or a hub id. Refused, in one line each: encoder-decoder and multimodal models, quantized
+checkpoints, custom code without leave to run it, and whatever transformers does not know as a causal language model.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+import json
+import shutil
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from llmsparse.disk import disk_error
+from llmsparse.errors import CheckpointError, MachineError, RecipeError
+
+DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
+# other copies of the same weights: Mistral's own layout, half-precision variants, exports in folders of their own
+NOT_DOWNLOADED = ["consolidated*", "*.fp16*", "*/*.safetensors", "*/*.json", "*/*.txt"]
+VOCABULARIES = ["tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json"]
+WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+    ".ot",
+    ".tflite",
+    ".npz",
+)
+WRITTEN = ("README.md", "llmsparse_recipe.yaml", "llmsparse_report.json")
+CHAT_TEMPLATES = "additional_chat_templates"
+
+
+def resolve(model: str, revision: str | None = None) -> Path:
+    """The folder of `model`: a local one, else a hub id, downloaded or found in the cache (safetensors only).
+
+    Raises CheckpointError where there is no such model or leave to read it, MachineError without a network.
+    """
+    folder = Path(model).expanduser()
+    try:
+        is_folder, is_file = folder.is_dir(), folder.is_file()
+    except OSError as error:
+        raise CheckpointError(f"{model}: cannot be read ({error.strerror})") from error
+    if is_folder:
+        if revision is not None:
+            raise RecipeError(f"revision {revision!r}: {model} is a local folder, which has none; leave out --revision")
+        return folder
+    if is_file:
+        raise CheckpointError(f"{model}: a file; name the folder that holds config.json and the weights")
+    if model.startswith((".", "~", "/")) or model.count("/") > 1 or not model:
+        raise CheckpointError(f"{model or repr(model)}: no such folder")
+    folder = _download(model, revision)
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{model}: its hub repository holds no safetensors; pickled weights (.bin) are not read")
+    return folder
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a causal language model that can be handled, else CheckpointError."""
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    file = folder / "config.json"
+    raw = _read_json(file)
+    kind, architectures, remote = raw.get("model_type"), raw.get("architectures"), raw.get("auto_map")
+    if not isinstance(kind, str) or not kind:
+        raise CheckpointError(f"{file}: has no model_type, so nothing says what this model is")
+    if not isinstance(architectures, list) or not architectures:
+        raise CheckpointError(f'{file}: has no architectures; name the model\'s class there, e.g. ["LlamaForCausalLM"]')
+    if quantized := raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config"):
+        method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else "unknown method"
+        raise CheckpointError(f"{file}: already quantized ({method}); start from the unquantized checkpoint")
+    if kind not in CONFIG_MAPPING and not remote:
+        close = get_close_matches(kind, list(CONFIG_MAPPING), n=1)
+        raise CheckpointError(
+            f"{file}: model_type {kind!r} is not known to transformers {transformers.__version__}"
+            f"{f', did you mean {close[0]!r}?' if close else ';'} a newer transformers may know it"
+        )
+    if kind not in CONFIG_MAPPING and not trust_remote_code:
+        raise CheckpointError(
+            f"{file}: the model runs code of its own; read it, then allow it with --trust-remote-code"
+        )
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
+        raise CheckpointError(f"{file}: transformers cannot read it: {_one_line(error)}") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(f"{file}: {kind} is an encoder-decoder; only decoder language models are handled")
+    parts = [name for name in config.sub_configs if "vision" in name or "audio" in name]
+    if parts or config.get_text_config() is not config:
+        raise CheckpointError(
+            f"{file}: {kind} wraps a language model in a larger one ({', '.join(parts) or 'text_config'}); "
+            "save its language model on its own and prune that"
+        )
+    if trust_remote_code and remote and "AutoModelForCausalLM" in remote:
+        return config
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if causal is None or not any(name == causal.__name__ or name.endswith("ForCausalLM") for name in architectures):
+        raise CheckpointError(f"{file}: {architectures[0]} is not a causal language model")
+    return config
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The transformers tokenizer in `folder`, else CheckpointError: transformers would make up an empty one."""
+    from transformers import AutoTokenizer
+
+    if not any(path for pattern in VOCABULARIES for path in folder.glob(pattern)):
+        raise CheckpointError(f"{folder}: no tokenizer (wanted tokenizer.json, tokenizer.model or a vocabulary file)")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises nothing narrower for a corrupt file
+        hint = "; read its code, then allow it with --trust-remote-code" if "trust_remote_code" in str(error) else ""
+        raise CheckpointError(f"{folder}: tokenizer cannot be loaded: {_one_line(error)}{hint}") from error
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy whatever belongs to a model but is not weights: configs, tokenizer, chat templates, code, licence."""
+    for path in sorted([*source.glob("*"), *source.glob(f"{CHAT_TEMPLATES}/*")]):
+        name = path.name
+        weights = name.endswith(WEIGHTS) or name.endswith((".safetensors.index.json", ".bin.index.json"))
+        if weights or name.startswith(".") or name in WRITTEN or not path.is_file():
+            continue
+        copy = target / path.relative_to(source)
+        try:
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+        except OSError as error:
+            raise disk_error(copy, error, path.stat().st_size) from error
+
+
+def write_side_files(target: Path, *, recipe: str, report: dict[str, Any], card: str) -> None:
+    """Write what a run says about itself beside its weights: recipe (YAML), report (JSON) and model card."""
+    texts = (card, recipe, json.dumps(report, indent=2) + "\n")
+    for name, text in zip(WRITTEN, texts, strict=True):
+        try:
+            (target / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise disk_error(target / name, error, len(text)) from error
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
+    what = f"{model} at revision {revision}" if revision else model
+    try:
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED)
+        )
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"{model}: neither a folder nor a hub id (owner/name)") from error
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{model}: gated; accept its licence at {constants.ENDPOINT}/{model}, then run `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{model}: no such folder, and no such model at {constants.ENDPOINT}; "
+            "check the spelling, or run `hf auth login` if it is private"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{model}: has no revision {revision!r}; see {constants.ENDPOINT}/{model}/tree"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise _unreachable(what, error) from error
+    except (OSError, HTTPError, RuntimeError) as error:  # RuntimeError comes from the chunk downloader, hf_xet
+        raise MachineError(f"{what}: download failed: {_one_line(error)}; run again to go on with it") from error
+
+
+def _unreachable(what: str, error: OSError) -> MachineError:
+    """No network, or none wanted, and no complete copy in the cache."""
+    from huggingface_hub import constants, errors
+
+    incomplete = isinstance(error, errors.IncompleteSnapshotError)
+    found = f"no such folder, and {'only part of it' if incomplete else 'nothing'} in the cache"
+    if constants.is_offline_mode():
+        return MachineError(f"{what}: {found} while offline (HF_HUB_OFFLINE=1); name a local folder, or go online once")
+    cause = _one_line(error.__cause__ or error)
+    return MachineError(f"{what}: {found}, and {constants.ENDPOINT} is out of reach ({cause}); name a local folder")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content: Any = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file.parent}: no config.json, so this is no model") from error
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not JSON: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: not a JSON object")
+    return content
+
+
+def _one_line(error: BaseException) -> str:
+    """An error of another library, short and on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,154 @@
+"""What calibration leaves behind about one input: norms, moments, the Gram matrix.
+
+A statistic belongs to an *input*, so weights that read the same activations (q, k, v) share one. Each richer kind can
+stand in for a poorer one: `InputNorm` ⊂ `InputMoments` ⊂ `Gram`. All of them are sums over tokens, so two that saw
+different tokens can be merged. They keep no activations and know nothing of weights.
+"""
+
+# pyright: reportUnknownMemberType=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from llmsparse.errors import NumericalError
+
+T = TypeVar("T")
+
+
+class Statistic(Protocol):
+    """Accumulates over calibration tokens; reducible over processes by `merge`."""
+
+    tokens: int
+
+    def __init__(self, width: int, device: torch.device) -> None: ...
+
+    def update(self, x: Tensor) -> None:
+        """Take in `x` (tokens, width), any float dtype; `x` is not changed."""
+        ...
+
+    def merge(self, other: Self) -> None:
+        """Become what this would be after also seeing the tokens of `other`."""
+        ...
+
+    @staticmethod
+    def nbytes(width: int) -> int:
+        """Bytes held for an input of this width."""
+        ...
+
+
+class InputNorm:
+    """Σ x² of every input, summed in fp32 within a batch and in fp64 over batches."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.width = width
+        self.tokens = 0
+        self.squares = torch.zeros(width, dtype=torch.float64, device=device)
+
+    def update(self, x: Tensor) -> None:
+        self.tokens += x.shape[0]
+        self.squares += x.float().square().sum(dim=0)
+
+    def merge(self, other: Self) -> None:
+        self.tokens += other.tokens
+        self.squares += other.squares.to(self.squares.device)
+
+    @property
+    def norm(self) -> Tensor:
+        """‖X_j‖₂ over all tokens, (width,) fp32. Raises `NumericalError` where an activation was NaN or Inf."""
+        broken = int((~self.squares.isfinite()).sum())
+        if broken:
+            raise NumericalError(
+                f"calibration activations hold NaN or Inf in {broken} of {self.width} inputs after {self.tokens} tokens; "
+                "try --dtype float32"
+            )
+        return self.squares.sqrt().float()
+
+    @staticmethod
+    def nbytes(width: int) -> int:
+        return 8 * width
+
+
+class InputMoments(InputNorm):
+    """Adds mean and population variance of every input, pooled over all tokens (Chan, Golub, LeVeque 1979)."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__(width, device)
+        self._mean = torch.zeros_like(self.squares)
+        self._spread = torch.zeros_like(self.squares)  # Σ (x - mean)²
+
+    def update(self, x: Tensor) -> None:
+        if x.shape[0]:
+            spread, mean = torch.var_mean(x.float(), dim=0, correction=0)
+            self._pool(x.shape[0], mean.double(), spread.double() * x.shape[0])
+        super().update(x)
+
+    def merge(self, other: Self) -> None:
+        if other.tokens:
+            self._pool(other.tokens, other._mean.to(self._mean.device), other._spread.to(self._mean.device))
+        super().merge(other)
+
+    def _pool(self, tokens: int, mean: Tensor, spread: Tensor) -> None:
+        total = self.tokens + tokens
+        shift = mean - self._mean
+        self._mean += shift * (tokens / total)
+        self._spread += spread + shift.square() * (self.tokens * (tokens / total))
+
+    @property
+    def mean(self) -> Tensor:
+        """(width,) fp32."""
+        return self._mean.float()
+
+    @property
+    def variance(self) -> Tensor:
+        """Population variance, (width,) fp32."""
+        return (self._spread / max(self.tokens, 1)).float()
+
+    @staticmethod
+    def nbytes(width: int) -> int:
+        return 24 * width
+
+
+class Gram(InputMoments):
+    """Adds XᵀX, (width, width) fp32, and remembers factorizations of it for the weights that share this input."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__(width, device)
+        self.xtx = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self._factors: dict[Hashable, Any] = {}
+
+    def update(self, x: Tensor) -> None:
+        super().update(x)
+        self._factors.clear()
+        x = x.float()
+        self.xtx.addmm_(x.T, x)
+
+    def merge(self, other: Self) -> None:
+        super().merge(other)
+        self._factors.clear()
+        self.xtx += other.xtx.to(self.xtx.device)
+
+    def factor(self, key: Hashable, make: Callable[[], T]) -> T:
+        """`make()`, once per `key` until the next update: q, k and v pay for one factorization."""
+        if key not in self._factors:
+            self._factors[key] = make()
+        return self._factors[key]
+
+    @staticmethod
+    def nbytes(width: int) -> int:
+        return InputMoments.nbytes(width) + 4 * width * width
+
+
+def combine(a: type[Statistic] | None, b: type[Statistic] | None) -> type[Statistic] | None:
+    """The poorest statistic that can stand in for both.
+
+    >>> combine(InputNorm, Gram).__name__
+    'Gram'
+    """
+    if a is None or b is None:
+        return a or b
+    return a if issubclass(a, b) else b

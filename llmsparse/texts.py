@@ -1,0 +1,255 @@
+"""Where text comes from: `builtin`, `c4`, `wikitext2`, a dataset on the hub, or a file.
+
+A source is opened as documents and a protocol that names it to the letter (dataset, revision, split). Hub datasets are
+pinned to a commit and streamed, so that 128 windows of C4 do not download a shard; files go through the same library
+and leave nothing in its cache. Every failure is one line that says what else to give.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportMissingTypeStubs=false
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from llmsparse.errors import CalibrationError, MachineError
+
+Purpose = Literal["calibration", "evaluation"]
+
+BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+TOKEN_FILE_SUFFIX = ".safetensors"
+
+C4 = ("allenai/c4", "1588ec454efa1a09f29cd18ddd04fe05fc8653a2")
+C4_FILES = {
+    "calibration": ("train", "en/c4-train.00000-of-01024.json.gz"),
+    "evaluation": ("validation", "en/c4-validation.00000-of-00008.json.gz"),
+}
+WIKITEXT = ("Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3")
+WIKITEXT_FILES = {
+    "calibration": ("train", "wikitext-2-raw-v1/train-00000-of-00001.parquet"),
+    "evaluation": ("test", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
+}
+SPLITS = {"calibration": ("train",), "evaluation": ("test", "validation", "train")}  # first choice first
+INSTEAD = "use --{option} builtin (Python's standard library text) or --{option} FILE"
+OPTION = {"calibration": "calibration", "evaluation": "text"}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """`documents` to be read once; `endless` if there may be far more of them than anyone wants."""
+
+    documents: Iterator[str]
+    endless: bool
+    protocol: dict[str, Any]
+
+
+def open_texts(source: str, purpose: Purpose, text_field: str | None = None) -> Texts:
+    """Open `source` for calibrating or for evaluating.
+
+    Raises CalibrationError for what cannot be read and MachineError when it takes a network that is not there.
+    """
+    if source == "builtin":
+        return _builtin(purpose)
+    if source == "c4":
+        return _c4(purpose)
+    if source == "wikitext2":
+        return _wikitext(purpose)
+    path = Path(source).expanduser()
+    if path.exists() or path.suffix in BUILDERS:
+        return _file(path, text_field)
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.-]+))?", source)
+    if hub is None:
+        raise CalibrationError(
+            f"no text {source!r}: neither a file, nor builtin, c4 or wikitext2, nor a dataset such as org/name:split"
+        )
+    return _hub(hub[1], hub[2], hub[3], purpose, text_field)
+
+
+def _builtin(purpose: Purpose) -> Texts:
+    from llmsparse.demo import corpus
+
+    protocol = {"dataset": "builtin", "text": corpus.describe(purpose), "python": platform.python_version()}
+    return Texts(iter(corpus.texts(purpose)), False, protocol)
+
+
+def _file(path: Path, text_field: str | None) -> Texts:
+    if path.is_dir():
+        raise CalibrationError(f"{path}: is a folder, wanted one {', '.join(BUILDERS)} or {TOKEN_FILE_SUFFIX} file")
+    if path.suffix not in BUILDERS:
+        raise CalibrationError(f"{path}: unknown kind of file, wanted {', '.join(BUILDERS)} or {TOKEN_FILE_SUFFIX}")
+    if not path.exists():
+        raise CalibrationError(f"{path}: no such file")
+    try:
+        if path.stat().st_size == 0:
+            raise CalibrationError(f"{path}: is empty, wanted text")
+        if path.suffix == ".txt" and _holds_nul(path):
+            raise CalibrationError(f"{path}: is binary, wanted UTF-8 text")
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be read ({error.strerror})") from None
+    rows = _rows(str(path), BUILDERS[path.suffix], str(path))
+    return Texts(_documents(rows, text_field, str(path)), False, {"file": path.name})
+
+
+def _holds_nul(path: Path) -> bool:
+    with path.open("rb") as file:
+        return any(b"\0" in chunk for chunk in iter(lambda: file.read(2**20), b""))
+
+
+def _rows(path: str, builder: str, where: str) -> Iterator[dict[str, Any]]:
+    """The rows of a local file, read as they are asked for."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
+    try:
+        with TemporaryDirectory() as cache:  # for its lock files: nothing is copied when streaming
+            rows: Any = load_dataset(
+                builder, data_files=path, split="train", streaming=True, cache_dir=cache, **options
+            )
+        yield from rows
+    except UnicodeDecodeError:
+        raise CalibrationError(f"{where}: is binary, or not UTF-8; wanted UTF-8 text") from None
+    except (OSError, ValueError, TypeError, DatasetsError) as error:
+        raise CalibrationError(f"{where}: cannot be read as {builder}: {_first_line(error)}") from None
+
+
+def _c4(purpose: Purpose) -> Texts:
+    (name, revision), (split, file) = C4, C4_FILES[purpose]
+    cached = _cached(name, revision, file)
+    if cached is not None:
+        rows = _rows(cached, "json", name)
+    else:
+        _reach(name, revision, purpose, "c4")
+        rows = _streamed(name, purpose, "c4", data_files={split: file}, split=split, revision=revision)
+    protocol = {"dataset": name, "file": file, "revision": revision, "split": split}
+    return Texts(_documents(rows, "text", "c4"), True, protocol)
+
+
+def _wikitext(purpose: Purpose) -> Texts:
+    """All rows of the split joined by a blank line, as the papers have it: one text."""
+    from huggingface_hub import hf_hub_download
+
+    (name, revision), (split, file) = WIKITEXT, WIKITEXT_FILES[purpose]
+    path = _cached(name, revision, file)
+    if path is None:
+        _reach(name, revision, purpose, "wikitext2")
+        try:
+            path = hf_hub_download(name, file, repo_type="dataset", revision=revision)
+        except _network_errors() as error:
+            raise _unreachable("wikitext2", purpose, error) from None
+    text = "\n\n".join(str(row["text"]) for row in _rows(path, "parquet", name))
+    return Texts(iter([text]), False, {"dataset": name, "file": file, "revision": revision, "split": split})
+
+
+def _hub(name: str, config: str | None, split: str | None, purpose: Purpose, text_field: str | None) -> Texts:
+    revision = _reach(name, None, purpose, name)
+    from datasets import get_dataset_split_names
+    from datasets.exceptions import DatasetsError
+
+    try:
+        if split is None:
+            known: list[str] = get_dataset_split_names(name, config, revision=revision)
+            split = next((wish for wish in SPLITS[purpose] if wish in known), known[0])
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise CalibrationError(f"dataset {name} cannot be read: {_first_line(error)}") from None
+    rows = _streamed(name, purpose, name, config=config, split=split, revision=revision)
+    protocol = {"dataset": name, "revision": revision, "split": split} | ({"config": config} if config else {})
+    return Texts(_documents(rows, text_field, name), True, protocol)
+
+
+def _streamed(name: str, purpose: Purpose, label: str, *, config: str | None = None, **options: Any) -> Iterator[Any]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield from load_dataset(name, config, streaming=True, **options)
+    except (ValueError, RuntimeError, DatasetsError) as error:
+        raise CalibrationError(f"dataset {name} cannot be read: {_first_line(error)}") from None
+    except _network_errors() as error:
+        raise _unreachable(label, purpose, error) from None
+
+
+def _reach(name: str, revision: str | None, purpose: Purpose, label: str) -> str:
+    """The commit of a dataset on the hub, after one quick request: `datasets` would retry for half a minute."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return str(HfApi().dataset_info(name, revision=revision).sha)
+    except GatedRepoError:
+        raise CalibrationError(
+            f"dataset {name} is gated: accept its terms on the hub and run `hf auth login`"
+        ) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise CalibrationError(f"no dataset {name!r} on the hub; {_instead(purpose)}") from None
+    except _network_errors() as error:
+        raise _unreachable(label, purpose, error) from None
+
+
+def _documents(rows: Iterator[Any], text_field: str | None, where: str) -> Iterator[str]:
+    """The texts in `rows`, empty ones left out. Looks at the first row at once: a wrong column is known when opened."""
+    first = next(rows, None)
+    if first is None:
+        raise CalibrationError(f"{where}: is empty, wanted text")
+    field = _column(first, text_field, where)
+    return (_text(row, field, where) for row in chain([first], rows) if row[field])
+
+
+def _column(row: dict[str, Any], text_field: str | None, where: str) -> str:
+    if text_field is not None:
+        if text_field in row:
+            return text_field
+        raise CalibrationError(f"{where}: no column {text_field!r}; it has {', '.join(row)}")
+    strings = [key for key, value in row.items() if isinstance(value, str)]
+    if "text" in strings:
+        return "text"
+    if len(strings) == 1:
+        return strings[0]
+    raise CalibrationError(
+        f"{where}: which column is the text? call it 'text', or name it with --text-field; it has {', '.join(row)}"
+    )
+
+
+def _text(row: dict[str, Any], field: str, where: str) -> str:
+    if not isinstance(row[field], str):
+        raise CalibrationError(f"{where}: column {field!r} holds {type(row[field]).__name__}, wanted text")
+    return row[field]
+
+
+def _cached(name: str, revision: str, file: str) -> str | None:
+    """A hub file that is on this machine already."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(name, file, revision=revision, repo_type="dataset")
+    return path if isinstance(path, str) else None
+
+
+def _network_errors() -> tuple[type[BaseException], ...]:
+    """What a request to the hub may raise."""
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
+    return (OSError, HTTPError)
+
+
+def _unreachable(label: str, purpose: Purpose, error: BaseException) -> MachineError:
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, HfHubHTTPError):
+        return MachineError(f"{label} cannot be read ({_first_line(error)}); try again, or {_instead(purpose)}")
+    reason = "" if isinstance(error, OfflineModeIsEnabled) else f" ({_first_line(error)})"
+    return MachineError(f"{label} cannot be read offline{reason}: {_instead(purpose)}")
+
+
+def _instead(purpose: Purpose) -> str:
+    return INSTEAD.format(option=OPTION[purpose])
+
+
+def _first_line(error: BaseException) -> str:
+    cause = error.__cause__ if error.__cause__ is not None and "generat" in str(error) else error
+    return next(iter(str(cause).strip().splitlines()), type(cause).__name__)[:300]

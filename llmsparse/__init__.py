@@ -1,1 +1,79 @@
+"""llmsparse: make a trained language model sparse, and make that sparsity pay.
+
+    import llmsparse
+
+    report = llmsparse.prune(model="meta-llama/Llama-3.2-1B", sparsity=0.5)
+    print(llmsparse.perplexity(report.output, "builtin").perplexity)
+
+The names below load what they need when they are first used: `import llmsparse` itself imports neither torch nor
+transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from llmsparse.errors import (
+    CalibrationError,
+    CheckpointError,
+    LlmsparseError,
+    MachineError,
+    NumericalError,
+    PatternError,
+    RecipeError,
+)
+
+if TYPE_CHECKING:
+    from llmsparse.evaluation import Perplexity, perplexity
+    from llmsparse.inspection import Inspection, inspect
+    from llmsparse.pipeline import prune
+    from llmsparse.planning import Plan, plan
+    from llmsparse.recipe import Recipe, Rule
+    from llmsparse.report import Report
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "Inspection",
+    "LlmsparseError",
+    "MachineError",
+    "NumericalError",
+    "PatternError",
+    "Perplexity",
+    "Plan",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "Rule",
+    "__version__",
+    "inspect",
+    "perplexity",
+    "plan",
+    "prune",
+]
+
+_MODULES = {
+    "Inspection": "inspection",
+    "Perplexity": "evaluation",
+    "Plan": "planning",
+    "Recipe": "recipe",
+    "Report": "report",
+    "Rule": "recipe",
+    "inspect": "inspection",
+    "perplexity": "evaluation",
+    "plan": "planning",
+    "prune": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'llmsparse' has no attribute {name!r}")
+    return getattr(import_module(f"llmsparse.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,9 @@ class CheckpointReader:
     def keys(self) -> list[str]:
         """Names of all tensors, in file order."""
         return list(self._specs)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
 
     def spec(self, key: str) -> TensorSpec:
         """Shape, dtype and place of one tensor."""
@@ -123,6 +126,9 @@ class CheckpointWriter:
     def keys(self) -> list[str]:
         """Names of all tensors, shard by shard."""
         return list(self._specs)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
 
     def spec(self, key: str) -> TensorSpec:
         """Shape, dtype and place of one tensor."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from llmsparse.model import Activations, Block
 
 TOKENS_PER_STEP = 4096  # or four times the block's width, if that is more
-LEARNING_RATES = (3e-3, 1e-2, 3e-2)  # fractions of a weight's root mean square
+LEARNING_RATES = (1e-2, 3e-2, 1e-1)  # fractions of a weight's root mean square
 PROBE_STEPS = 20
 FINAL_FRACTION = 0.05  # of the learning rate, at the end of the cosine
 CHECKS = 8  # held-out measurements in a run
@@ -39,6 +39,7 @@ class Match:
     learning_rate: float
 
 
+@torch.enable_grad()
 def match(
     block: Block,
     acts: Activations,

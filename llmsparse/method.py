@@ -9,7 +9,7 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -55,14 +55,17 @@ def build(spec: MethodSpec, path: KeyPath = ("method",)) -> Pruner:
 
 
 def describe(pruner: Pruner) -> dict[str, Any]:
-    """The mapping that `build` turns into an equal pruner, every option spelled out."""
+    """The mapping that `build` turns into an equal pruner, every option spelled out. RecipeError if it is no method."""
     from llmsparse.pruners import PRUNERS
 
-    name = next(name for name, method in PRUNERS.items() if type(pruner) is method)
-    options = {field.name: getattr(pruner, field.name) for field in fields(pruner) if field.init}  # type: ignore[arg-type]
+    name = next((name for name, method in PRUNERS.items() if type(pruner) is method), None)
+    if name is None:
+        raise RecipeError(f"method {type(pruner).__name__} has no name; add it to PRUNERS in llmsparse/pruners")
+    names = [field.name for field in fields(cast(Any, pruner)) if field.init]
+    options: dict[str, Any] = {name: getattr(pruner, name) for name in names}
     nested = tuple(PRUNERS.values())
     return {"name": name} | {
-        key: describe(value) if isinstance(value, nested) else list(value) if isinstance(value, tuple) else value
+        key: describe(value) if isinstance(value, nested) else list(cast(Any, value)) if type(value) is tuple else value
         for key, value in options.items()
     }
 

@@ -84,8 +84,8 @@ class _Zeros(TorchFunctionMode):
         if _on_meta(kwargs.get("device")):
             kwargs["device"] = self._device  # models create things where a parameter of theirs is
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if all(tensor.is_meta for tensor in tensors):
-            return func(*args, **kwargs)
+        if all(tensor.is_meta for tensor in tensors) or (func is Tensor.__getitem__ and args[0].is_meta):
+            return func(*args, **kwargs)  # of a parameter alone; one expert of it, even if its number is real
         if any(tensor.is_meta for tensor in tensors):
             args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
         return pytree.tree_map_only(Tensor, self._real, func(*args, **kwargs))

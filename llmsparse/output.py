@@ -38,6 +38,8 @@ class PartialOutput:
         if resume and overwrite:
             raise RecipeError("--resume goes on with an unfinished run and --overwrite starts anew: choose one")
         self.out = Path(out).expanduser().resolve()
+        if os.path.ismount(self.out):
+            raise RecipeError(f"{self.out}: a mount point, which cannot be replaced; name a folder inside it")
         self.folder = self.out.with_name(self.out.name + ".partial")
         self.finished: dict[str, Any] = {}
         self._state = self.folder / STATE
@@ -89,9 +91,7 @@ class PartialOutput:
         return self.out
 
     def _check_place(self, source: Path | None) -> None:
-        """Refuse, from names alone, an OUT that can never be renamed into place or would harm the source."""
-        if not self.out.name or os.path.ismount(self.out):
-            raise RecipeError(f"{self.out}: cannot be replaced as a whole; name a folder inside it")
+        """Refuse, from names alone, an OUT that would harm the source."""
         if source is not None:
             model = source.expanduser().resolve()
             for place in (self.out, self.folder):
@@ -127,7 +127,7 @@ class PartialOutput:
         replaced = self._state / "replaced"
         if replaced.exists() and not self.out.exists():
             replaced.rename(self.out)
-        if (self.out / STATE / "run.json").exists():
+        if (self.out / STATE).is_dir():
             shutil.rmtree(self.out / STATE)
 
     def _run(self) -> dict[str, Any] | None:

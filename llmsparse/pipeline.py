@@ -26,8 +26,8 @@ from llmsparse.matching import Match, match
 from llmsparse.memory import PeakMemory
 from llmsparse.model import Activations, Block
 from llmsparse.output import PartialOutput
-from llmsparse.perplexity import negative_log_likelihood
-from llmsparse.plan import HEAD, Choice, Plan, make_plan, versions
+from llmsparse.evaluation import negative_log_likelihood
+from llmsparse.planning import HEAD, Choice, Plan, make_plan, versions
 from llmsparse.progress import Progress, Silent
 from llmsparse.pruners import Magnitude
 from llmsparse.recipe import Recipe
@@ -144,6 +144,9 @@ def prune_block(block: Block, acts: Activations, plan: Plan, progress: Progress)
     choices = {choice.weight.name: choice for choice in plan.choices[block.name]}
     if not choices:
         return BlockRecord(block.name, [], None, {})
+    for choice in choices.values():
+        if not torch.isfinite(block.view(choice.weight)).all():
+            raise CheckpointError(f"{choice.weight.name} in {plan.folder} holds NaN or Inf; repair the checkpoint")
     rows: list[Row] = []
     seconds: dict[str, float] = {}
     keep: dict[str, Tensor] = {}
@@ -208,15 +211,13 @@ def prune_weight(block: Block, choice: Choice, entry: Input, plan: Plan) -> tupl
     """Prune one weight in `block.stored`; returns its report row and its keep-mask, (out, in) on the CPU."""
     weight, pruner, notes = choice.weight, choice.pruner, dict[str, Any]()
     stored = block.view(weight)  # (out, in), stored dtype
-    if not torch.isfinite(stored).all():
-        raise CheckpointError(f"{weight.name} in {plan.folder} holds NaN or Inf; repair the checkpoint, or --exclude it")
     if entry.tokens == 0:
         if weight.expert is None and weight.kind != "expert":
             raise LlmsparseError(f"no calibration token reached {weight.name}; leave it out with --exclude {weight.name!r}")
         pruner = Magnitude()
         notes["fallback"] = "magnitude: no calibration token reached this expert"
 
-    dense = stored.to(plan.device, torch.float32)
+    dense = stored.to(plan.device, torch.float32, copy=True)
     generator = torch.Generator().manual_seed(plan.recipe.seed * 2**32 + zlib.crc32(weight.name.encode()))
     pruned = pruner(dense, entry.statistic, choice.pattern, generator)
     notes |= pruned.notes

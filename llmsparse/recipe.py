@@ -57,7 +57,7 @@ def _match_steps(value: Any) -> int | Literal["auto"]:
 def _method(value: Any) -> MethodSpec:
     if isinstance(value, str) or (isinstance(value, dict) and "name" in value):
         return value  # pyright: ignore[reportUnknownVariableType]
-    if is_dataclass(value):  # a pruner, from Python
+    if is_dataclass(cast(object, value)):  # a pruner, from Python
         return methods.describe(cast("Pruner", value))
     raise ValueError(f"got {value!r}, wanted a name such as wanda, or a mapping such as {{name: wanda}}")
 
@@ -91,7 +91,7 @@ Method = Annotated[MethodSpec, PlainValidator(_method)]
 class Rule(BaseModel):
     """Other settings for the weights whose on-disk name (without `.weight`) matches a glob."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)  # --help needs no schema
 
     match: str
     sparsity: Sparsity | None = None
@@ -102,7 +102,7 @@ class Rule(BaseModel):
 class Recipe(BaseModel):
     """A pruning run. Raises RecipeError, in one line, for whatever cannot be."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)  # --help needs no schema
 
     model: Annotated[str, Field(min_length=1, description="Checkpoint folder or hub id.")]
     output: Annotated[str | None, Field(description="Folder to write; ./NAME-METHOD-PERCENT if not given.")] = None

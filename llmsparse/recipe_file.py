@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 def shipped() -> dict[str, Path]:
     """The recipes that come with llmsparse, by name: in the wheel, or beside the package in a source checkout."""
+    from importlib.resources import files
+
     inside = Path(str(files("llmsparse").joinpath("recipes")))
     folder = inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}

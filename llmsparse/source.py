@@ -43,6 +43,8 @@ def resolve(model: str, revision: str | None = None) -> Path:
 
     Raises CheckpointError where there is no such model or leave to read it, MachineError without a network.
     """
+    if not model:
+        raise CheckpointError("model '': empty; name a folder or a hub id (owner/name)")
     folder = Path(model).expanduser()
     try:
         is_folder, is_file = folder.is_dir(), folder.is_file()
@@ -54,8 +56,8 @@ def resolve(model: str, revision: str | None = None) -> Path:
         return folder
     if is_file:
         raise CheckpointError(f"{model}: a file; name the folder that holds config.json and the weights")
-    if model.startswith((".", "~", "/")) or model.count("/") > 1 or not model:
-        raise CheckpointError(f"{model or repr(model)}: no such folder")
+    if model.startswith((".", "~", "/")) or model.count("/") > 1:
+        raise CheckpointError(f"{model}: no such folder")
     folder = _download(model, revision)
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{model}: its hub repository holds no safetensors; pickled weights (.bin) are not read")
@@ -75,8 +77,10 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise CheckpointError(f"{file}: has no model_type, so nothing says what this model is")
     if not isinstance(architectures, list) or not architectures:
         raise CheckpointError(f'{file}: has no architectures; name the model\'s class there, e.g. ["LlamaForCausalLM"]')
-    if quantized := raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config"):
-        method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else "unknown method"
+    text = raw.get("text_config")
+    quantized = raw.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
+    if quantized:
+        method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else quantized
         raise CheckpointError(f"{file}: already quantized ({method}); start from the unquantized checkpoint")
     if kind not in CONFIG_MAPPING and not remote:
         close = get_close_matches(kind, list(CONFIG_MAPPING), n=1)

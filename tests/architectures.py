@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from llmsparse.checkpoint import CheckpointReader
+from llmsparse.model import StreamedModel
 
 VOCABULARY = 97
 
@@ -129,8 +133,9 @@ def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.5 if parameter.dim() == 1 else 0.0, 0.2)
+        for name, parameter in model.named_parameters():
+            norm = parameter.dim() == 1 and "bias" not in name
+            parameter.normal_(0.8 if norm else 0.0, 0.2)
     model.tie_weights()
     return model.eval()
 
@@ -139,3 +144,14 @@ def save_random(config: PretrainedConfig, folder: Path, shard: str = "24KB", see
     """A checkpoint of `random_model` in several shards; returns the folder."""
     random_model(config, seed).save_pretrained(folder, max_shard_size=shard)
     return folder
+
+
+def stream(folder: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:
+    """The checkpoint, streamed on the CPU."""
+    return StreamedModel(CheckpointReader(folder), device=torch.device("cpu"), dtype=dtype)
+
+
+def windows(*shapes: tuple[int, int], seed: int = 1) -> list[Tensor]:
+    """Batches of random ids, (batch, tokens) each."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, shape, generator=generator) for shape in shapes]

@@ -124,20 +124,15 @@ def split_shards(folder: Path, shards: int) -> None:
 
 
 @pytest.fixture
-def locked(tmp_path: Path) -> Path:
-    """A folder that an ordinary user may neither read nor write."""
+def locked(tmp_path: Path) -> Iterator[Path]:
+    """A folder that may be neither read nor written, also where the tests run as root: its privileges are laid down."""
     folder = tmp_path / "locked"
     folder.mkdir()
     folder.chmod(0)
-    return folder
-
-
-@pytest.fixture
-def ordinary_user() -> Iterator[None]:
-    """Without root's privileges, so that permissions mean something where the tests run as root."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
-    yield
+    yield folder
     if root:
         os.seteuid(0)
+    folder.chmod(0o700)

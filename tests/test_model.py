@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, MIXTURE, VOCABULARY, random_model, save_random, tiny_config
+from architectures import ARCHITECTURES, random_model, save_random, stream, tiny_config, windows
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
 
 from llmsparse.checkpoint import CheckpointReader
 from llmsparse.errors import CheckpointError
@@ -25,18 +24,13 @@ from llmsparse.tap import Tap
 CPU = torch.device("cpu")
 
 
-def stream(folder: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:
-    return StreamedModel(CheckpointReader(folder), device=CPU, dtype=dtype)
-
-
 def whole(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval().requires_grad_(False)
-
-
-def windows(*shapes: tuple[int, int], seed: int = 1) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, VOCABULARY, shape, generator=generator) for shape in shapes]
+    """The model as transformers loads it. It maps the files, where tensors lie at odd addresses, and wants gradients:
+    both choose other kernels, which differ in the last bit."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model.eval().requires_grad_(False)
 
 
 def streamed_logits(model: StreamedModel, batches: list[Tensor]) -> list[Tensor]:

@@ -60,9 +60,7 @@ class Demo:
         table = Table("method", "sparsity", "perplexity", "seconds", box=None, pad_edge=False)
         for row in self.rows:
             table.add_row(row.label, f"{row.sparsity:.2f}", f"{row.perplexity:.2f}", f"{row.seconds:.1f}")
-        table.caption = (
-            f"perplexity per token on {self.protocol.get('source', 'builtin')}, {EVALUATION_WINDOWS} windows of {SEQ_LEN} tokens"
-        )
+        table.caption = f"perplexity per token on {self.protocol.get('source', 'builtin')}, {EVALUATION_WINDOWS} windows of {SEQ_LEN} tokens"
         table.caption_justify = "left"
         texts = [Text(f"\n{row.label}:\n{row.text}") for row in (self.rows[0], self.rows[-1])]
         return Group(table, *texts)
@@ -72,7 +70,7 @@ def run(progress: Progress | None = None) -> Demo:
     """Prune the embedded model by every method; the folders are temporary."""
     import torch
 
-    from llmsparse.perplexity import perplexity
+    from llmsparse.evaluation import perplexity
     from llmsparse.pipeline import prune
     from llmsparse.recipe import Recipe
 

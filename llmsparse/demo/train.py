@@ -7,8 +7,8 @@ install, on two CPU cores in about an hour. Everything runs in fp32, since bf16 
 weights are rounded to bf16 once, when exported. Block matrices are trained by Muon, which gets further than AdamW on
 so few tokens; `torch.optim.Muon` iterates in bf16, hence the one below.
 
-State is saved every 100 steps. `--resume` continues from it; with fewer `--steps` it goes into the decay early, and
-with no steps left it only exports.
+State is saved as it goes. `--resume` continues from it; with a smaller `--steps` or `--minutes` the learning rate
+falls early, and with nothing left of either it only exports.
 """
 
 # torch and transformers are typed in part only:
@@ -25,6 +25,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +42,37 @@ VOCAB = 4096
 WINDOW = 512
 
 
+@dataclass
+class Progress:
+    """What has been spent so far, across resumes."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
 @dataclass(frozen=True)
 class Hyper:
     """What shapes the run, besides the model."""
 
     steps: int
+    minutes: float = math.inf  # of stepping; the schedule follows whichever of the two runs out first
     batch: int = 8  # windows per step; at a few million tokens more steps are worth more than smoother gradients
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     weight_decay: float = 0.05
     warmup: int = 20  # steps
-    decay: float = 0.35  # fraction of the steps over which the learning rate falls to 0
+    decay: float = 0.35  # fraction of the run over which the learning rate falls to 0
     clip: float = 1.0
     seed: int = 0
 
-    def lr_scale(self, step: int) -> float:
+    def left(self, done: Progress) -> float:
+        """The fraction of the run still ahead, at most 0 at its end."""
+        return 1 - max(done.step / self.steps, done.seconds / (60 * self.minutes))
+
+    def lr_scale(self, done: Progress) -> float:
         """Warm up, stay, decay linearly to 0 (a WSD schedule)."""
-        return min((step + 1) / self.warmup, 1.0, (self.steps - step) / (self.decay * self.steps))
+        return min((done.step + 1) / self.warmup, 1.0, self.left(done) / self.decay)
 
 
 class Muon(torch.optim.Optimizer):
@@ -149,12 +164,12 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor
 
 
 def batches(stream: Tensor, hyper: Hyper, start: int) -> Iterator[Tensor]:
-    """The batches of steps `start` to `hyper.steps`, each (batch, WINDOW), the same whether or not the run resumed.
+    """The batches from step `start` on, each (batch, WINDOW), the same whether or not the run was resumed.
 
     Every epoch cuts the stream at a new offset and shuffles the windows.
     """
     per_epoch = (len(stream) // WINDOW - 1) // hyper.batch
-    for step in range(start, hyper.steps):
+    for step in count(start):
         epoch, index = divmod(step, per_epoch)
         rng = torch.Generator().manual_seed(hyper.seed * 1000 + epoch)
         offset = int(torch.randint(WINDOW, (1,), generator=rng))
@@ -188,15 +203,6 @@ def build_optimizers(model: LlamaForCausalLM, hyper: Hyper) -> list[torch.optim.
     ]
 
 
-@dataclass
-class Progress:
-    """What has been spent so far, across resumes."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-
 class Run:
     """A training run and its saved state."""
 
@@ -210,25 +216,27 @@ class Run:
         self.model = new_model(self.tokenizer)
         self.optimizers = build_optimizers(self.model, hyper)
 
-    def train(self, every: int = 100) -> None:
+    def train(self, every: int = 25) -> None:
+        """Step until nothing is left of the run; save and measure `every` so many steps."""
         step_model = torch.compile(self.model)
-        for ids in batches(self.stream, self.hyper, self.progress.step):
+        coming = batches(self.stream, self.hyper, self.progress.step)
+        while self.hyper.left(self.progress) > 0:
             started = time.perf_counter()
+            ids = next(coming)
             loss = self._step(step_model, ids)
             seconds = time.perf_counter() - started
             done = self.progress
             done.step, done.tokens, done.seconds = done.step + 1, done.tokens + ids.numel(), done.seconds + seconds
-            if done.step % 10 == 0:
-                print(f"step {done.step} loss {loss:.4f} tokens/s {ids.numel() / seconds:.0f}", flush=True)
-            if done.step % every == 0 or done.step == self.hyper.steps:
-                held_out = held_out_loss(self.model, self.evaluation[: 32 * WINDOW])
-                print(f"step {done.step} held-out loss {held_out:.4f} after {done.seconds:.0f} s", flush=True)
+            print(f"step {done.step} loss {loss:.4f} tokens/s {ids.numel() / seconds:.0f}", flush=True)
+            if done.step % every == 0 or self.hyper.left(done) <= 0:
                 self.save()
+                held_out = held_out_loss(self.model, self.evaluation[: 16 * WINDOW])
+                print(f"step {done.step} held-out loss {held_out:.4f} after {done.seconds:.0f} s", flush=True)
 
     def _step(self, step_model: Callable[..., Any], ids: Tensor) -> float:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * self.hyper.lr_scale(self.progress.step)
+                group["lr"] = optimizer.defaults["lr"] * self.hyper.lr_scale(self.progress)
         loss = next_token_loss(step_model, ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.hyper.clip)
@@ -276,7 +284,7 @@ class Run:
     def _readme(self, perplexity: float, written: str) -> str:
         spent = self.progress
         parameters = sum(p.numel() for p in self.model.parameters())
-        hyper = {key: value for key, value in asdict(self.hyper).items() if key != "steps"}
+        hyper = {key: value for key, value in asdict(self.hyper).items() if key not in ("steps", "minutes")}
         return README.format(
             millions=parameters / 1e6,
             python=platform.python_version(),
@@ -330,13 +338,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded demo model on Python's standard library.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
     parser.add_argument("--steps", type=int, default=900, help="steps of 4096 tokens")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, if that comes first")
     parser.add_argument("--state", type=Path, default=Path("/tmp/demo_train"), help="folder for resumable state")
     parser.add_argument("--resume", action="store_true", help="continue from the saved state")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
-    run = Run(Hyper(steps=args.steps), args.state)
+    run = Run(Hyper(steps=args.steps, minutes=args.minutes), args.state)
     if args.resume:
         run.resume()
     run.train()

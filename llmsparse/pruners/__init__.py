@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from llmsparse.pruners.alps import ALPS
+from llmsparse.pruners.dsnot import DSnoT
 from llmsparse.pruners.magnitude import Magnitude
 from llmsparse.pruners.protocol import Pruned, Pruner
+from llmsparse.pruners.random import Random
+from llmsparse.pruners.sparsegpt import SparseGPT
 from llmsparse.pruners.wanda import Wanda
 
 PRUNERS: dict[str, type[Pruner]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
+    "sparsegpt": SparseGPT,
+    "dsnot": DSnoT,
+    "alps": ALPS,
+    "random": Random,
 }
 
-__all__ = ["PRUNERS", "Magnitude", "Pruned", "Pruner", "Wanda"]
+__all__ = ["ALPS", "PRUNERS", "DSnoT", "Magnitude", "Pruned", "Pruner", "Random", "SparseGPT", "Wanda"]

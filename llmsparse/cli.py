@@ -1,0 +1,287 @@
+"""The command line: each verb is one call into the library.
+
+stdout carries the result, stderr progress and errors. Exit codes: 0 done, 1 the run failed, 2 usage or input, 3 the
+machine, 130 interrupted. An error is one line; --debug shows the traceback. Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmsparse import __version__, cli_recipes
+from llmsparse.cli_options import Debug, Json, Quiet, Verbose, verb
+from llmsparse.errors import LlmsparseError, RecipeError
+from llmsparse.recipe import Recipe
+from llmsparse.terminal import Terminal
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from llmsparse.evaluation import Perplexity
+
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # every wrong flag or argument; typer does not export it
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # disk full, no permission
+INTERRUPTED = 130
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+app.add_typer(cli_recipes.app, name="recipes", help="Look at the shipped recipes, copy one, check a file.")
+
+Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub id.", show_default=False)]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Any key of a recipe, such as method.damp=0.1.", show_default=False),
+]
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="FILE|NAME", help="Start from a recipe; flags override it.", show_default=False),
+]
+Revision = Annotated[
+    str | None, typer.Option(metavar="R", help="Branch, tag or commit on the hub.", show_default=False)
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", show_default=False)] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Make a trained language model sparse, and know what it costs.
+
+    llmsparse prune MODEL --sparsity 0.5
+    """
+    ctx.obj.add(quiet, verbose, debug)
+    if version:
+        print(f"llmsparse {__version__}")
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+@verb(app, recipe_flags=True)
+def prune(
+    terminal: Terminal,
+    model: Model,
+    assignments: Assignments = None,
+    recipe: RecipeName = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Take up an interrupted run.", rich_help_panel="Output", show_default=False)
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel="Output", show_default=False)
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only show what would be done.", rich_help_panel="Output", show_default=False),
+    ] = False,
+    json: Json = False,
+    **flags: Any,
+) -> None:
+    """Prune MODEL into a new folder that loads wherever the original does.
+
+    llmsparse prune meta-llama/Llama-3.2-1B --sparsity 0.5
+    """
+    if dry_run:
+        return plan(terminal, model, assignments, recipe, json, **flags)
+    chosen = _recipe(model, assignments, recipe, flags)
+    if resume and overwrite:
+        raise RecipeError("--resume goes on with an unfinished run and --overwrite starts anew: choose one")
+    terminal.calm_libraries()
+    terminal.partial = chosen.output_folder.with_name(chosen.output_folder.name + ".partial")
+    from llmsparse import pipeline
+
+    report = pipeline.prune(chosen, resume=resume, overwrite=overwrite, progress=terminal.progress())
+    terminal.show(report, json)
+
+
+@verb(app, recipe_flags=True)
+def plan(
+    terminal: Terminal,
+    model: Model,
+    assignments: Assignments = None,
+    recipe: RecipeName = None,
+    json: Json = False,
+    **flags: Any,
+) -> None:
+    """Show what `prune` would do: weights, memory, disk. Writes nothing."""
+    chosen = _recipe(model, assignments, recipe, flags)
+    terminal.calm_libraries()
+    from llmsparse.planning import make_plan
+
+    terminal.show(make_plan(chosen), json)
+
+
+@verb(app, "eval")
+def evaluate(
+    terminal: Terminal,
+    model: Model,
+    text: Annotated[
+        str | None,
+        typer.Option(metavar="PATH|DATASET", help="wikitext2, c4, builtin, a file, or ORG/NAME.", show_default=False),
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per window; min(2048, the model's maximum) if not given.")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Only the first windows.", show_default=False)] = None,
+    text_field: Annotated[str | None, typer.Option(help="Column that holds the text.", show_default=False)] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Measure this one too, on the same text.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Windows run at once.", show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    revision: Revision = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", show_default=False)] = False,
+    json: Json = False,
+) -> None:
+    """Measure the perplexity of MODEL on a text, streamed: a model larger than memory will do.
+
+    llmsparse eval ./pruned --text wikitext2 --baseline meta-llama/Llama-3.2-1B
+    """
+    if text is None:
+        raise RecipeError(
+            "eval needs a text: --text wikitext2, --text builtin (Python's standard library) or --text FILE"
+        )
+    terminal.calm_libraries()
+    from llmsparse.evaluation import perplexity
+
+    options: dict[str, Any] = {"windows": windows, "text_field": text_field, "batch_size": batch_size, "device": device}
+    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "progress": terminal.progress()}
+    result = perplexity(model, text, seq_len=seq_len, revision=revision, **options)
+    if baseline is None:
+        return terminal.show(result, json)
+    dense = perplexity(baseline, text, seq_len=result.protocol["seq_len"], **options)
+    return terminal.show(Comparison(result, dense), json)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model beside the one it came from, on the same text and windows of the same length."""
+
+    model: Perplexity
+    baseline: Perplexity
+
+    @property
+    def ratio(self) -> float:
+        return self.model.perplexity / self.baseline.perplexity
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.model.to_json(), "baseline": self.baseline.to_json(), "ratio": self.ratio}
+
+    def table(self) -> RenderableType:
+        from rich.table import Table
+
+        table = Table("model", "perplexity", "ratio", "tokens", "seconds", box=None, pad_edge=False)
+        for one, ratio in ((self.baseline, 1.0), (self.model, self.ratio)):
+            figures = (f"{one.perplexity:.4g}", f"{ratio:.3f}", f"{one.tokens:,}", f"{one.seconds:.1f}")
+            table.add_row(one.model, *figures)
+        table.caption = ", ".join(f"{key} {value}" for key, value in self.model.protocol.items() if value is not None)
+        table.caption_justify = "left"
+        return table
+
+
+@verb(app)
+def inspect(terminal: Terminal, model: Model, revision: Revision = None, json: Json = False) -> None:
+    """Show sparsity, pattern and size of every weight of MODEL, and totals."""
+    terminal.calm_libraries()
+    from llmsparse import inspection
+
+    terminal.show(inspection.inspect(model, revision=revision), json)
+
+
+@verb(app)
+def demo(terminal: Terminal, json: Json = False) -> None:
+    """Prune the model that comes with llmsparse by every method, and compare. No download, about two minutes."""
+    terminal.calm_libraries(downloads=False)
+    from llmsparse import demo
+
+    terminal.show(demo.run(terminal.progress()), json)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (of this process if not given) and return its exit code."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    terminal = Terminal()
+    try:
+        with _sigterm_interrupts(), warnings.catch_warnings():
+            if "-v" not in argv and "--verbose" not in argv and "--debug" not in argv:
+                warnings.simplefilter("ignore")
+            command = typer.main.get_command(app)
+            with command.make_context("llmsparse", argv, obj=terminal) as context:
+                command.invoke(context)
+            sys.stdout.flush()
+    except typer.Exit as done:
+        return done.exit_code
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        hint = terminal.how_to_resume(argv)
+        return _fail(terminal, INTERRUPTED, f"interrupted{'; ' + hint if hint else ''}")
+    except LlmsparseError as error:
+        return _fail(terminal, error.exit_code, str(error))
+    except USAGE_ERROR as error:
+        return _fail(terminal, 2, f"{error.format_message()} (llmsparse --help)")  # type: ignore[attr-defined]
+    except MemoryError:
+        return _fail(terminal, 3, _out_of("memory", terminal, argv))
+    except OSError as error:
+        if error.errno not in MACHINE:
+            raise
+        return _fail(
+            terminal, 3, f"{error.filename or 'a file'}: {error.strerror}; finished work is kept, try --resume"
+        )
+    except RuntimeError as error:
+        if not _is_out_of_gpu_memory(error):
+            raise
+        return _fail(terminal, 3, _out_of("GPU memory", terminal, argv))
+    return 0
+
+
+def _recipe(model: str, assignments: list[str] | None, recipe: str | None, flags: dict[str, Any]) -> Recipe:
+    given = {key: value for key, value in flags.items() if value not in (None, [])}
+    return Recipe.load(recipe, {"model": model, **given}, assignments or ())
+
+
+def _fail(terminal: Terminal, status: int, line: str) -> int:
+    if terminal.debug:
+        traceback.print_exc()
+    print(f"error: {' '.join(line.split())}", file=sys.stderr)
+    return status
+
+
+def _out_of(memory: str, terminal: Terminal, argv: Sequence[str]) -> str:
+    advice = "make the run smaller with --batch-size 1 or a shorter --seq-len, which start anew with --overwrite"
+    hint = terminal.how_to_resume(argv)
+    return f"out of {memory}: {advice}{'; or free some: ' + hint if hint else ''}"
+
+
+def _is_out_of_gpu_memory(error: RuntimeError) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: cleanly, resumable."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,96 @@
+"""`llmsparse recipes`: look at the shipped ones, copy one to change it, check a file."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmsparse import recipe_file
+from llmsparse.cli_options import Json, verb
+from llmsparse.errors import MachineError, RecipeError, did_you_mean
+from llmsparse.recipe import Recipe
+from llmsparse.terminal import Terminal
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+app = typer.Typer(no_args_is_help=False)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe.", show_default=False)]
+
+
+@dataclass(frozen=True)
+class RecipeList:
+    """Name and purpose of every shipped recipe."""
+
+    purposes: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"recipes": [{"name": name, "purpose": purpose} for name, purpose in self.purposes.items()]}
+
+    def table(self) -> RenderableType:
+        from rich.table import Table
+
+        table = Table("recipe", "what for", box=None, pad_edge=False)
+        for name, purpose in self.purposes.items():
+            table.add_row(name, purpose)
+        return table
+
+
+@verb(app, "list")
+def list_recipes(terminal: Terminal, json: Json = False) -> None:
+    """List the recipes that come with llmsparse, and what each is for."""
+    terminal.show(RecipeList({name: purpose(path) for name, path in recipe_file.shipped().items()}), json)
+
+
+@verb(app)
+def show(terminal: Terminal, name: Name) -> None:
+    """Print a shipped recipe."""
+    print(_shipped(name).read_text(encoding="utf-8"), end="")
+
+
+@verb(app)
+def copy(
+    terminal: Terminal,
+    name: Name,
+    to: Annotated[str | None, typer.Argument(metavar="[TO]", help="File or folder; ./NAME.yaml if not given.")] = None,
+) -> None:
+    """Copy a shipped recipe to a file of your own."""
+    source = _shipped(name)
+    target = Path(to or f"{name}.yaml")
+    target = target / f"{name}.yaml" if target.is_dir() else target
+    if target.exists():
+        raise RecipeError(f"{target}: exists; name another file, or delete it first")
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise MachineError(f"{target}: cannot be written ({error.strerror})") from error
+    print(target)
+
+
+@verb(app)
+def validate(
+    terminal: Terminal,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe file, or a shipped name.", show_default=False)],
+) -> None:
+    """Check a recipe: keys, values, method options, patterns. Prints it with every default spelled out."""
+    path = recipe_file.find(file)
+    data, _ = recipe_file.read(path)
+    recipe = Recipe.load(path, None if "model" in data else {"model": "MODEL"})
+    print(recipe.dump({"valid": path}), end="")
+
+
+def purpose(path: Path) -> str:
+    """The first line of a shipped recipe, a comment that says what for."""
+    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+
+
+def _shipped(name: str) -> Path:
+    known = recipe_file.shipped()
+    if name not in known:
+        raise RecipeError(f"no shipped recipe {name!r}{did_you_mean(name, list(known))}")
+    return known[name]

@@ -1,0 +1,86 @@
+"""What a command says, and where: results on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from llmsparse import progress
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+PIPE_COLUMNS = 160  # width of a table that no terminal limits: names of weights stay whole
+
+
+class Result(Protocol):
+    """What every verb of the library returns."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+    def table(self) -> RenderableType: ...
+
+
+@dataclass
+class Terminal:
+    """The switches that every command takes, and what follows from them."""
+
+    quiet: bool = False
+    verbose: bool = False
+    debug: bool = False
+    partial: Path | None = None  # what a run in progress writes to
+
+    def add(self, quiet: bool, verbose: bool, debug: bool) -> None:
+        """Switches count before and after the verb."""
+        self.quiet |= quiet
+        self.verbose |= verbose
+        self.debug |= debug
+
+    def progress(self) -> progress.Progress:
+        return progress.for_terminal(self.quiet)
+
+    def show(self, result: Result, as_json: bool) -> None:
+        """One JSON document, or a table."""
+        if as_json:
+            print(json.dumps(_finite(result.to_json()), indent=2, ensure_ascii=False))
+            return
+        from rich.console import Console
+
+        unlimited = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+        Console(file=sys.stdout, width=PIPE_COLUMNS if unlimited else None).print(result.table())
+
+    def calm_libraries(self, downloads: bool = True) -> None:
+        """Keep what Hugging Face's libraries log off the screen; bars stay for downloads that someone watches."""
+        if self.verbose or self.debug:
+            return
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        if self.quiet or not downloads or not progress.watched():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+    def how_to_resume(self, arguments: Sequence[str]) -> str:
+        """The command that takes up an interrupted run; empty if there is nothing to take up."""
+        if self.partial is None or not self.partial.exists():
+            return ""
+        again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
+        return f"{self.partial} keeps the finished blocks, go on with: {shlex.join(['llmsparse', *again, '--resume'])}"
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in cast(dict[str, Any], value).items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in cast(Sequence[Any], value)]
+    return value

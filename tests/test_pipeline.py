@@ -1,0 +1,367 @@
+"""The pipeline on tiny checkpoints: what comes out, byte by byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import linear
+
+import llmsparse
+from llmsparse.checkpoint import CheckpointReader
+from llmsparse.errors import CheckpointError, LlmsparseError, PatternError, RecipeError
+from llmsparse.pruners import PRUNERS
+
+Build = Callable[..., Path]
+RUN = {"calibration_samples": 8, "seq_len": 32, "match_steps": 0, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("model") / "tiny", shards=3, layers=3)
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
+    file = tmp_path_factory.mktemp("text") / "notes.txt"
+    file.write_text(text[:40_000], encoding="utf-8")
+    return file
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    reader = CheckpointReader(folder)
+    return reader.read(reader.keys())
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What the byte-identity promise covers: everything but the report's timings and the card, which quotes them not."""
+    found = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+    report = json.loads(found.pop("llmsparse_report.json"))
+    report.pop("timings")
+    return {**found, "report": json.dumps(report).encode()}
+
+
+@pytest.mark.parametrize("method", PRUNERS)
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_every_method_writes_a_checkpoint_of_exactly_the_sparsity_asked(
+    method: str, pattern: str, model: Path, notes: Path, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {"pattern": pattern} if ":" in pattern else {"sparsity": 0.5}
+    report = llmsparse.prune(
+        model=str(model), output=str(tmp_path / "out"), method=method, calibration=str(notes), **asked, **RUN
+    )
+    before, after = tensors(model), tensors(tmp_path / "out")
+    assert list(before) == list(after)
+    pruned = {row.name + ".weight" for row in report.rows}
+    assert len(pruned) == 3 * 7
+    for key in before:
+        assert before[key].dtype == after[key].dtype
+        if key in pruned:
+            assert (after[key] == 0).sum() == after[key].numel() // 2, key
+            assert not torch.signbit(after[key][after[key] == 0]).any()
+        else:
+            assert torch.equal(before[key], after[key]), key
+    assert report.sparsity == 0.5
+
+
+def test_plain_transformers_loads_the_result_and_gets_the_reported_perplexity(
+    model: Path, notes: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "out"
+    llmsparse.prune(model=str(model), output=str(out), method="wanda", sparsity=0.5, calibration=str(notes), **RUN)
+    loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = torch.tensor(AutoTokenizer.from_pretrained(out)(notes.read_text())["input_ids"])
+    windows = ids[: len(ids) // 32 * 32].view(-1, 32)
+    with torch.no_grad():
+        losses = [loaded(row[None], labels=row[None]).loss for row in windows]
+    expected = torch.stack(losses).mean().exp().item()
+    measured = llmsparse.perplexity(str(out), str(notes), seq_len=32, device="cpu")
+    assert measured.perplexity == pytest.approx(expected, rel=1e-4)
+    assert measured.tokens == windows.numel() - len(windows)
+    assert measured.protocol["seq_len"] == measured.protocol["stride"] == 32
+
+
+def test_streamed_pruning_equals_pruning_in_memory_bit_for_bit(model: Path, notes: Path, tmp_path: Path) -> None:
+    """The same block-by-block loop, written with plain transformers and hooks on the whole model in memory."""
+    from transformers import AutoModelForCausalLM
+
+    from llmsparse.patterns import Unstructured
+    from llmsparse.planning import plan
+    from llmsparse.pruners import SparseGPT
+    from llmsparse.stats import Gram
+
+    keys = {"model": str(model), "method": "sparsegpt", "sparsity": 0.6, "calibration": str(notes), **RUN}
+    llmsparse.prune(output=str(tmp_path / "out"), **keys)
+    batches = plan(output=str(tmp_path / "other"), **keys).batches
+
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    hidden = [whole.model.embed_tokens(ids) for ids in batches]
+    positions = torch.arange(32)[None]
+    rotary = whole.model.rotary_emb(hidden[0], positions)
+    with torch.no_grad():
+        for layer in whole.model.layers:
+            grams: dict[str, Gram] = {}
+            hooks = []
+            for name, module in layer.named_modules():
+                if isinstance(module, torch.nn.Linear):
+                    grams[name] = Gram(module.in_features, torch.device("cpu"))
+                    hooks.append(
+                        module.register_forward_pre_hook(
+                            lambda _, args, gram=grams[name]: gram.update(args[0].flatten(0, 1))
+                        )
+                    )
+            for x in hidden:
+                layer(x, position_ids=positions, position_embeddings=rotary)
+            for hook in hooks:
+                hook.remove()
+            for name, gram in grams.items():
+                weight = layer.get_submodule(name).weight
+                weight.copy_(SparseGPT()(weight, gram, Unstructured(0.6, "matrix"), torch.Generator()).weight)
+            hidden = [layer(x, position_ids=positions, position_embeddings=rotary) for x in hidden]
+    written = tensors(tmp_path / "out")
+    for key, expected in whole.state_dict().items():
+        if key in written:
+            assert torch.equal(written[key], expected), key
+
+
+def test_the_error_in_a_row_is_that_of_the_layer_output(model: Path, notes: Path, tmp_path: Path) -> None:
+    keys = {"model": str(model), "method": "magnitude", "sparsity": 0.5, "calibration": str(notes), **RUN}
+    report = llmsparse.prune(output=str(tmp_path / "out"), **keys)
+    plan = llmsparse.plan(output=str(tmp_path / "other"), **keys)
+    before, after = tensors(model), tensors(tmp_path / "out")
+    norm = before["model.layers.0.input_layernorm.weight"]
+    x = torch.cat([before["model.embed_tokens.weight"][ids] for ids in plan.batches]).flatten(0, 1)
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * norm  # 8 windows: fewer rows than are sampled
+    key = "model.layers.0.self_attn.q_proj"
+    dense, pruned = linear(x, before[key + ".weight"]), linear(x, after[key + ".weight"])
+    expected = ((dense - pruned).square().sum() / dense.square().sum()).item()
+    row = next(row for row in report.rows if row.name == key)
+    assert row.error == pytest.approx(expected, rel=1e-3)
+    assert row.tokens == 8 * 32
+
+
+def test_matching_lowers_the_loss_and_keeps_every_zero(model: Path, notes: Path, tmp_path: Path) -> None:
+    keys = {"model": str(model), "method": "wanda", "sparsity": 0.6, "calibration": str(notes), **RUN}
+    llmsparse.prune(output=str(tmp_path / "plain"), **keys)
+    report = llmsparse.prune(output=str(tmp_path / "matched"), **{**keys, "match_steps": 40})
+    plain, matched = tensors(tmp_path / "plain"), tensors(tmp_path / "matched")
+    zeros = plain["model.layers.0.mlp.up_proj.weight"] == 0
+    assert torch.equal(zeros, matched["model.layers.0.mlp.up_proj.weight"] == 0)  # the first block's mask is the same
+    assert torch.equal(plain["model.norm.weight"], matched["model.norm.weight"])
+    matches = [block.match for block in report.blocks]
+    assert all(match and match["after"] < match["before"] for match in matches)
+    assert report.sparsity == pytest.approx(0.6, abs=0.01)
+
+
+def test_bfloat16_is_stored_as_bfloat16_and_the_next_block_sees_it_rounded(
+    tiny_llama: Build, notes: Path, tmp_path: Path
+) -> None:
+    model = tiny_llama(tmp_path / "model", dtype=torch.bfloat16)
+    llmsparse.prune(
+        model=str(model), output=str(tmp_path / "out"), method="sparsegpt", pattern="2:4", calibration=str(notes), **RUN
+    )
+    after = tensors(tmp_path / "out")
+    weight = after["model.layers.1.mlp.down_proj.weight"]
+    assert weight.dtype == torch.bfloat16
+    assert ((weight != 0).unflatten(-1, (-1, 4)).sum(-1) <= 2).all()
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((model / "config.json").read_text())
+
+
+def test_the_head_is_pruned_only_when_included(tiny_llama: Build, notes: Path, tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model", tie=False)
+    keys = {"model": str(model), "method": "wanda", "sparsity": 0.5, "calibration": str(notes), **RUN}
+    without = llmsparse.prune(output=str(tmp_path / "without"), **keys)
+    assert not any("lm_head" in row.name for row in without.rows)
+    report = llmsparse.prune(output=str(tmp_path / "with"), include=["lm_head"], **keys)
+    assert report.rows[-1].name == "lm_head" and report.rows[-1].tokens == 8 * 32
+    assert (tensors(tmp_path / "with")["lm_head.weight"] == 0).float().mean() == 0.5
+    assert report.perplexity["before"] == without.perplexity["before"]
+    assert report.perplexity["after"] != without.perplexity["after"]
+    with pytest.raises(RecipeError, match="matches none"):
+        llmsparse.plan(output=str(tmp_path / "norm"), include=["model.norm"], **keys)
+
+
+def test_rules_and_globs_decide_what_is_pruned_and_how(model: Path, notes: Path, tmp_path: Path) -> None:
+    rules = [{"match": "*.mlp.*", "sparsity": 0.25}, {"match": "*.2.mlp.down_proj", "pattern": "1:4", "method": "magnitude"}]
+    report = llmsparse.prune(
+        model=str(model), output=str(tmp_path / "out"), method="wanda", sparsity=0.5, calibration=str(notes),
+        exclude=["*.0.*"], only=["*_proj"], rules=rules, **RUN,
+    )  # fmt: skip
+    got = {row.name.removeprefix("model.layers."): (row.method, round(row.sparsity, 2)) for row in report.rows}
+    assert not any(name.startswith("0.") for name in got)
+    assert got["1.self_attn.q_proj"] == ("wanda", 0.5)
+    assert got["1.mlp.down_proj"] == ("wanda", 0.25)
+    assert got["2.mlp.down_proj"] == ("magnitude", 0.75)
+
+
+def test_true_sequential_prunes_later_inputs_on_what_earlier_ones_became(
+    model: Path, notes: Path, tmp_path: Path
+) -> None:
+    keys = {"model": str(model), "method": "wanda", "sparsity": 0.5, "calibration": str(notes), **RUN}
+    llmsparse.prune(output=str(tmp_path / "at-once"), **keys)
+    llmsparse.prune(output=str(tmp_path / "in-turn"), true_sequential=True, **keys)
+    at_once, in_turn = tensors(tmp_path / "at-once"), tensors(tmp_path / "in-turn")
+    first, later = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(at_once[first], in_turn[first])
+    assert not torch.equal(at_once[later], in_turn[later])
+
+
+def test_little_memory_for_statistics_means_more_passes_and_the_same_bytes(
+    model: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"model": str(model), "method": "sparsegpt", "sparsity": 0.5, "calibration": str(notes), **RUN}
+    llmsparse.prune(output=str(tmp_path / "one" / "out"), **keys)
+    monkeypatch.setattr("llmsparse.planning.STATISTICS_SHARE", 1e-12)
+    llmsparse.prune(output=str(tmp_path / "many" / "out"), **keys)
+    one, many = tensors(tmp_path / "one" / "out"), tensors(tmp_path / "many" / "out")
+    assert all(torch.equal(one[key], many[key]) for key in one)
+
+
+def test_side_files_recipe_report_and_card_stand_beside_the_weights(model: Path, notes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    llmsparse.prune(model=str(model), output=str(out), method="wanda", sparsity=0.5, calibration=str(notes), **RUN)
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (model / name).read_bytes()
+    report = json.loads((out / "llmsparse_report.json").read_text())
+    assert report["schema_version"] == 1 and len(report["weights"]) == 21
+    assert {"name", "shape", "sparsity_asked", "sparsity", "pattern", "error", "tokens"} <= set(report["weights"][0])
+    assert report["timings"]["seconds"] > 0 and report["timings"]["peak_memory_bytes"] > 0
+    assert "wanda" in (out / "README.md").read_text()
+    again = llmsparse.Recipe.load(out / "llmsparse_recipe.yaml", {"output": str(tmp_path / "again")})
+    llmsparse.prune(again)
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+    assert not (out / ".llmsparse").exists() and not out.with_name("out.partial").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_or_inf_in_a_weight_is_named_and_nothing_gets_the_final_name(
+    value: float, tiny_llama: Build, notes: Path, tmp_path: Path
+) -> None:
+    model = tiny_llama(tmp_path / "model")
+    broken = load_file(model / "model.safetensors")
+    broken["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(broken, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LlmsparseError, match=r"model\.layers\.1\.mlp\.up_proj") as caught:
+        llmsparse.prune(
+            model=str(model), output=str(tmp_path / "out"), method="wanda", sparsity=0.5, calibration=str(notes), **RUN
+        )
+    assert "\n" not in str(caught.value) and isinstance(caught.value, CheckpointError)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pattern_that_does_not_divide_is_refused_with_weight_and_width(
+    tiny_llama: Build, notes: Path, tmp_path: Path
+) -> None:
+    model = tiny_llama(tmp_path / "model", ffn=66)
+    with pytest.raises(PatternError, match=r"mlp\.down_proj.*66"):
+        llmsparse.plan(model=str(model), output=str(tmp_path / "out"), pattern="2:4", calibration=str(notes), **RUN)
+
+
+SCRIPT = """
+import sys, torch, llmsparse
+torch.set_num_threads(1)
+model, out, notes, resume = sys.argv[1:]
+llmsparse.prune(model=model, output=out, method="sparsegpt", sparsity=0.5, calibration=notes, calibration_samples=8,
+                seq_len=32, match_steps=4, device="cpu", max_shard_size="100KB", resume=resume == "resume")
+"""
+
+
+def start(model: Path, out: Path, notes: Path, resume: bool) -> subprocess.Popen[bytes]:
+    arguments = [sys.executable, "-c", SCRIPT, str(model), str(out), str(notes), "resume" if resume else "anew"]
+    return subprocess.Popen(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def blocks_done(out: Path) -> int:
+    journal = out.with_name(out.name + ".partial") / ".llmsparse" / "journal.jsonl"
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+
+def kill_and_resume(model: Path, notes: Path, out: Path, moments: list[float]) -> None:
+    """Kill the run each time it is `moment` journal entries in (a fraction waits a little longer), then let it finish."""
+    process = start(model, out, notes, resume=False)
+    for moment in moments:
+        while blocks_done(out) < int(moment) and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep((moment % 1) * 0.2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if out.exists():
+            return  # it was done before the kill came
+        process = start(model, out, notes, resume=blocks_done(out) > 0 or run_known(out))
+        if not run_known(out):
+            process.wait()
+            return
+    assert process.wait() == 0
+
+
+def run_known(out: Path) -> bool:
+    return (out.with_name(out.name + ".partial") / ".llmsparse" / "run.json").exists()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_llama: Build, notes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("resume")
+    model = tiny_llama(folder / "model", layers=6, shards=2)
+    out = folder / "whole" / "out"
+    assert start(model, out, notes, resume=False).wait() == 0
+    return model, out
+
+
+def test_a_run_killed_twice_resumes_to_the_same_bytes(
+    uninterrupted: tuple[Path, Path], notes: Path, tmp_path: Path
+) -> None:
+    model, whole = uninterrupted
+    out = tmp_path / "out"
+    kill_and_resume(model, notes, out, [2.3, 5.1])
+    assert {k: v for k, v in files(out).items() if k not in PATHS} == {
+        k: v for k, v in files(whole).items() if k not in PATHS
+    }
+
+
+PATHS = ("llmsparse_recipe.yaml", "report", "README.md")  # these name the output folder, which differs here
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_twenty_random_moments_resumes_to_the_same_bytes(
+    uninterrupted: tuple[Path, Path], notes: Path, tmp_path: Path
+) -> None:
+    model, whole = uninterrupted
+    rng = random.Random(0)
+    expected = {k: v for k, v in files(whole).items() if k not in PATHS}
+    for trial in range(20):
+        out = tmp_path / str(trial) / "out"
+        kill_and_resume(model, notes, out, [rng.uniform(1, 8)])
+        assert {k: v for k, v in files(out).items() if k not in PATHS} == expected, trial
+
+
+def test_a_resume_under_changed_conditions_is_refused_by_name(
+    uninterrupted: tuple[Path, Path], notes: Path, tmp_path: Path
+) -> None:
+    model, _ = uninterrupted
+    out = tmp_path / "out"
+    process = start(model, out, notes, resume=False)
+    while blocks_done(out) < 2:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    common: dict[str, Any] = {"model": str(model), "output": str(out), "method": "sparsegpt", "calibration": str(notes)}
+    with pytest.raises(RecipeError, match="recipe") as caught:
+        llmsparse.prune(**common, sparsity=0.6, resume=True, **RUN)
+    assert "\n" not in str(caught.value)
+    assert blocks_done(out) >= 2, "a refused resume loses nothing"

@@ -41,8 +41,11 @@ class Result:
     seconds: float
 
 
-def measure(data: Path, method: str, target: str, match_steps: int = 0) -> Result:
-    """Prune stories260K and measure it, both on the reference tokens, with windows of 256."""
+def measure(data: Path, method: str, target: str, match_steps: int = 0, official: float | None = None) -> Result:
+    """Prune stories260K and measure it, both on the reference tokens, with windows of 256.
+
+    `official` is looked up by method and target unless it is given.
+    """
     tokens = data / "data" / "reference"
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "pruned"
@@ -58,7 +61,7 @@ def measure(data: Path, method: str, target: str, match_steps: int = 0) -> Resul
         measured = llmsparse.perplexity(
             str(output), str(tokens / "stories260K_evaluation.safetensors"), device="cpu"
         ).perplexity
-    official = OFFICIAL[method][TARGETS.index(target)]
+    official = official or OFFICIAL[method][TARGETS.index(target)]
     return Result(method, target, match_steps, measured, report.sparsity, official, report.seconds)
 
 

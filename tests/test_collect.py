@@ -1,0 +1,65 @@
+"""Pass 1: who shares an input, and what is kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmsparse.checkpoint import CheckpointReader
+from llmsparse.collect import SAMPLE_ROWS, collect, learn_inputs
+from llmsparse.errors import NumericalError
+from llmsparse.model import Activations, Block, StreamedModel
+from llmsparse.stats import Gram
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def loaded(tiny_llama: Callable[..., Path], tmp_path: Path) -> tuple[Block, Activations]:
+    model = StreamedModel(CheckpointReader(tiny_llama(tmp_path / "model")), device=CPU, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    return model.block(0), model.embed([torch.randint(0, 384, (4, 64), generator=generator) for _ in range(32)])
+
+
+def roles(block: Block, acts: Activations) -> list[set[str]]:
+    inputs = learn_inputs(block, acts, block.weights)
+    return [{weight.name.rpartition(".")[2] for weight in entry.weights} for entry in inputs]
+
+
+def test_weights_of_one_input_share_it_in_call_order(loaded: tuple[Block, Activations]) -> None:
+    assert roles(*loaded) == [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+
+
+def test_every_token_counts_once_and_the_gram_is_that_of_the_real_input(loaded: tuple[Block, Activations]) -> None:
+    block, acts = loaded
+    inputs = learn_inputs(block, acts, block.weights)
+    outputs = collect(block, acts, inputs, lambda entry: Gram, device=CPU, seed=0, keep_output=True)
+    x = torch.cat([block.module.input_layernorm(hidden) for hidden in acts.hidden]).flatten(0, 1).double()
+    gram = inputs[0].statistic
+    assert isinstance(gram, Gram) and gram.tokens == inputs[0].tokens == 32 * 4 * 64
+    torch.testing.assert_close(gram.xtx.double(), x.T @ x, rtol=1e-5, atol=1e-3)
+    assert torch.equal(torch.cat(outputs), torch.cat(block.run(acts).hidden))
+
+
+def test_the_sample_is_seeded_bounded_and_made_of_real_rows(loaded: tuple[Block, Activations]) -> None:
+    block, acts = loaded
+    samples = []
+    for seed in (0, 0, 1):
+        inputs = learn_inputs(block, acts, block.weights)
+        collect(block, acts, inputs, lambda entry: None, device=CPU, seed=seed)
+        samples.append(inputs[0].sample)
+    assert samples[0].shape == (SAMPLE_ROWS, 32)
+    assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
+    rows = {tuple(row) for row in torch.cat([block.module.input_layernorm(h) for h in acts.hidden]).flatten(0, 1).tolist()}
+    assert all(tuple(row) in rows for row in samples[0][:50].tolist())
+
+
+def test_activations_that_are_not_finite_are_an_error_that_names_the_weight(loaded: tuple[Block, Activations]) -> None:
+    block, acts = loaded
+    block.module.input_layernorm.weight.data[3] = float("nan")
+    inputs = learn_inputs(block, acts, block.weights)
+    with pytest.raises(NumericalError, match=r"enter model\.layers\.0\.self_attn\.q_proj are NaN or Inf"):
+        collect(block, acts, inputs, lambda entry: None, device=CPU, seed=0)

@@ -1,0 +1,49 @@
+"""Where and how a run computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, MambaConfig
+
+from llmsparse.checkpoint import CheckpointReader
+from llmsparse.device import choose_device, choose_dtype, split_batches, window_length
+from llmsparse.errors import MachineError, RecipeError
+
+CPU = torch.device("cpu")
+
+
+def test_a_device_this_machine_lacks_is_an_error_of_the_machine() -> None:
+    missing = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(MachineError, match=missing) as caught:
+        choose_device(missing)
+    assert caught.value.exit_code == 3
+    assert choose_device("cpu") == CPU
+
+
+def test_a_cpu_computes_in_float32_whatever_is_stored(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    reader = CheckpointReader(tiny_llama(tmp_path / "model", dtype=torch.bfloat16))
+    assert choose_dtype("auto", CPU, reader) == torch.float32
+    assert choose_dtype("auto", torch.device("cuda:0"), reader) == torch.bfloat16
+    assert choose_dtype("float16", CPU, reader) == torch.float16
+
+
+def test_a_window_is_2048_tokens_or_the_models_maximum() -> None:
+    assert window_length(LlamaConfig(max_position_embeddings=8192), None, "c4") == 2048
+    assert window_length(LlamaConfig(max_position_embeddings=512), None, "c4") == 512
+    assert window_length(MambaConfig(), None, "c4") == 2048
+    assert window_length(LlamaConfig(max_position_embeddings=512), None, "tokens.safetensors") is None
+    assert window_length(LlamaConfig(max_position_embeddings=512), 100, "c4") == 100
+    with pytest.raises(RecipeError, match="--seq-len 513 is above the model's maximum of 512"):
+        window_length(LlamaConfig(max_position_embeddings=512), 513, "c4")
+
+
+def test_batches_hold_a_few_thousand_tokens_and_keep_every_window() -> None:
+    ids = torch.arange(10 * 512).view(10, 512)
+    assert [len(batch) for batch in split_batches(ids, None, CPU)] == [4, 4, 2]
+    assert [len(batch) for batch in split_batches(ids, 3, CPU)] == [3, 3, 3, 1]
+    assert torch.equal(torch.cat(split_batches(ids, None, CPU)), ids)
+    assert split_batches(ids[:0], None, CPU) == []

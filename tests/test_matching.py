@@ -1,0 +1,104 @@
+"""Block matching on one block: what moves, what does not, and that it helps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmsparse.checkpoint import CheckpointReader
+from llmsparse.matching import batches_per_step, match
+from llmsparse.model import Activations, Block, StreamedModel
+
+
+@pytest.fixture
+def prepared(tiny_llama: Callable[..., Path], tmp_path: Path) -> tuple[Block, Activations, list[Tensor], dict[str, Tensor]]:
+    """A block with the smaller half of its weights zeroed, its inputs, its dense outputs, and the keep-masks."""
+    model = StreamedModel(
+        CheckpointReader(tiny_llama(tmp_path / "model")), device=torch.device("cpu"), dtype=torch.float32
+    )
+    generator = torch.Generator().manual_seed(0)
+    acts = model.embed([torch.randint(0, 384, (4, 32), generator=generator) for _ in range(16)])
+    block = model.block(0)
+    targets = block.run(acts).hidden
+    keep: dict[str, Tensor] = {}
+    for weight in block.weights:
+        view = block.view(weight)
+        keep[weight.slot[0]] = view.abs() > view.abs().median()
+        block.store(weight, view * keep[weight.slot[0]])
+    block.reload()
+    return block, acts, targets, keep
+
+
+def test_the_output_comes_back_to_the_dense_one_and_zeros_stay(
+    prepared: tuple[Block, Activations, list[Tensor], dict[str, Tensor]],
+) -> None:
+    block, acts, targets, keep = prepared
+    before = {name: parameter.clone() for name, parameter in block.module.named_parameters()}
+    tuned, result = match(block, acts, targets, keep, steps=60, seed=0)
+    assert result.after < 0.5 * result.before
+    assert set(tuned) == set(keep)
+    for name, value in tuned.items():
+        assert value.dtype == torch.float32
+        assert not value[~keep[name]].any()
+        assert (value != before[name]).any()
+    for name, parameter in block.module.named_parameters():
+        assert torch.equal(parameter, before[name]) and not parameter.requires_grad, "the module is left as it was"
+
+
+def test_the_record_is_the_error_that_the_tuned_weights_really_have(
+    prepared: tuple[Block, Activations, list[Tensor], dict[str, Tensor]],
+) -> None:
+    block, acts, targets, keep = prepared
+    tuned, result = match(block, acts, targets, keep, steps=20, seed=0)
+    with torch.no_grad():
+        for name, value in tuned.items():
+            block.module.get_parameter(name).copy_(value)
+    outputs = block.run(acts).hidden
+    held_out = [0, 8]  # every eighth of sixteen batches
+    errors = [
+        ((outputs[j] - targets[j]).square().sum(-1) / targets[j].square().sum(-1)).mean().item() for j in held_out
+    ]
+    assert result.after == pytest.approx(sum(errors) / 2, rel=1e-4)
+
+
+def test_the_same_seed_gives_the_same_bits(
+    prepared: tuple[Block, Activations, list[Tensor], dict[str, Tensor]],
+) -> None:
+    block, acts, targets, keep = prepared
+    first, _ = match(block, acts, targets, keep, steps=5, seed=3)
+    second, _ = match(block, acts, targets, keep, steps=5, seed=3)
+    other, _ = match(block, acts, targets, keep, steps=5, seed=4)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_block_that_cannot_improve_stays_as_it_was_pruned(
+    prepared: tuple[Block, Activations, list[Tensor], dict[str, Tensor]],
+) -> None:
+    block, acts, _, keep = prepared
+    own_outputs = block.run(acts).hidden
+    tuned, result = match(block, acts, own_outputs, keep, steps=10, seed=0)
+    assert result.before == result.after == pytest.approx(0, abs=1e-9)
+    for name, value in tuned.items():
+        assert torch.equal(value, block.module.get_parameter(name))
+
+
+def test_weights_that_may_not_move_do_not(
+    prepared: tuple[Block, Activations, list[Tensor], dict[str, Tensor]],
+) -> None:
+    block, acts, targets, keep = prepared
+    free = keep["mlp.up_proj.weight"].clone()
+    free[:10] = False
+    tuned, _ = match(block, acts, targets, {"mlp.up_proj.weight": free}, steps=10, seed=0)
+    assert torch.equal(tuned["mlp.up_proj.weight"][:10], block.module.get_parameter("mlp.up_proj.weight")[:10])
+
+
+@pytest.mark.parametrize(
+    ("shape", "batches"), [((8, 256, 64), 2), ((1, 2048, 64), 2), ((4, 2048, 4096), 2), ((64, 256, 64), 1)]
+)
+def test_a_step_sees_4096_tokens_or_four_times_the_width(shape: tuple[int, int, int], batches: int) -> None:
+    assert batches_per_step(*shape) == batches

@@ -135,7 +135,10 @@ def alps(weight: Tensor, gram: Tensor, sparsity: float) -> Tensor:
         image = (h @ direction) * mask
         length = energy / (direction * image).sum(0).clamp_min(1e-20)
         b, residual = b + length * direction, residual - length * image
-        direction, energy = residual + direction * (residual.square().sum(0) / energy.clamp_min(1e-20)), residual.square().sum(0)
+        direction, energy = (
+            residual + direction * (residual.square().sum(0) / energy.clamp_min(1e-20)),
+            residual.square().sum(0),
+        )
     return (b.T / scale).contiguous()
 
 

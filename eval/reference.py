@@ -69,7 +69,13 @@ def sweep(data: Path) -> Iterator[Result]:
     for method in OFFICIAL:
         for target in TARGETS:
             yield measure(data, method, target)
-    for method, target in (("wanda", "0.7"), ("sparsegpt", "0.7"), ("sparsegpt", "2:4"), ("alps", "0.7"), ("alps", "2:4")):
+    for method, target in (
+        ("wanda", "0.7"),
+        ("sparsegpt", "0.7"),
+        ("sparsegpt", "2:4"),
+        ("alps", "0.7"),
+        ("alps", "2:4"),
+    ):
         yield measure(data, method, target, match_steps=300)
 
 

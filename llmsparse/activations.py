@@ -52,7 +52,7 @@ class Activations:
         """Every tensor of every call."""
         for block in self.calls:
             for call in block:
-                yield from _tensors((call.args, call.kwargs))
+                yield from tensors_in((call.args, call.kwargs))
 
 
 class Recorder:
@@ -78,7 +78,7 @@ class Recorder:
     def _intern(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self._one(value)
-        if next(_tensors(value), None) is None:
+        if next(tensors_in(value), None) is None:
             return value  # state that blocks share by reference stays the object that it is
         if isinstance(value, dict):
             return {key: self._intern(item) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
@@ -106,12 +106,13 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, C
     raise CheckpointError("the model's blocks are called without hidden states; only a stack of blocks can be pruned")
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():  # pyright: ignore[reportUnknownVariableType]
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, list | tuple):
         for item in value:  # pyright: ignore[reportUnknownVariableType]
-            yield from _tensors(item)
+            yield from tensors_in(item)

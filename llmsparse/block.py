@@ -23,6 +23,7 @@ from llmsparse.weight import Weight
 if TYPE_CHECKING:
     from llmsparse.tap import Tap
 
+
 class Block:
     """A block with its weights loaded."""
 
@@ -118,9 +119,11 @@ class Head(Block):
 
 def unwrap(output: Any) -> Tensor:
     """The hidden states in what a block returns: a tensor, or a tuple or list that begins with it."""
-    first = output[0] if isinstance(output, tuple | list) and output else output  # pyright: ignore[reportUnknownVariableType]
+    first: Any = output
+    if isinstance(output, tuple | list) and output:
+        first = output[0]  # pyright: ignore[reportUnknownVariableType]
     if not isinstance(first, Tensor):
         raise CheckpointError(
-            f"the model's blocks return {type(output).__name__}, not hidden states; only a stack of blocks can be pruned"
+            f"the blocks return {type(first).__name__}, not hidden states; only a plain stack of blocks can be pruned"
         )
     return first

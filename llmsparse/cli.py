@@ -1,38 +1,22 @@
 """The command line: each verb is one call into the library.
 
-stdout carries the result, stderr progress and errors. Exit codes: 0 done, 1 the run failed, 2 usage or input, 3 the
-machine, 130 interrupted. An error is one line; --debug shows the traceback. Imports neither torch nor transformers.
+stdout carries the result, stderr progress and errors. Imports neither torch nor transformers until a verb needs them.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import signal
 import sys
-import traceback
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
 from llmsparse import __version__, cli_recipes
+from llmsparse.cli_exit import exit_code_of
 from llmsparse.cli_options import Debug, Json, Quiet, Verbose, verb
-from llmsparse.errors import LlmsparseError, RecipeError
+from llmsparse.errors import RecipeError
 from llmsparse.recipe import Recipe
 from llmsparse.terminal import Terminal
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from llmsparse.evaluation import Perplexity
-
-USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # every wrong flag or argument; typer does not export it
-MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # disk full, no permission
-INTERRUPTED = 130
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 app.add_typer(cli_recipes.app, name="recipes", help="Look at the shipped recipes, copy one, check a file.")
@@ -156,6 +140,7 @@ def evaluate(
             "eval needs a text: --text wikitext2, --text builtin (Python's standard library) or --text FILE"
         )
     terminal.calm_libraries()
+    from llmsparse.comparison import Comparison
     from llmsparse.evaluation import perplexity
 
     options: dict[str, Any] = {"windows": windows, "text_field": text_field, "batch_size": batch_size, "device": device}
@@ -165,32 +150,6 @@ def evaluate(
         return terminal.show(result, json)
     dense = perplexity(baseline, text, seq_len=result.protocol["seq_len"], **options)
     return terminal.show(Comparison(result, dense), json)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A model beside the one it came from, on the same text and windows of the same length."""
-
-    model: Perplexity
-    baseline: Perplexity
-
-    @property
-    def ratio(self) -> float:
-        return self.model.perplexity / self.baseline.perplexity
-
-    def to_json(self) -> dict[str, Any]:
-        return {**self.model.to_json(), "baseline": self.baseline.to_json(), "ratio": self.ratio}
-
-    def table(self) -> RenderableType:
-        from rich.table import Table
-
-        table = Table("model", "perplexity", "ratio", "tokens", "seconds", box=None, pad_edge=False)
-        for one, ratio in ((self.baseline, 1.0), (self.model, self.ratio)):
-            figures = (f"{one.perplexity:.4g}", f"{ratio:.3f}", f"{one.tokens:,}", f"{one.seconds:.1f}")
-            table.add_row(one.model, *figures)
-        table.caption = ", ".join(f"{key} {value}" for key, value in self.model.protocol.items() if value is not None)
-        table.caption_justify = "left"
-        return table
 
 
 @verb(app)
@@ -214,74 +173,15 @@ def demo(terminal: Terminal, json: Json = False) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (of this process if not given) and return its exit code."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    terminal = Terminal()
-    try:
-        with _sigterm_interrupts(), warnings.catch_warnings():
-            if "-v" not in argv and "--verbose" not in argv and "--debug" not in argv:
-                warnings.simplefilter("ignore")
-            command = typer.main.get_command(app)
-            with command.make_context("llmsparse", argv, obj=terminal) as context:
-                command.invoke(context)
-            sys.stdout.flush()
-    except typer.Exit as done:
-        return done.exit_code
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        hint = terminal.how_to_resume(argv)
-        return _fail(terminal, INTERRUPTED, f"interrupted{'; ' + hint if hint else ''}")
-    except LlmsparseError as error:
-        return _fail(terminal, error.exit_code, str(error))
-    except USAGE_ERROR as error:
-        return _fail(terminal, 2, f"{error.format_message()} (llmsparse --help)")  # type: ignore[attr-defined]
-    except MemoryError:
-        return _fail(terminal, 3, _out_of("memory", terminal, argv))
-    except OSError as error:
-        if error.errno not in MACHINE:
-            raise
-        return _fail(
-            terminal, 3, f"{error.filename or 'a file'}: {error.strerror}; finished work is kept, try --resume"
-        )
-    except RuntimeError as error:
-        if not _is_out_of_gpu_memory(error):
-            raise
-        return _fail(terminal, 3, _out_of("GPU memory", terminal, argv))
-    return 0
+    terminal = Terminal(argv)
+
+    def run() -> None:
+        with typer.main.get_command(app).make_context("llmsparse", list(argv), obj=terminal) as context:
+            context.command.invoke(context)
+
+    return exit_code_of(run, terminal)
 
 
 def _recipe(model: str, assignments: list[str] | None, recipe: str | None, flags: dict[str, Any]) -> Recipe:
     given = {key: value for key, value in flags.items() if value not in (None, [])}
     return Recipe.load(recipe, {"model": model, **given}, assignments or ())
-
-
-def _fail(terminal: Terminal, status: int, line: str) -> int:
-    if terminal.debug:
-        traceback.print_exc()
-    print(f"error: {' '.join(line.split())}", file=sys.stderr)
-    return status
-
-
-def _out_of(memory: str, terminal: Terminal, argv: Sequence[str]) -> str:
-    advice = "make the run smaller with --batch-size 1 or a shorter --seq-len, which start anew with --overwrite"
-    hint = terminal.how_to_resume(argv)
-    return f"out of {memory}: {advice}{'; or free some: ' + hint if hint else ''}"
-
-
-def _is_out_of_gpu_memory(error: RuntimeError) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does: cleanly, resumable."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -25,7 +25,9 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         raise RecipeError(f"--device {name!r} is no device; use auto, cpu or cuda:0") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise MachineError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+        raise MachineError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
     if device.type not in BATCH_TOKENS:
         raise RecipeError(f"--device {name}: only cpu and cuda devices are supported")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
@@ -57,7 +59,9 @@ def window_length(config: Any, asked: int | None, text: str) -> int | None:
     text_config = config.get_text_config()
     longest: int | None = getattr(text_config, "max_position_embeddings", None)
     if asked is not None and longest is not None and asked > longest:
-        raise RecipeError(f"--seq-len {asked} is above the model's maximum of {longest}; use --seq-len {longest} or less")
+        raise RecipeError(
+            f"--seq-len {asked} is above the model's maximum of {longest}; use --seq-len {longest} or less"
+        )
     if asked is not None or text.endswith(TOKEN_FILE_SUFFIX):
         return asked
     return min(DEFAULT_WINDOW, longest or DEFAULT_WINDOW)
@@ -66,4 +70,4 @@ def window_length(config: Any, asked: int | None, text: str) -> int | None:
 def split_batches(ids: Tensor, batch_size: int | None, device: torch.device) -> list[Tensor]:
     """(windows, tokens) → batches of at most `batch_size` windows, by default a few thousand tokens each."""
     size = batch_size or max(1, BATCH_TOKENS[device.type] // ids.shape[1])
-    return list(ids.split(size)) if len(ids) else []
+    return [ids[start : start + size] for start in range(0, len(ids), size)]

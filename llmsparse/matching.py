@@ -172,5 +172,5 @@ def _batches(train: Sequence[int], group: int, steps: int, seed: int) -> list[li
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     while len(order) < steps * group:
-        order += [train[j] for j in torch.randperm(len(train), generator=generator).tolist()]
+        order += [train[int(j)] for j in torch.randperm(len(train), generator=generator)]
     return [order[step * group : (step + 1) * group] for step in range(steps)]

@@ -34,7 +34,10 @@ def available_bytes(device: torch.device) -> int:
     with open("/proc/meminfo", encoding="ascii") as info:
         free = next(int(line.split()[1]) * 1024 for line in info if line.startswith("MemAvailable:"))
     try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit, open("/sys/fs/cgroup/memory.current") as used:
+        with (
+            open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
+            open("/sys/fs/cgroup/memory.current") as used,
+        ):
             free = min(free, int(limit.read()) - int(used.read()))
     except (OSError, ValueError):  # no cgroup, or its limit reads "max"
         pass
@@ -71,7 +74,9 @@ class PeakMemory:
             self.bytes = max(self.bytes, anonymous_bytes())
         return self.bytes
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.read()
         self._done.set()
         if self._thread.is_alive():

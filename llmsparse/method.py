@@ -62,15 +62,30 @@ def describe(pruner: Pruner) -> dict[str, Any]:
     if name is None:
         raise RecipeError(f"method {type(pruner).__name__} has no name; add it to PRUNERS in llmsparse/pruners")
     names = [field.name for field in fields(cast(Any, pruner)) if field.init]
-    options: dict[str, Any] = {name: getattr(pruner, name) for name in names}
-    nested = tuple(PRUNERS.values())
-    return {"name": name} | {
-        key: describe(value) if isinstance(value, nested) else list(cast(Any, value)) if type(value) is tuple else value
-        for key, value in options.items()
-    }
+    return {"name": name} | {key: _plain(getattr(pruner, key)) for key in names}
+
+
+def _plain(value: Any) -> Any:
+    """An option as YAML can hold it."""
+    import torch
+
+    from llmsparse.pruners import PRUNERS
+
+    if isinstance(value, tuple(PRUNERS.values())):
+        return describe(cast("Pruner", value))
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return list(cast(tuple[Any, ...], value)) if type(value) is tuple else value
 
 
 def _checked(value: Any, hint: Any, path: KeyPath) -> Any:
+    import torch
+
+    if hint is torch.dtype:
+        known = {"float32": torch.float32, "float64": torch.float64}
+        if value not in known:
+            raise OptionError(path, f"got {value!r}, wanted {' or '.join(known)}")
+        return known[value]
     wants_bool = hint is bool or bool in get_args(hint)
     if isinstance(value, Mapping) or (isinstance(value, bool) and not wants_bool):
         raise OptionError(path, f"got {value!r}, wanted {_spell(hint)}")

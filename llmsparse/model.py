@@ -9,7 +9,9 @@ model's own forward is used for everything, with blocks replaced by recorders (`
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -49,14 +51,15 @@ class StreamedModel:
         path, self._blocks = find_blocks(self._model)
         self.block_names = [f"{path}.{index}" for index in range(len(self._blocks))]
 
-        self._naming = Naming(self._model, reader.keys())
+        keys = reader.keys()
+        self._naming = Naming(self._model, keys)
         self.outside_keys: list[str] = []
         self._block_keys: list[list[str]] = [[] for _ in self._blocks]
-        for key in reader.keys():
+        for key in keys:
             index = in_block(self._naming.target(key) or "", path)
             (self.outside_keys if index is None else self._block_keys[index]).append(key)
-        self._input = self._name_of(self._model.get_input_embeddings())
-        self._output = self._name_of(self._model.get_output_embeddings())
+        self._input, self._embedding = self._named(self._model.get_input_embeddings())
+        self._output, self._head = self._named(self._model.get_output_embeddings())
         self._tied = self._check_complete()
         self._loaded = False  # what lies outside the blocks and embeddings
         self._outline = outline(self._model, self._blocks, device)
@@ -85,9 +88,8 @@ class StreamedModel:
         """The untied output head, which is not pruned by default; nothing where it is tied to the input embedding."""
         if self._output in self._model.all_tied_weights_keys:
             return []
-        module, prefix = self._model.get_output_embeddings(), self._output.removesuffix("weight")
-        group = self._naming.groups[self._output]
-        return list_weights(self._reader, [group], module, prefix, self._outline.transposed, {"weight": HEAD})
+        prefix, group = self._output.removesuffix("weight"), self._naming.groups[self._output]
+        return list_weights(self._reader, [group], self._head, prefix, self._outline.transposed, {"weight": HEAD})
 
     @torch.no_grad()
     def embed(self, batches: Sequence[Tensor]) -> Activations:
@@ -110,10 +112,8 @@ class StreamedModel:
         with quiet(), replaced(self._blocks, record):
             for ids in batches:
                 recorder.next_batch()
-                try:
+                with suppress(_Recorded):
                     self._model(ids.to(self._device), use_cache=False)
-                except _Recorded:
-                    pass
         self._drop(self._input)
         return Activations(recorder.hidden, recorder.calls)
 
@@ -152,7 +152,7 @@ class StreamedModel:
         head = Head(
             HEAD,
             len(self._blocks),
-            self._model.get_output_embeddings(),
+            self._head,
             weights,
             self._reader.read([weights[0].key]),
             naming=self._naming,
@@ -164,12 +164,13 @@ class StreamedModel:
         return head
 
     def _finish(self, hidden: Tensor) -> Any:
-        """Run the model with every block giving back `hidden`."""
+        """Run the model with every block giving back `hidden`, and nothing for an embedding."""
         width = self._model.get_parameter(self._input).shape[1]
         blank = torch.zeros(*hidden.shape[:2], width, dtype=hidden.dtype, device=self._device)
         final = self._outline.wrap(hidden)
-        with quiet(), replaced(self._blocks, lambda index, forward: lambda *args, **kwargs: final):
-            return self._model(inputs_embeds=blank, use_cache=False)
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self._device)
+        with quiet(), replaced([self._embedding], _returning(blank)), replaced(self._blocks, _returning(final)):
+            return self._model(ids, use_cache=False)
 
     def _entering_head(self, hidden: Tensor) -> Tensor:
         """What the head is called with for hidden states after the last block."""
@@ -182,18 +183,18 @@ class StreamedModel:
 
             return run
 
-        with replaced([self._model.get_output_embeddings()], catch):
-            try:
-                self._finish(hidden)
-            except _Recorded:
-                pass
+        with replaced([self._head], catch), suppress(_Recorded):
+            self._finish(hidden)
         return caught[0]
 
-    def _name_of(self, embeddings: nn.Module | None) -> str:
+    def _named(self, embeddings: nn.Module | None) -> tuple[str, nn.Module]:
+        """An embedding and the name of its weight."""
         for name, module in self._model.named_modules():
             if module is embeddings:
-                return f"{name}.weight"
-        raise CheckpointError(f"{self._reader.folder}: {type(self._model).__name__} has no input or no output embeddings")
+                return f"{name}.weight", module
+        raise CheckpointError(
+            f"{self._reader.folder}: {type(self._model).__name__} has no input or no output embedding"
+        )
 
     def _check_complete(self) -> dict[str, str]:
         """Tied parameters that are not on disk → the one that is. Raises CheckpointError if any other is missing."""
@@ -211,6 +212,15 @@ class StreamedModel:
                 f"{self._reader.folder}: {len(missing)} of the tensors that config.json asks for are not on disk, "
                 f"{missing[0]!r} among them; download the checkpoint again"
             )
+        for group in self._naming.groups.values():
+            held = sum(math.prod(self._reader.spec(key).shape) for key in group.keys)
+            wanted = sum(self._model.get_parameter_or_buffer(name).numel() for name in group.targets)
+            if held != wanted:
+                others = f" and {len(group.keys) - 1} like it hold" if len(group.keys) > 1 else " holds"
+                raise CheckpointError(
+                    f"{self._reader.folder}: tensor {group.keys[0]!r}{others} {held} elements, config.json asks for "
+                    f"{wanted} in {group.target!r}; the two do not belong together, or something is missing"
+                )
         return tied
 
     def _load(self, part: str) -> None:
@@ -252,3 +262,12 @@ class StreamedModel:
 
 class _Recorded(Exception):
     """Ends a forward whose rest is not wanted."""
+
+
+def _returning(value: Any) -> Callable[..., Any]:
+    """For `replaced`: a forward that returns `value`, whatever it is called with."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return value
+
+    return lambda index, own: forward

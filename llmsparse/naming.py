@@ -9,6 +9,7 @@ what is used of them is the same from transformers 5.15 to 5.23.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import re
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -60,7 +62,7 @@ class Group:
         """Whether conversion swaps the last two dimensions of a tensor of this shape."""
         flips = 0
         for operation in self.converter.operations if self.converter else ():
-            if type(operation).__name__ == "Transpose":
+            if isinstance(operation, Transpose):
                 flips += not (operation.check_dims and shape == target_shape)
         return flips % 2 == 1
 
@@ -88,7 +90,8 @@ class Naming:
                 group.sources.append((key, key if pattern is None else pattern))
         self._group_of = {key: group for group in self.groups.values() for key in group.keys}
         self.unknown = [key for key in keys if key not in self._group_of]
-        model._weight_conversions = [rule for rule in mapping if rule.was_used()]  # pyright: ignore[reportPrivateUsage]
+        used: Any = [rule for rule in mapping if rule.was_used()]
+        model._weight_conversions = used  # what `revert_weight_conversion` reverts
 
     def target(self, key: str) -> str | None:
         """The module tensor that `key` goes into (the first, where it is split), or None."""
@@ -108,10 +111,10 @@ class Naming:
             if group.converter is None:
                 yield group.target, prepare(group.target, tensors[group.keys[0]])
                 continue
-            converter = deepcopy(group.converter)
+            converter: Any = deepcopy(group.converter)  # whose annotations know futures only
             for key, pattern in group.sources:
                 converter.add_tensor(group.target, key, pattern, prepare(group.target, tensors[key]))
-            converted = converter.convert(group.target, model=self._model, config=self._model.config)
+            converted: dict[str, Any] = converter.convert(group.target, model=self._model, config=self._model.config)
             for name, tensor in converted.items():
                 yield name, tensor[0] if isinstance(tensor, list) else tensor
 

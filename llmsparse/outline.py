@@ -1,27 +1,35 @@
-"""What a model does with its parameters, learned by running it once without their values.
+"""What a model does with its parameters, learned by running it without their values.
 
-Parameters stay on meta while activations are real zeros: a call of torch that mixes the two is made on meta, and its
-result is zeros of the right shape. That takes no memory and next to no time, and shows which parameters are multiplied
-with activations and how they are laid out, square ones too, and what container the blocks return. Names, classes and
+Parameters stay on meta while activations are real: a call of torch that mixes the two is made on meta, and its result
+is zeros of the right shape. That takes no memory and next to no time, and shows which parameters are multiplied with
+activations and how they are laid out, square ones too, and what container the blocks return. Names, classes and
 annotations, which lie, are not asked.
+
+It also shows whether a model can be streamed at all. With NaN in the place of the embedding, or of what the blocks
+return, everything that depends on these becomes NaN: nothing but a block's hidden states may.
 """
 
+# pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from llmsparse.activations import split_call
+from llmsparse.activations import split_call, tensors_in
 from llmsparse.block import unwrap
 from llmsparse.errors import CheckpointError
 from llmsparse.skeleton import quiet, replaced
 from llmsparse.tap import Watched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOKENS = 8
 
@@ -30,7 +38,9 @@ TOKENS = 8
 class Outline:
     """The parameters that are multiplied with activations, and the container that blocks return."""
 
-    transposed: dict[str, bool] = field(default_factory=dict[str, bool])  # parameter → laid out (in, out)
+    transposed: dict[str, bool] = field(
+        default_factory=dict[str, bool]
+    )  # parameter → laid out (in, out), in call order
     container: type[tuple[Any, ...]] | type[list[Any]] | None = None  # that a block returns, if not a bare tensor
     items: int = 1  # in it
 
@@ -40,37 +50,76 @@ class Outline:
 
 
 @torch.no_grad()
-def outline(model: nn.Module, blocks: nn.ModuleList, device: torch.device) -> Outline:
-    """Run `model`, whose parameters are on meta, on a few zeros.
+def outline(model: PreTrainedModel, blocks: Sequence[nn.Module], device: torch.device) -> Outline:
+    """Learn it from a few tokens on a model whose parameters are on meta.
 
-    Raises CheckpointError where something happens between blocks: streaming would lose it.
+    Raises CheckpointError for a model that is more than a stack of blocks: streaming would lose what passes it by.
     """
-    result = Outline()
-    last: list[Tensor] = []
+    found = Outline()
+    ids = torch.zeros(1, TOKENS, dtype=torch.int64, device=device)
 
-    def note(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def watch(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            hidden, _ = split_call(args, kwargs)
-            if last and hidden is not last[0]:
-                raise CheckpointError(
-                    f"{type(model).__name__} changes the hidden states between its blocks; only a plain stack of "
-                    "blocks can be pruned"
-                )
             output = forward(*args, **kwargs)
-            last[:] = [unwrap(output)]
-            if output is not last[0]:
-                result.container, result.items = type(output), len(output)
+            if not isinstance(output, Tensor):
+                unwrap(output)
+                found.container, found.items = type(output), len(output)
             return output
 
         return run
 
-    ids = torch.zeros(1, TOKENS, dtype=torch.int64, device=device)
-    with quiet(), replaced(blocks, note), _Zeros(model, result, device):
-        model(ids, use_cache=False)
-    return result
+    with quiet(), _Zeros(model, found, device):
+        with replaced(blocks, watch):
+            model(ids, use_cache=False)
+        for poisoned in ("embedding", "blocks"):
+            with _stubbed(model, blocks, found, poisoned):
+                logits = model(ids, use_cache=False).logits
+            _require(
+                model, not logits.isnan().any(), f"computes its logits from the {poisoned} past the last block too"
+            )
+    return found
+
+
+@contextmanager
+def _stubbed(model: PreTrainedModel, blocks: Sequence[nn.Module], found: Outline, poisoned: str) -> Generator[None]:
+    """Within it blocks do not run; NaN stands for the embedding, or for what all blocks but the last return."""
+    returned: list[Tensor] = []
+
+    def embed(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: torch.full_like(forward(*args, **kwargs), _nan(poisoned == "embedding"))
+
+    def stub(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            hidden, call = split_call(args, kwargs)
+            _require(
+                model, hidden.dim() == 3, f"passes hidden states of {hidden.dim()} dimensions to its blocks, not 3"
+            )
+            _require(model, not returned or hidden is returned[0], "changes the hidden states between its blocks")
+            passed = poisoned == "blocks" and any(
+                tensor.isnan().any() for tensor in tensors_in((call.args, call.kwargs))
+            )
+            _require(model, not passed, "passes what one block computes to another beside the hidden states")
+            returned[:] = [torch.full_like(hidden, _nan(poisoned == "blocks" and index < len(blocks) - 1))]
+            return found.wrap(returned[0])
+
+        return run
+
+    with replaced([model.get_input_embeddings()], embed), replaced(blocks, stub):
+        yield
+
+
+def _nan(poisoned: bool) -> float:
+    return float("nan") if poisoned else 1.0
+
+
+def _require(model: nn.Module, condition: bool | Tensor, fault: str) -> None:
+    if not condition:
+        raise CheckpointError(f"{type(model).__name__} {fault}; only a plain stack of blocks can be pruned")
 
 
 class _Zeros(TorchFunctionMode):
+    """Parameters are on meta, everything else is real: calls that mix them return zeros, or NaN where one goes in."""
+
     def __init__(self, model: nn.Module, result: Outline, device: torch.device) -> None:
         super().__init__()
         self._watched = Watched(model.named_parameters())
@@ -86,12 +135,17 @@ class _Zeros(TorchFunctionMode):
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if all(tensor.is_meta for tensor in tensors) or (func is Tensor.__getitem__ and args[0].is_meta):
             return func(*args, **kwargs)  # of a parameter alone; one expert of it, even if its number is real
+        fill = 0.0
         if any(tensor.is_meta for tensor in tensors):
+            fill = float("nan") if any(not tensor.is_meta and tensor.isnan().any() for tensor in tensors) else 0.0
             args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
-        return pytree.tree_map_only(Tensor, self._real, func(*args, **kwargs))
+        return pytree.tree_map_only(Tensor, lambda tensor: self._real(tensor, fill), func(*args, **kwargs))
 
-    def _real(self, tensor: Tensor) -> Tensor:
-        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=self._device) if tensor.is_meta else tensor
+    def _real(self, tensor: Tensor, fill: float) -> Tensor:
+        if not tensor.is_meta:
+            return tensor
+        fill = fill if tensor.is_floating_point() else 0
+        return torch.full(tensor.shape, fill, dtype=tensor.dtype, device=self._device)
 
 
 def _on_meta(device: Any) -> bool:

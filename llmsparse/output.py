@@ -8,6 +8,7 @@ the system drops when the process dies, `OUT.lock`, keeps a second run away.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -35,21 +36,22 @@ class PartialOutput:
     def __init__(
         self, out: Path, *, fingerprint: dict[str, Any], resume: bool, overwrite: bool, source: Path | None = None
     ) -> None:
-        if resume and overwrite:
-            raise RecipeError("--resume goes on with an unfinished run and --overwrite starts anew: choose one")
-        self.out = Path(out).expanduser().resolve()
-        if os.path.ismount(self.out):
-            raise RecipeError(f"{self.out}: a mount point, which cannot be replaced; name a folder inside it")
-        self.folder = self.out.with_name(self.out.name + ".partial")
+        self._place = place = _Place(out, source)
+        self.out, self.folder = place.out, place.folder
         self.finished: dict[str, Any] = {}
-        self._state = self.folder / STATE
-        self._journal = self._state / "journal.jsonl"
-        self._check_place(source)
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _Lock(self.out.with_name(self.out.name + ".lock"), self.out)
+            self._lock = _Lock(place.lock, self.out)
             try:
-                self._open(json.loads(json.dumps(fingerprint)), resume, overwrite)
+                place.recover()
+                run = place.decide(resume, overwrite)
+                self._overwrite = overwrite or bool(run and run["overwrite"])
+                now: dict[str, Any] = json.loads(json.dumps(fingerprint))
+                if run is not None and resume:
+                    _check_fingerprint(self.folder, run["fingerprint"], now)
+                    self.finished = _read_journal(place.journal)
+                else:
+                    place.start(now, overwrite)
             except BaseException:
                 self._lock.release()
                 raise
@@ -68,21 +70,22 @@ class PartialOutput:
         """Note that a block is finished; its tensors must be on disk (`CheckpointWriter.sync`) before."""
         line = json.dumps({"block": block, "entry": entry}) + "\n"
         try:
-            with self._journal.open("a", encoding="utf-8") as stream:
+            with self._place.journal.open("a", encoding="utf-8") as stream:
                 stream.write(line)
                 stream.flush()
                 os.fsync(stream.fileno())
         except OSError as error:
-            raise disk_error(self._journal, error, len(line)) from error
+            raise disk_error(self._place.journal, error, len(line)) from error
         self.finished[block] = json.loads(line)["entry"]
 
     def publish(self) -> Path:
         """Give the complete folder its final name, in the place of an old one where that was allowed; returns OUT."""
+        self._place.check_existing(self._overwrite)  # perhaps it is there only since this run began
         for path in [*self.folder.rglob("*"), self.folder]:
             fsync(path)
         try:
             if self.out.exists() and any(self.out.iterdir()):
-                self.out.rename(self._state / "replaced")
+                self.out.rename(self._place.replaced)
             self.folder.rename(self.out)
             fsync(self.out.parent)
             shutil.rmtree(self.out / STATE)
@@ -90,49 +93,92 @@ class PartialOutput:
             raise disk_error(self.out, error) from error
         return self.out
 
-    def _check_place(self, source: Path | None) -> None:
-        """Refuse, from names alone, an OUT that would harm the source."""
-        if source is not None:
-            model = source.expanduser().resolve()
-            for place in (self.out, self.folder):
-                if place == model or model in place.parents or place in model.parents:
-                    raise RecipeError(
-                        f"{self.out}: output and model folder {model} must lie apart; choose another output"
-                    )
 
-    def _open(self, fingerprint: dict[str, Any], resume: bool, overwrite: bool) -> None:
-        self._recover()
+def check_output(out: Path, *, resume: bool, overwrite: bool, source: Path | None = None) -> None:
+    """Refuse what PartialOutput would refuse, but for the fingerprint, without writing anything: for a plan."""
+    place = _Place(out, source)
+    try:
+        place.decide(resume, overwrite)
+        if place.lock.exists():
+            _Lock(place.lock, place.out).release()
+        parent = next(path for path in place.out.parents if path.exists())
+        if not parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise disk_error(place.folder, error) from error
+
+
+class _Place:
+    """The paths of a run, what lies there, and what may be done with it."""
+
+    def __init__(self, out: Path, source: Path | None) -> None:
+        self.out = Path(out).expanduser().resolve()
+        if os.path.ismount(self.out):
+            raise RecipeError(f"{self.out}: a mount point, which cannot be replaced; name a folder inside it")
+        self.folder = self.out.with_name(self.out.name + ".partial")
+        self.lock = self.out.with_name(self.out.name + ".lock")
+        self.state = self.folder / STATE
+        self.journal = self.state / "journal.jsonl"
+        self.replaced = self.state / "replaced"
+        model = source.expanduser().resolve() if source is not None else None
+        for path in (self.out, self.folder):
+            if model is not None and (path == model or model in path.parents or path in model.parents):
+                raise RecipeError(f"{self.out}: output and model folder {model} must lie apart; choose another output")
+
+    def decide(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+        """What the unfinished run noted at its start, None if there is none; RecipeError if the flags do not fit."""
+        if resume and overwrite:
+            raise RecipeError("--resume goes on with an unfinished run and --overwrite starts anew: choose one")
         run = self._run()
-        if self.out.exists():
-            self._check_existing(resume, overwrite or bool(run and run["overwrite"]))
-        if resume:
-            if run is None:
-                raise RecipeError(f"{self.folder}: nothing to resume; leave out --resume")
-            _check_fingerprint(self.folder, run["fingerprint"], fingerprint)
-            self._read_journal()
-            return
-        if run is not None and not overwrite:
+        if resume and run is None:
+            finished = self.out.is_dir() and any(self.out.iterdir())
+            reason = f"{self.out}: finished already" if finished else f"{self.folder}: no such folder"
+            raise RecipeError(f"{reason}, nothing to resume; leave out --resume")
+        self.check_existing(overwrite or bool(run and run["overwrite"]))
+        if run is not None and not resume and not overwrite:
             raise RecipeError(
                 f"{self.folder}: an unfinished run is there; go on with --resume, or start anew with --overwrite"
             )
-        self._clear()
-        self._state.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"fingerprint": fingerprint, "overwrite": overwrite}, indent=2) + "\n"
-        replace_file(self._state / "run.json", text)
-        for folder in (self._state, self.folder, self.out.parent):
-            fsync(folder)
+        return run
 
-    def _recover(self) -> None:
+    def check_existing(self, overwrite: bool) -> None:
+        """What is at OUT may be replaced: nothing, an empty folder, or with leave to overwrite a checkpoint."""
+        if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
+            return
+        if not overwrite:
+            raise RecipeError(f"{self.out}: exists already; choose another output, or replace it with --overwrite")
+        if not (self.out / "config.json").is_file() or not any(self.out.glob("*.safetensors")):
+            raise RecipeError(
+                f"{self.out}: not a checkpoint, so --overwrite will not replace it; choose another output"
+            )
+
+    def recover(self) -> None:
         """Finish what a crash inside `publish` left undone."""
-        replaced = self._state / "replaced"
-        if replaced.exists() and not self.out.exists():
-            replaced.rename(self.out)
+        if self.replaced.exists() and not self.out.exists():
+            self.replaced.rename(self.out)
         if (self.out / STATE).is_dir():
             shutil.rmtree(self.out / STATE)
 
+    def start(self, fingerprint: dict[str, Any], overwrite: bool) -> None:
+        """Empty OUT.partial, the journal first, so that a crash leaves nothing to trust, and note this run."""
+        self.journal.unlink(missing_ok=True)
+        for path in [*self.folder.glob("*"), *self.folder.glob(".*")]:
+            if path == self.state:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        self.state.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"fingerprint": fingerprint, "overwrite": overwrite}, indent=2) + "\n"
+        replace_file(self.state / "run.json", text)
+        for folder in (self.state, self.folder, self.out.parent):
+            fsync(folder)
+
     def _run(self) -> dict[str, Any] | None:
-        """What the unfinished run in OUT.partial noted at its start; None where no run got as far as that."""
-        file = self._state / "run.json"
+        file = self.state / "run.json"
         if file.is_file():
             try:
                 run: Any = json.loads(file.read_bytes())
@@ -142,47 +188,6 @@ class PartialOutput:
         if self.folder.exists() and any(path.name != STATE for path in self.folder.iterdir()):
             raise RecipeError(f"{self.folder}: in the way, and not written by llmsparse; move it elsewhere")
         return None
-
-    def _check_existing(self, resume: bool, overwrite: bool) -> None:
-        """OUT is there: only an empty folder, or a checkpoint with leave to overwrite, may be replaced."""
-        if self.out.is_dir() and not any(self.out.iterdir()):
-            return
-        checkpoint = (self.out / "config.json").is_file() and any(self.out.glob("*.safetensors"))
-        if overwrite and checkpoint:
-            return
-        if overwrite:
-            raise RecipeError(
-                f"{self.out}: not a checkpoint, so --overwrite will not replace it; choose another output"
-            )
-        if resume and not self.folder.exists():
-            raise RecipeError(f"{self.out}: finished already, nothing to resume; replace it with --overwrite")
-        raise RecipeError(f"{self.out}: exists already; choose another output, or replace it with --overwrite")
-
-    def _clear(self) -> None:
-        """Empty OUT.partial, the journal first and `run.json` last: a crash meanwhile leaves nothing to trust."""
-        self._journal.unlink(missing_ok=True)
-        for path in [*self.folder.glob("*"), *self.folder.glob(".*")]:
-            if path == self._state:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-    def _read_journal(self) -> None:
-        """Fill `finished`. A last line without its newline was being written in a crash: it is cut off."""
-        if not self._journal.exists():
-            return
-        data = self._journal.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                note: Any = json.loads(line)
-                self.finished[note["block"]] = note["entry"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(f"{self._journal}:{number}: corrupt; start anew with --overwrite") from error
-        if len(whole) < len(data):
-            os.truncate(self._journal, len(whole))
 
 
 class _Lock:
@@ -228,3 +233,21 @@ def _check_fingerprint(folder: Path, before: dict[str, Any], now: dict[str, Any]
         f"{folder}: cannot be resumed, changed since it was started: {', '.join(details)}; "
         "set it back, or start anew with --overwrite"
     )
+
+
+def _read_journal(file: Path) -> dict[str, Any]:
+    """Finished blocks and their entries. A last line without its newline was cut off by a crash, and is removed."""
+    if not file.exists():
+        return {}
+    data = file.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    finished: dict[str, Any] = {}
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            note: Any = json.loads(line)
+            finished[note["block"]] = note["entry"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file}:{number}: corrupt; start anew with --overwrite") from error
+    if len(whole) < len(data):
+        os.truncate(file, len(whole))
+    return finished

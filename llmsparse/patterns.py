@@ -14,12 +14,15 @@ import re
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llmsparse.errors import NumericalError, PatternError
 
 Scope = Literal["row", "matrix"]
+
+PAIRED = 4  # up to this M comparing every pair of a group is faster than partitioning it (CPU, 2048 × 8192)
 
 
 class Pattern(Protocol):
@@ -110,13 +113,14 @@ class NofM:
             raise PatternError(f"columns {columns.start} to {columns.stop} of {width} are not whole groups of {self.m}")
         _refuse_nan(score)
         groups = score.reshape(-1, self.m)
-        if self.m > 16:  # comparing pairs is faster than sorting up to 16, measured at 4096 × 4096 on CPU and H200
+        if self.m > PAIRED:
             return _drop_smallest(groups, self.m - self.n).view(score.shape)
-        rank = torch.zeros(groups.shape, dtype=torch.uint8, device=score.device)
+        rank = torch.zeros(groups.shape, dtype=torch.int8, device=score.device)
         for j in range(1, self.m):
-            wins = groups[:, j : j + 1] >= groups[:, :j]  # on a tie the later one is the more important
-            rank[:, j] += wins.sum(dim=1, dtype=torch.uint8)
-            rank[:, :j] += ~wins
+            for i in range(j):
+                later = groups[:, j] >= groups[:, i]  # on a tie the later one is the more important
+                rank[:, j] += later
+                rank[:, i] += ~later
         return (rank >= self.m - self.n).view(score.shape)
 
 
@@ -139,30 +143,43 @@ def parse_pattern(text: str, sparsity: float | None, scope: Scope) -> Pattern:
 
 
 def _refuse_nan(score: Tensor) -> None:
-    if bool(score.isnan().any()):
-        raise NumericalError(f"{int(score.isnan().sum())} of {score.numel()} importance scores are NaN: weight or statistic is broken")
+    if bool(score.sum().isnan()) and bool(score.isnan().any()):  # the sum is ten times as fast, but +inf - inf is NaN too
+        broken = int(score.isnan().sum())
+        raise NumericalError(
+            f"{broken} of {score.numel()} importance scores are NaN: the weight or its calibration activations hold NaN or Inf; "
+            "check the checkpoint, or calculate with --dtype float32"
+        )
 
 
 def _drop_smallest(score: Tensor, count: int) -> Tensor:
-    """Mask of (rows, n) without the `count` smallest of each row, the first of equals first."""
+    """Mask of (rows, n) without the `count` smallest of each row; of equals the first go first."""
     if count == 0:
         return torch.ones_like(score, dtype=torch.bool)
+    rows, n = score.shape
     threshold = _kth_smallest(score, count)
-    keep = score > threshold
-    tied = score == threshold
-    spare = score.shape[1] - count - keep.sum(dim=1, keepdim=True)  # how many of the tied ones survive: the last
-    if bool((spare > 0).any()):
-        from_end = tied.sum(dim=1, keepdim=True) - tied.cumsum(dim=1)
-        keep |= tied & (from_end < spare)
+    keep = score > threshold  # at most n - count in every row, so if the total is right each row is
+    if int(keep.count_nonzero()) == rows * (n - count):
+        return keep
+    missing = n - count - _per_row(keep)
+    short = missing.nonzero()[:, 0]
+    tied = score[short] == threshold[short]
+    from_end = tied.flip(1).cumsum(dim=1, dtype=torch.int32).flip(1)  # 1 for the last tied one of a row
+    keep[short] |= tied & (from_end <= missing[short, None])
     return keep
 
 
 def _kth_smallest(score: Tensor, k: int) -> Tensor:
     """(rows, n) → (rows, 1)."""
-    n = score.shape[1]
-    if score.device.type == "cpu":
-        return score.kthvalue(k, dim=1, keepdim=True).values
-    # topk spreads one long row over the whole device, kthvalue does not
+    if score.device.type == "cpu":  # numpy's partition takes a sixth of the time of torch's kthvalue, at 2048 × 8192
+        return torch.from_numpy(np.partition(score.numpy(), k - 1, axis=1)[:, k - 1 : k])
+    n = score.shape[1]  # topk spreads one long row over the whole device, kthvalue does not
     if k <= n - k + 1:
         return score.topk(k, dim=1, largest=False, sorted=False).values.amax(dim=1, keepdim=True)
     return score.topk(n - k + 1, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+
+
+def _per_row(mask: Tensor) -> Tensor:
+    """How many are True, (rows, n) → (rows,)."""
+    if mask.device.type == "cpu":  # torch's sum of bools takes fifteen times as long
+        return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))
+    return mask.sum(dim=1)

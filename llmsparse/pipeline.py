@@ -22,11 +22,11 @@ from llmsparse import source
 from llmsparse.checkpoint import CheckpointReader, CheckpointWriter, parse_size
 from llmsparse.collect import Input, collect, learn_inputs
 from llmsparse.errors import CheckpointError, LlmsparseError, MachineError
+from llmsparse.evaluation import negative_log_likelihood
 from llmsparse.matching import Match, match
 from llmsparse.memory import PeakMemory
 from llmsparse.model import Activations, Block
 from llmsparse.output import PartialOutput
-from llmsparse.evaluation import negative_log_likelihood
 from llmsparse.planning import HEAD, Choice, Plan, make_plan, versions
 from llmsparse.progress import Progress, Silent
 from llmsparse.pruners import Magnitude
@@ -190,9 +190,7 @@ def prune_block(block: Block, acts: Activations, plan: Plan, progress: Progress)
     return BlockRecord(block.name, rows, asdict(result) if result else None, seconds)
 
 
-def groups(
-    inputs: list[Input], needs: Callable[[Input], type[Statistic] | None], plan: Plan
-) -> Iterator[list[Input]]:
+def groups(inputs: list[Input], needs: Callable[[Input], type[Statistic] | None], plan: Plan) -> Iterator[list[Input]]:
     """Inputs measured in one pass: as many as the memory for statistics allows; one by one when true-sequential."""
     held: list[Input] = []
     size = 0
@@ -213,7 +211,9 @@ def prune_weight(block: Block, choice: Choice, entry: Input, plan: Plan) -> tupl
     stored = block.view(weight)  # (out, in), stored dtype
     if entry.tokens == 0:
         if weight.expert is None and weight.kind != "expert":
-            raise LlmsparseError(f"no calibration token reached {weight.name}; leave it out with --exclude {weight.name!r}")
+            raise LlmsparseError(
+                f"no calibration token reached {weight.name}; leave it out with --exclude {weight.name!r}"
+            )
         pruner = Magnitude()
         notes["fallback"] = "magnitude: no calibration token reached this expert"
 

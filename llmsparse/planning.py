@@ -120,7 +120,9 @@ class Plan:
         block = outside = statistics = 0
         for index in range(len(self.model.block_names)):
             numel = sum(torch.Size(self.tensors[key][0]).numel() for key in self.model.block_keys(index))
-            stored = sum(self.reader.spec(key).end - self.reader.spec(key).begin for key in self.model.block_keys(index))
+            stored = sum(
+                self.reader.spec(key).end - self.reader.spec(key).begin for key in self.model.block_keys(index)
+            )
             block = max(block, numel * itemsize + (stored if self.device.type == "cpu" else 0))
         for key in self.model.outside_keys:
             outside += torch.Size(self.tensors[key][0]).numel() * itemsize
@@ -146,7 +148,9 @@ class Plan:
             "blocks": len(self.model.block_names),
             "methods": methods,
             "weights": weights,
-            "parameters_to_prune": sum(c.weight.shape[0] * c.weight.shape[1] for cs in self.choices.values() for c in cs),
+            "parameters_to_prune": sum(
+                c.weight.shape[0] * c.weight.shape[1] for cs in self.choices.values() for c in cs
+            ),
             "bytes_to_read": self.bytes_to_write,
             "bytes_to_write": self.bytes_to_write,
             "memory_bytes": self.memory_bytes(),
@@ -211,7 +215,9 @@ def make_plan(recipe: Recipe) -> Plan:
     )
     window_length(config, windows.ids.shape[1], recipe.calibration)
     draft = Plan(recipe, folder, output, reader, model, choices, windows, device, dtype, match_steps=0)
-    return replace(draft, match_steps=default_match_steps(draft) if recipe.match_steps == "auto" else recipe.match_steps)
+    return replace(
+        draft, match_steps=default_match_steps(draft) if recipe.match_steps == "auto" else recipe.match_steps
+    )
 
 
 def choose(recipe: Recipe, model: StreamedModel) -> dict[str, list[Choice]]:

@@ -45,7 +45,7 @@ class BlockRecord:
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> BlockRecord:
-        rows = [Row(**{**row, "shape": tuple(row["shape"])}) for row in entry["rows"]]
+        rows = [Row(**(row | {"shape": tuple(row["shape"])})) for row in entry["rows"]]
         return cls(entry["name"], rows, entry["match"], entry["seconds"])
 
 
@@ -116,7 +116,10 @@ class Report:
             before, after = self.perplexity["before"], self.perplexity["after"]
             windows, length = self.perplexity["windows"], self.perplexity["seq_len"]
             lines.append(
-                ("perplexity", f"{before:.4g} → {after:.4g} on {windows} held-out windows of {length} tokens, per token")
+                (
+                    "perplexity",
+                    f"{before:.4g} → {after:.4g} on {windows} held-out windows of {length} tokens, per token",
+                )
             )
         lines.append(("took", f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 1e9:.2f} GB"))
         lines += [("warning", warning) for warning in self.warnings]

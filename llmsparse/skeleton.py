@@ -8,12 +8,12 @@ Uses transformers' `_get_dtype_plan` and `_no_split_modules`, the same from 5.15
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import init_empty_weights
+from accelerate import init_empty_weights  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
@@ -52,8 +52,8 @@ def build(
     return model.eval().requires_grad_(False)
 
 
-def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and list of the blocks: the outermost list as long as the config says the model is deep.
+def find_blocks(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
+    """Name of the list of blocks, and the blocks: the outermost list as long as the config says the model is deep.
 
     Where several are, the one whose modules the model declares unsplittable.
     """
@@ -62,13 +62,14 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     declared = set(model._no_split_modules or ())
     for name, blocks in lists:
         if {type(block).__name__ for block in blocks} & declared:
-            return name, blocks
+            return name, list(blocks)
     if not lists:
         raise CheckpointError(
             f"{model.config.name_or_path}: {type(model).__name__} has no list of {depth} blocks "
             "(num_hidden_layers of its config); only models that are a stack of blocks can be pruned"
         )
-    return lists[0]
+    name, blocks = lists[0]
+    return name, list(blocks)
 
 
 def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -90,7 +91,9 @@ def drop(module: nn.Module) -> None:
 
 
 @contextmanager
-def replaced(blocks: Sequence[nn.Module], forward: Callable[[int, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+def replaced(
+    blocks: Sequence[nn.Module], forward: Callable[[int, Callable[..., Any]], Callable[..., Any]]
+) -> Generator[None]:
     """Within it, each block's forward is `forward(index, its own)`."""
     own = [block.forward for block in blocks]
     for index, block in enumerate(blocks):
@@ -103,7 +106,7 @@ def replaced(blocks: Sequence[nn.Module], forward: Callable[[int, Callable[..., 
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> Generator[None]:
     """Within it, transformers keeps its advice to itself: it is meant for whoever wrote the model call."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -75,7 +75,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     kind, architectures, remote = raw.get("model_type"), raw.get("architectures"), raw.get("auto_map")
     if not isinstance(kind, str) or not kind:
         raise CheckpointError(f"{file}: has no model_type, so nothing says what this model is")
-    if not isinstance(architectures, list) or not architectures:
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise CheckpointError(f'{file}: has no architectures; name the model\'s class there, e.g. ["LlamaForCausalLM"]')
     text = raw.get("text_config")
     quantized = raw.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
@@ -107,7 +107,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     if trust_remote_code and remote and "AutoModelForCausalLM" in remote:
         return config
     causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if causal is None or not any(name == causal.__name__ or name.endswith("ForCausalLM") for name in architectures):
+    if causal is None or not architectures[0].endswith(("ForCausalLM", causal.__name__)):
         raise CheckpointError(f"{file}: {architectures[0]} is not a causal language model")
     return config
 

@@ -88,7 +88,8 @@ class Watched:
         if parameter.dim() == 2:
             yield Product((name, None), x, transposed)
         elif weight.dim() == 2:
-            expert = (weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
+            offset = int(weight.storage_offset()) - int(parameter.storage_offset())
+            expert = offset // parameter.stride(0)
             yield Product((name, expert), x, transposed)
         elif x.dim() == 3 and x.shape[0] == weight.shape[0] == parameter.shape[0]:
             for expert, rows in enumerate(x):

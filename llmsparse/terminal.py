@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,9 @@ class Result(Protocol):
 
 @dataclass
 class Terminal:
-    """The switches that every command takes, and what follows from them."""
+    """The command line, the switches that every command takes, and what follows from them."""
 
+    arguments: Sequence[str] = ()
     quiet: bool = False
     verbose: bool = False
     debug: bool = False
@@ -60,6 +62,7 @@ class Terminal:
         """Keep what Hugging Face's libraries log off the screen; bars stay for downloads that someone watches."""
         if self.verbose or self.debug:
             return
+        warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DATASETS_VERBOSITY", "critical")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -67,11 +70,11 @@ class Terminal:
         if self.quiet or not downloads or not progress.watched():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-    def how_to_resume(self, arguments: Sequence[str]) -> str:
+    def how_to_resume(self) -> str:
         """The command that takes up an interrupted run; empty if there is nothing to take up."""
         if self.partial is None or not self.partial.exists():
             return ""
-        again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
+        again = [argument for argument in self.arguments if argument not in ("--overwrite", "--resume")]
         return f"{self.partial} keeps the finished blocks, go on with: {shlex.join(['llmsparse', *again, '--resume'])}"
 
 

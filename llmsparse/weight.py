@@ -6,6 +6,7 @@ the model: a router stands beside the experts it chooses from and gives each a s
 activations are multiplied with, so they are not even listed.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -56,13 +57,15 @@ def list_weights(
     order in which they are, which is the order of the result too.
     """
     weights: list[Weight] = []
-    scores = dict(_choosers(module))
     order = {name: place for place, name in enumerate(transposed)}
     used = [(group, [name for name in group.targets if name in order]) for group in groups]
-    for group, names in sorted((pair for pair in used if pair[1]), key=lambda pair: order[pair[1][0]]):
+    used = sorted((pair for pair in used if pair[1]), key=lambda pair: order[pair[1][0]])
+    matrices = [name.removeprefix(prefix) for _, names in used for name in names]
+    routers = _routers(module, {name: _out(module, name, transposed[prefix + name]) for name in matrices})
+    for group, names in used:
         name = names[0].removeprefix(prefix)
         parameter = module.get_parameter(name)
-        kind = (kinds or {}).get(name) or _kind(name, parameter, scores, transposed[names[0]])
+        kind = (kinds or {}).get(name) or _kind(name, parameter, routers)
         for key in group.keys:
             weights += _of_key(reader, group, key, name, tuple(parameter.shape), transposed[names[0]], kind)
     return weights
@@ -95,22 +98,35 @@ def _of_key(
         yield Weight(plain, key, None, (out, width), flipped, (name, expert), kind, chosen)
 
 
-def _choosers(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """(module that holds the experts and their router, number of experts)."""
-    for name, part in module.named_modules():
-        stacked = {p.shape[0] for p in part.parameters(recurse=False) if p.dim() == 3}
-        if isinstance(part, nn.ModuleList) or (stacked and not isinstance(part, nn.Conv1d)):
-            yield name.rpartition(".")[0], len(part) if isinstance(part, nn.ModuleList) else stacked.pop()
-
-
-def _kind(name: str, parameter: nn.Parameter, experts: Mapping[str, int], transposed: bool) -> str:
+def _kind(name: str, parameter: nn.Parameter, routers: set[str]) -> str:
     if parameter.dim() == 3:
         return "expert"
-    owner = name.rpartition(".")[0]
-    if owner.rpartition(".")[2] in COEFFICIENTS:
+    if name.split(".")[-2:-1] and name.split(".")[-2] in COEFFICIENTS:
         return "coefficients"
-    out = parameter.shape[1 if transposed else 0]
-    beside = owner.rpartition(".")[0]
-    if beside in experts and out in (1, experts[beside]):
-        return "router"
-    return "linear"
+    return "router" if name in routers else "linear"
+
+
+def _out(module: nn.Module, name: str, transposed: bool) -> int:
+    return module.get_parameter(name).shape[-1 if transposed else -2]
+
+
+def _routers(module: nn.Module, scores: Mapping[str, int]) -> set[str]:
+    """Matrices (name → out) that stand beside experts, alone in their part, with one score for each or for all."""
+    found: set[str] = set()
+    for place, experts, count in _experts(module):
+        parts: dict[str, list[str]] = {}
+        for name in scores:
+            if name.startswith(place) and not name.startswith(experts):
+                parts.setdefault(name.removeprefix(place).split(".")[0], []).append(name)
+        found.update(names[0] for names in parts.values() if len(names) == 1 and scores[names[0]] in (1, count))
+    return found
+
+
+def _experts(module: nn.Module) -> Iterator[tuple[str, str, int]]:
+    """(prefix of the module that holds experts, prefix of the experts, their number)."""
+    for name, part in module.named_modules():
+        stacked = [p.shape[0] for p in part.parameters(recurse=False) if p.dim() == 3]
+        count = len(part) if isinstance(part, nn.ModuleList) else stacked[0] if stacked else 0
+        if count > 1 and not isinstance(part, nn.Conv1d):
+            place = name.rpartition(".")[0]
+            yield f"{place}." if place else "", f"{name}.", count

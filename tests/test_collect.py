@@ -53,7 +53,9 @@ def test_the_sample_is_seeded_bounded_and_made_of_real_rows(loaded: tuple[Block,
         samples.append(inputs[0].sample)
     assert samples[0].shape == (SAMPLE_ROWS, 32)
     assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
-    rows = {tuple(row) for row in torch.cat([block.module.input_layernorm(h) for h in acts.hidden]).flatten(0, 1).tolist()}
+    rows = {
+        tuple(row) for row in torch.cat([block.module.input_layernorm(h) for h in acts.hidden]).flatten(0, 1).tolist()
+    }
     assert all(tuple(row) in rows for row in samples[0][:50].tolist())
 
 

@@ -33,9 +33,7 @@ def test_a_pattern_along_the_inputs_is_seen_in_a_transposed_weight() -> None:
     assert pattern_of(weight.T.contiguous(), 0.5) == "2:4"
 
 
-def test_totals_count_every_tensor_with_and_without_embeddings(
-    tiny_llama: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_totals_count_every_tensor_with_and_without_embeddings(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     key = "model.layers.0.mlp.up_proj.weight"

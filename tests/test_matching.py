@@ -15,7 +15,9 @@ from llmsparse.model import Activations, Block, StreamedModel
 
 
 @pytest.fixture
-def prepared(tiny_llama: Callable[..., Path], tmp_path: Path) -> tuple[Block, Activations, list[Tensor], dict[str, Tensor]]:
+def prepared(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> tuple[Block, Activations, list[Tensor], dict[str, Tensor]]:
     """A block with the smaller half of its weights zeroed, its inputs, its dense outputs, and the keep-masks."""
     model = StreamedModel(
         CheckpointReader(tiny_llama(tmp_path / "model")), device=torch.device("cpu"), dtype=torch.float32

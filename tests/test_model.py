@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmsparse.checkpoint import CheckpointReader
 from llmsparse.errors import CheckpointError
-from llmsparse.model import Block, StreamedModel
+from llmsparse.model import StreamedModel
 from llmsparse.tap import Tap
 
 CPU = torch.device("cpu")
@@ -167,7 +167,7 @@ def test_tied_embeddings_are_dropped_and_come_back_for_the_logits(tmp_path: Path
     model, batches = stream(folder), windows((2, 24))
     acts = model.embed(batches)
     assert all(p.is_meta for n, p in model._model.named_parameters(remove_duplicate=False) if "norm" not in n)
-    assert "lm_head.weight" not in CheckpointReader(folder).keys()
+    assert "lm_head.weight" not in model.outside_keys
     assert model.head() is None and model.head_weights() == []
     with torch.no_grad():
         wanted = whole(folder)(batches[0], use_cache=False).logits
@@ -317,9 +317,7 @@ def test_tensors_unknown_to_the_model_stay_outside(llama: Path, tmp_path: Path) 
     model = stream(edit(llama, tmp_path / "extra", lambda tensors: tensors.update(extra)))
     assert set(extra) <= set(model.outside_keys)
     assert not any(key in extra for index in range(3) for key in model.block_keys(index))
-    assert torch.equal(
-        streamed_logits(model, windows((2, 24)))[0], streamed_logits(stream(llama), windows((2, 24)))[0]
-    )
+    assert torch.equal(streamed_logits(model, windows((2, 24)))[0], streamed_logits(stream(llama), windows((2, 24)))[0])
 
 
 def test_a_checkpoint_with_older_names_keeps_them(tmp_path: Path) -> None:
@@ -354,7 +352,7 @@ def test_missing_tensors_are_named(llama: Path, tmp_path: Path) -> None:
 
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     folder = save_random(tiny_config("mixtral"), tmp_path / "whole")
-    lost = next(key for key in CheckpointReader(folder).keys() if "experts.2.w3" in key)
+    lost = "model.layers.0.block_sparse_moe.experts.2.w3.weight"
     assert "experts.gate_up_proj" in refused(edit(folder, tmp_path / "part", lambda tensors: tensors.pop(lost)))
 
 
@@ -362,6 +360,6 @@ def test_a_config_of_another_model_is_refused(llama: Path, tmp_path: Path) -> No
     folder = edit(llama, tmp_path / "other", lambda tensors: None)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
-    assert "do not belong together" in refused(folder)
+    assert "2048" in refused(folder)
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
     assert "model.layers.3" in refused(folder)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llmsparse.errors import CheckpointError, LlmsparseError, MachineError, RecipeError
-from llmsparse.output import STATE, PartialOutput
+from llmsparse.output import STATE, PartialOutput, check_output
 
 FINGERPRINT: dict[str, Any] = {"recipe": {"method": "wanda"}, "model": {"size": 7}, "seed": 0}
 
@@ -39,10 +39,15 @@ OLD = {"config.json": "old", "model.safetensors": "old"}
 
 
 def refused(out: Path, kind: type[LlmsparseError], message: str, **options: Any) -> str:
+    """The message that refuses a run, and that a plan gives too unless it is about what the run holds."""
     with pytest.raises(kind, match=message) as error, start(out, **options):
         pass
     assert "\n" not in str(error.value)
     assert not list(out.parent.glob("*.lock"))
+    if kind is RecipeError and "cannot be resumed" not in message:
+        flags = {name: options.get(name, False) for name in ("resume", "overwrite")}
+        with pytest.raises(kind, match=message):
+            check_output(out, source=options.get("source"), **flags)
     return str(error.value)
 
 
@@ -141,6 +146,19 @@ def test_existing_output_is_kept_unless_overwrite(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_output_that_appeared_during_the_run_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(RecipeError, match="exists already"), start(out) as partial:
+        checkpoint(partial.folder, "new")
+        checkpoint(out, "old")
+        partial.publish()
+    assert contents(out) == OLD
+    out.rename(tmp_path / "elsewhere")
+    with start(out, resume=True) as partial:
+        partial.publish()
+    assert contents(out) == NEW
+
+
 @pytest.mark.parametrize("names", [["thesis.tex"], ["config.json"], ["model.safetensors"]], ids=str)
 def test_overwrite_refuses_what_is_no_checkpoint(tmp_path: Path, names: list[str]) -> None:
     out = tmp_path / "out"
@@ -207,6 +225,24 @@ def test_output_that_is_not_writable(locked: Path) -> None:
     with pytest.raises(MachineError, match=r"not writable \(Permission denied\)") as error:
         start(locked / "out")
     assert error.value.exit_code == 3
+
+
+def test_plan_sees_what_would_be_refused_and_writes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    check_output(out, resume=False, overwrite=False, source=tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    with start(out), pytest.raises(MachineError, match=rf"another run \(process {os.getpid()}\)"):
+        check_output(out, resume=True, overwrite=False)
+    check_output(out, resume=True, overwrite=False)
+    with pytest.raises(MachineError, match="cannot be written"):
+        (tmp_path / "file").write_text("")
+        check_output(tmp_path / "file" / "out", resume=False, overwrite=False)
+
+
+def test_plan_sees_that_a_place_is_not_writable(locked: Path) -> None:
+    for out in (locked / "out", locked / "deep" / "out", Path("/proc/nowhere/out")):
+        with pytest.raises(MachineError, match="not writable"):
+            check_output(out, resume=False, overwrite=False)
 
 
 def test_output_below_a_file(tmp_path: Path) -> None:
@@ -311,6 +347,33 @@ def test_crash_at_any_moment_loses_nothing(tmp_path: Path, overwrite: bool) -> N
     done = subprocess.run([sys.executable, "-c", CRASH, str(out), "0"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 20
+
+
+def test_old_output_comes_back_after_a_crash_between_the_two_renames(tmp_path: Path) -> None:
+    out = checkpoint(tmp_path / "out", "old")
+    with start(out, overwrite=True) as partial:
+        checkpoint(partial.folder, "new")
+        out.rename(partial.folder / STATE / "replaced")
+    refused(out, RecipeError, "unfinished run is there")
+    assert contents(out) == OLD
+    with start(out, resume=True) as partial:
+        partial.publish()
+    assert contents(out) == NEW
+
+
+def test_state_left_by_a_crash_after_the_renames_is_removed(tmp_path: Path) -> None:
+    out = checkpoint(tmp_path / "out", "new")
+    checkpoint(out / STATE / "replaced", "old")
+    refused(out, RecipeError, "exists already")
+    assert contents(out) == NEW
+
+
+def test_crash_before_a_run_has_noted_anything_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "out.partial" / STATE).mkdir(parents=True)
+    (tmp_path / "out.partial" / STATE / "run.json.draft").write_text('{"finger')
+    refused(tmp_path / "out", RecipeError, "nothing to resume", resume=True)
+    with start(tmp_path / "out") as partial:
+        assert not partial.finished
 
 
 def test_importing_it_does_not_import_torch() -> None:

@@ -197,7 +197,10 @@ def test_the_head_is_pruned_only_when_included(tiny_llama: Build, notes: Path, t
 
 
 def test_rules_and_globs_decide_what_is_pruned_and_how(model: Path, notes: Path, tmp_path: Path) -> None:
-    rules = [{"match": "*.mlp.*", "sparsity": 0.25}, {"match": "*.2.mlp.down_proj", "pattern": "1:4", "method": "magnitude"}]
+    rules = [
+        {"match": "*.mlp.*", "sparsity": 0.25},
+        {"match": "*.2.mlp.down_proj", "pattern": "1:4", "method": "magnitude"},
+    ]
     report = llmsparse.prune(
         model=str(model), output=str(tmp_path / "out"), method="wanda", sparsity=0.5, calibration=str(notes),
         exclude=["*.0.*"], only=["*_proj"], rules=rules, **RUN,

@@ -10,10 +10,18 @@ from llmsparse.selection import select
 
 
 def weight(name: str, prunable: bool = True) -> Weight:
-    return Weight(name, name + ".weight", None, (8, 8), False, (name, None), "linear" if prunable else "router", prunable)
+    return Weight(
+        name, name + ".weight", None, (8, 8), False, (name, None), "linear" if prunable else "router", prunable
+    )
 
 
-WEIGHTS = [weight("b.0.q_proj"), weight("b.0.up_proj"), weight("b.0.gate", False), weight("b.1.q_proj"), weight("lm_head", False)]
+WEIGHTS = [
+    weight("b.0.q_proj"),
+    weight("b.0.up_proj"),
+    weight("b.0.gate", False),
+    weight("b.1.q_proj"),
+    weight("lm_head", False),
+]
 
 
 def names(**globs: list[str]) -> list[str]:
@@ -32,7 +40,9 @@ def test_only_restricts_include_adds_exclude_removes() -> None:
 
 @pytest.mark.parametrize("option", ["only", "include", "exclude"])
 def test_a_glob_that_matches_nothing_is_an_error_with_a_hint(option: str) -> None:
-    with pytest.raises(RecipeError, match=rf"--{option} 'b.0.q_prj' matches none of 5 weights; did you mean 'b.0.q_proj'"):
+    with pytest.raises(
+        RecipeError, match=rf"--{option} 'b.0.q_prj' matches none of 5 weights; did you mean 'b.0.q_proj'"
+    ):
         names(**{option: ["b.0.q_prj"]})
 
 

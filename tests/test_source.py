@@ -150,7 +150,7 @@ def test_hub_id_while_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, m
 @pytest.mark.parametrize("model", ["./nope", "../nope", "/nope", "~/nope", "a/b/c", "no such model", "-x", "a..b", ""])
 def test_no_such_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"no such folder|neither a folder nor a hub id") as error:
+    with pytest.raises(CheckpointError, match=r"no such folder|neither a folder nor a hub id|empty") as error:
         resolve(model)
     assert (model or "''") in str(error.value) and "\n" not in str(error.value)
     assert error.value.exit_code == 2
@@ -224,6 +224,7 @@ def test_other_kinds_of_models_are_refused(tmp_path: Path, model_type: str, arch
         ({"architectures": ["LlamaForCausalLM"]}, "has no model_type"),
         ({"model_type": "llama"}, "has no architectures"),
         ({**LLAMA, "architectures": []}, "has no architectures"),
+        ({**LLAMA, "architectures": [1]}, "has no architectures"),
         ({**LLAMA, "model_type": "lama"}, "'lama' is not known to transformers .*, did you mean 'llama'"),
         ({**LLAMA, "model_type": "qqqq"}, "'qqqq' is not known to transformers [0-9.]+; a newer"),
         ({**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}}, r"already quantized \(gptq\)"),

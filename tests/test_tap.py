@@ -58,7 +58,9 @@ def inputs_of(block: Block, acts: Activations) -> tuple[dict[Slot, Tensor], dict
     seen: dict[Slot, list[Tensor]] = {}
     with Products(block.module) as made:
         block.run(acts, Tap(block, lambda slot, x: seen.setdefault(slot, []).append(x.clone())))
-    return {slot: torch.cat(xs) for slot, xs in seen.items()}, {slot: torch.cat(ys) for slot, ys in made.results.items()}
+    return {slot: torch.cat(xs) for slot, xs in seen.items()}, {
+        slot: torch.cat(ys) for slot, ys in made.results.items()
+    }
 
 
 def each_block(model: StreamedModel, acts: Activations, check: Callable[[Block, Activations], None]) -> None:

@@ -60,7 +60,8 @@ class Demo:
         table = Table("method", "sparsity", "perplexity", "seconds", box=None, pad_edge=False)
         for row in self.rows:
             table.add_row(row.label, f"{row.sparsity:.2f}", f"{row.perplexity:.2f}", f"{row.seconds:.1f}")
-        table.caption = f"perplexity per token on {self.protocol.get('source', 'builtin')}, {EVALUATION_WINDOWS} windows of {SEQ_LEN} tokens"
+        text = self.protocol.get("text", "builtin")
+        table.caption = f"perplexity per token on the {text}: {EVALUATION_WINDOWS} windows of {SEQ_LEN} tokens"
         table.caption_justify = "left"
         texts = [Text(f"\n{row.label}:\n{row.text}") for row in (self.rows[0], self.rows[-1])]
         return Group(table, *texts)
@@ -109,8 +110,8 @@ def _continue(folder: Path, tokens: int = 48) -> str:
     """The model's greedy continuation of PROMPT, by plain transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     ids = tokenizer(PROMPT, return_tensors="pt")
     output = model.generate(**ids, max_new_tokens=tokens, do_sample=False)
     return tokenizer.decode(output[0], skip_special_tokens=True)

@@ -105,7 +105,7 @@ class DSnoT:
         for sign in (-1, 1):  # of ε: regrow what has its sign, by W μ / σ² (eq. 4), prune what has the other, by Wanda's score
             grow.append((sign * key).masked_fill(keep | (sign * shift <= 0), -torch.inf).topk(cycles, dim=1))
             drop.append(score.masked_fill(sign * shift >= 0, torch.inf).topk(cycles, dim=1, largest=False))
-        row, active, first, swaps = torch.arange(len(keep), device=keep.device), error != 0, error.sign(), 0
+        row, active, swaps = torch.arange(len(keep), device=keep.device), error != 0, 0
         taken = torch.zeros(2, len(keep), dtype=torch.long, device=keep.device)  # from the lists of either sign
         for _ in range(cycles):
             side = error > 0
@@ -120,9 +120,7 @@ class DSnoT:
                 lowest, member = score.gather(1, group).min(dim=1)
                 p, found = group[row, member], found & (lowest < torch.inf)
             after = error + shift[row, p] - shift[row, u]
-            active = active & found & (error.abs() > limit)
-            if span > 1:
-                active &= after.sign() == first
+            active = active & found & (error.abs() > limit) & (after.abs() < error.abs())
             if not bool(active.any()):
                 break
             r, p, u = row[active], p[active], u[active]

@@ -1,0 +1,90 @@
+"""How a command ends: 0 done, 1 the run failed, 2 usage or input, 3 the machine, 130 interrupted.
+
+An error is one line on stderr; --debug shows the traceback before it. What is no mistake of the user's or the machine's
+is a bug, and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from llmsparse.errors import LlmsparseError
+from llmsparse.terminal import Terminal
+
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # any wrong flag or argument; typer does not export the class
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # disk full, no permission
+INTERRUPTED = 130
+
+
+def exit_code_of(run: Callable[[], None], terminal: Terminal) -> int:
+    """Run a command to its end, good or bad."""
+    try:
+        with _sigterm_interrupts(), warnings.catch_warnings():
+            run()
+            sys.stdout.flush()
+    except typer.Exit as done:
+        return done.exit_code
+    except BrokenPipeError:  # whoever reads stdout has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        hint = terminal.how_to_resume()
+        return _fail(terminal, INTERRUPTED, f"interrupted{'; ' + hint if hint else ''}")
+    except LlmsparseError as error:
+        return _fail(terminal, error.exit_code, str(error))
+    except USAGE_ERROR as error:
+        return _fail(terminal, 2, f"{error.format_message()} (llmsparse --help)")
+    except MemoryError:
+        return _fail(terminal, 3, _out_of("memory", terminal))
+    except OSError as error:
+        if error.errno not in MACHINE:
+            raise
+        return _fail(
+            terminal, 3, f"{error.filename or 'writing'}: {error.strerror}; make room or give leave, then --resume"
+        )
+    except RuntimeError as error:
+        if not _is_out_of_gpu_memory(error):
+            raise
+        return _fail(terminal, 3, _out_of("GPU memory", terminal))
+    return 0
+
+
+def _fail(terminal: Terminal, status: int, line: str) -> int:
+    if terminal.debug:
+        traceback.print_exc()
+    print(f"error: {' '.join(line.split())}", file=sys.stderr)
+    return status
+
+
+def _out_of(memory: str, terminal: Terminal) -> str:
+    hint = terminal.how_to_resume()
+    advice = "start anew with --batch-size 1 or a shorter --seq-len" + (" and --overwrite" if hint else "")
+    return f"out of {memory}: {advice}{'; or free some: ' + hint if hint else ''}"
+
+
+def _is_out_of_gpu_memory(error: RuntimeError) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Generator[None, None, None]:
+    """SIGTERM ends a run as Ctrl-C does: cleanly, resumable."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

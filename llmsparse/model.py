@@ -264,10 +264,13 @@ class _Recorded(Exception):
     """Ends a forward whose rest is not wanted."""
 
 
-def _returning(value: Any) -> Callable[..., Any]:
+def _returning(value: Any) -> Callable[[int, Callable[..., Any]], Callable[..., Any]]:
     """For `replaced`: a forward that returns `value`, whatever it is called with."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return value
 
-    return lambda index, own: forward
+    def replace(index: int, own: Callable[..., Any]) -> Callable[..., Any]:
+        return forward
+
+    return replace

@@ -91,14 +91,11 @@ def _stubbed(model: PreTrainedModel, blocks: Sequence[nn.Module], found: Outline
     def stub(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             hidden, call = split_call(args, kwargs)
-            _require(
-                model, hidden.dim() == 3, f"passes hidden states of {hidden.dim()} dimensions to its blocks, not 3"
-            )
+            shape = list(hidden.shape)
+            _require(model, shape[:2] == [1, TOKENS], f"gives {shape} to its blocks for (1, {TOKENS}) tokens")
             _require(model, not returned or hidden is returned[0], "changes the hidden states between its blocks")
-            passed = poisoned == "blocks" and any(
-                tensor.isnan().any() for tensor in tensors_in((call.args, call.kwargs))
-            )
-            _require(model, not passed, "passes what one block computes to another beside the hidden states")
+            passed = any(tensor.isnan().any() for tensor in tensors_in((call.args, call.kwargs)))
+            _require(model, poisoned != "blocks" or not passed, "gives a block more of an earlier one than hidden states")
             returned[:] = [torch.full_like(hidden, _nan(poisoned == "blocks" and index < len(blocks) - 1))]
             return found.wrap(returned[0])
 

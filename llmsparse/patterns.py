@@ -162,9 +162,10 @@ def _drop_smallest(score: Tensor, count: int) -> Tensor:
         return keep
     missing = n - count - _per_row(keep)
     short = missing.nonzero()[:, 0]
-    tied = score[short] == threshold[short]
-    from_end = tied.flip(1).cumsum(dim=1, dtype=torch.int32).flip(1)  # 1 for the last tied one of a row
-    keep[short] |= tied & (from_end <= missing[short, None])
+    row, column = (score[short] == threshold[short]).nonzero(as_tuple=True)  # the tied, in order
+    from_end = row.bincount(minlength=len(short)).cumsum(dim=0)[row] - torch.arange(len(row), device=row.device)
+    last = from_end <= missing[short][row]
+    keep[short[row[last]], column[last]] = True
     return keep
 
 

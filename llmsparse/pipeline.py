@@ -53,7 +53,7 @@ def prune(
     progress = progress or Silent()
     torch.backends.cuda.matmul.allow_tf32 = False  # Hessians need the full fp32 mantissa
     started = time.perf_counter()
-    plan = make_plan(recipe or Recipe(**keys))
+    plan = make_plan(recipe or Recipe(**keys), resume=resume, overwrite=overwrite)
     with (
         PeakMemory(plan.device) as memory,
         PartialOutput(

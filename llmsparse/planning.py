@@ -24,6 +24,7 @@ from llmsparse.errors import MachineError, RecipeError
 from llmsparse.matching import LEARNING_RATES, PROBE_STEPS, batches_per_step
 from llmsparse.memory import available_bytes
 from llmsparse.model import StreamedModel, Weight
+from llmsparse.output import check_output
 from llmsparse.patterns import Pattern
 from llmsparse.pruners import Pruner
 from llmsparse.recipe import Recipe
@@ -183,12 +184,12 @@ class Plan:
         return table
 
 
-def plan(recipe: Recipe | None = None, **keys: Any) -> Plan:
+def plan(recipe: Recipe | None = None, *, resume: bool = False, overwrite: bool = False, **keys: Any) -> Plan:
     """What `prune` with the same recipe or keys would do; nothing is written."""
-    return make_plan(recipe or Recipe(**keys))
+    return make_plan(recipe or Recipe(**keys), resume=resume, overwrite=overwrite)
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Plan:
     """Resolve and check everything a run needs, from headers and shapes alone, then read the calibration text."""
     device = choose_device(recipe.device)
     folder = source.resolve(recipe.model, recipe.revision)
@@ -200,6 +201,7 @@ def make_plan(recipe: Recipe) -> Plan:
     model = StreamedModel(reader, device=device, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
     choices = choose(recipe, model)
     output = recipe.output_folder
+    check_output(output, resume=resume, overwrite=overwrite, source=folder)
     _check_disk(output, sum(spec.end - spec.begin for spec in map(reader.spec, reader.keys())))
     stored_tokens = recipe.calibration.endswith(calibration.TOKEN_FILE_SUFFIX)
     tokenizer = None if stored_tokens else source.load_tokenizer(folder, recipe.trust_remote_code)

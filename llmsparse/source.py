@@ -13,9 +13,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from llmsparse import demo
 from llmsparse.disk import disk_error
 from llmsparse.errors import CheckpointError, MachineError, RecipeError
 
+BUILTIN = "builtin"  # the embedded model
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
 # other copies of the same weights: Mistral's own layout, half-precision variants, exports in folders of their own
 NOT_DOWNLOADED = ["consolidated*", "*.fp16*", "*/*.safetensors", "*/*.json", "*/*.txt"]
@@ -39,12 +41,14 @@ CHAT_TEMPLATES = "additional_chat_templates"
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
-    """The folder of `model`: a local one, else a hub id, downloaded or found in the cache (safetensors only).
+    """The folder of `model`: a local one, `builtin` for the embedded one, else a hub id, downloaded or found in the cache (safetensors only).
 
     Raises CheckpointError where there is no such model or leave to read it, MachineError without a network.
     """
     if not model:
         raise CheckpointError("model '': empty; name a folder or a hub id (owner/name)")
+    if model == BUILTIN:
+        return demo.MODEL
     folder = Path(model).expanduser()
     try:
         is_folder, is_file = folder.is_dir(), folder.is_file()

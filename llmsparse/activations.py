@@ -7,7 +7,7 @@ same for every kind of block. They are recorded as they are, each distinct tenso
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -82,10 +82,9 @@ class Recorder:
             return value  # state that blocks share by reference stays the object that it is
         if isinstance(value, dict):
             return {key: self._intern(item) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
-        items = [self._intern(item) for item in value]
-        if isinstance(value, tuple):
-            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-        return items
+        items: list[Any] = [self._intern(item) for item in value]
+        kind = cast(Any, type(value))
+        return kind(*items) if hasattr(kind, "_fields") else kind(items)
 
     def _one(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self._seen:

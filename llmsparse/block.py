@@ -119,11 +119,10 @@ class Head(Block):
 
 def unwrap(output: Any) -> Tensor:
     """The hidden states in what a block returns: a tensor, or a tuple or list that begins with it."""
-    first: Any = output
-    if isinstance(output, tuple | list) and output:
-        first = output[0]  # pyright: ignore[reportUnknownVariableType]
+    items: Any = output
+    first = items[0] if isinstance(output, tuple | list) and output else items
     if not isinstance(first, Tensor):
         raise CheckpointError(
-            f"the blocks return {type(first).__name__}, not hidden states; only a plain stack of blocks can be pruned"
+            f"the blocks return {type(items).__name__}, not hidden states; only a plain stack of blocks can be pruned"
         )
     return first

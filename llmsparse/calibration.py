@@ -172,7 +172,7 @@ def _stored(path: Path, seq_len: int | None, vocabulary: int | None) -> Tensor:
     """`input_ids` (samples, tokens) of a safetensors file as int64."""
     try:
         with safe_open(path, "pt") as file:
-            if "input_ids" not in file.keys():  # noqa: SIM118 (not a mapping)
+            if "input_ids" not in file.keys():
                 raise CalibrationError(f"{path}: no tensor input_ids; it holds other things")
             ids = file.get_tensor("input_ids")
     except FileNotFoundError:

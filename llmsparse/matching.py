@@ -24,6 +24,7 @@ from llmsparse.model import Activations, Block
 
 TOKENS_PER_STEP = 4096  # or four times the block's width, if that is more
 LEARNING_RATES = (1e-2, 3e-2, 1e-1)  # fractions of a weight's root mean square
+PROBE_SHARE = 15  # one step of a probe for so many of the run, at most PROBE_STEPS
 PROBE_STEPS = 20
 FINAL_FRACTION = 0.05  # of the learning rate, at the end of the cosine
 CHECKS = 8  # held-out measurements in a run
@@ -67,7 +68,7 @@ def match(
     best, best_error = tuner.values(), before
     if steps:
         schedule = _batches(train, group, steps, seed)
-        probes = {rate: tuner.probe(rate, schedule[:PROBE_STEPS], held_out) for rate in LEARNING_RATES}
+        probes = {rate: tuner.probe(rate, schedule[: probe_steps(steps)], held_out) for rate in LEARNING_RATES}
         rate = min(probes, key=lambda rate: probes[rate])
         optimizer = tuner.start(rate)
         for step, batches in enumerate(schedule):
@@ -80,6 +81,11 @@ def match(
                     best, best_error = tuner.values(), error
     tuner.restore()
     return best, Match(before, best_error, steps, rate)
+
+
+def probe_steps(steps: int) -> int:
+    """Steps that each learning rate is tried for before a run of `steps`."""
+    return min(PROBE_STEPS, max(1, steps // PROBE_SHARE))
 
 
 def batches_per_step(windows: int, tokens: int, width: int) -> int:

@@ -67,25 +67,14 @@ def describe(pruner: Pruner) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """An option as YAML can hold it."""
-    import torch
-
     from llmsparse.pruners import PRUNERS
 
     if isinstance(value, tuple(PRUNERS.values())):
-        return describe(cast("Pruner", value))
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
+        return describe(value)
     return list(cast(tuple[Any, ...], value)) if type(value) is tuple else value
 
 
 def _checked(value: Any, hint: Any, path: KeyPath) -> Any:
-    import torch
-
-    if hint is torch.dtype:
-        known = {"float32": torch.float32, "float64": torch.float64}
-        if value not in known:
-            raise OptionError(path, f"got {value!r}, wanted {' or '.join(known)}")
-        return known[value]
     wants_bool = hint is bool or bool in get_args(hint)
     if isinstance(value, Mapping) or (isinstance(value, bool) and not wants_bool):
         raise OptionError(path, f"got {value!r}, wanted {_spell(hint)}")

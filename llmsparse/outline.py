@@ -95,7 +95,9 @@ def _stubbed(model: PreTrainedModel, blocks: Sequence[nn.Module], found: Outline
             _require(model, shape[:2] == [1, TOKENS], f"gives {shape} to its blocks for (1, {TOKENS}) tokens")
             _require(model, not returned or hidden is returned[0], "changes the hidden states between its blocks")
             passed = any(tensor.isnan().any() for tensor in tensors_in((call.args, call.kwargs)))
-            _require(model, poisoned != "blocks" or not passed, "gives a block more of an earlier one than hidden states")
+            _require(
+                model, poisoned != "blocks" or not passed, "gives a block more of an earlier one than hidden states"
+            )
             returned[:] = [torch.full_like(hidden, _nan(poisoned == "blocks" and index < len(blocks) - 1))]
             return found.wrap(returned[0])
 

@@ -21,7 +21,7 @@ from llmsparse import __version__, calibration, source
 from llmsparse.checkpoint import CheckpointReader, parse_size
 from llmsparse.device import choose_device, choose_dtype, split_batches, window_length
 from llmsparse.errors import MachineError, RecipeError
-from llmsparse.matching import LEARNING_RATES, PROBE_STEPS, batches_per_step
+from llmsparse.matching import LEARNING_RATES, batches_per_step, probe_steps
 from llmsparse.memory import available_bytes
 from llmsparse.model import StreamedModel, Weight
 from llmsparse.output import check_output
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 HEAD = "head"  # the pseudo-block of an untied output head
-MATCH_STEPS = 300
-MATCH_SECONDS_ON_CPU = 900  # matching is on by default where it is expected to take no longer, and on any GPU
-FLOPS_PER_THREAD = 40e9  # a cautious guess for fp32 on one CPU core
+MATCH_STEPS = (300, 150, 75)  # of block matching by default: the most that is affordable, or none
+MATCH_SECONDS_ON_CPU = 600
+FLOPS_PER_THREAD = 30e9  # fp32 with gradients on one core; AVX2 measured at 34e9
 HELD_OUT_TOKENS = 16384  # for the perplexity in the summary
 STATISTICS_SHARE = 0.4  # of the memory that is free, for statistics held together
 
@@ -243,19 +243,22 @@ def choose(recipe: Recipe, model: StreamedModel) -> dict[str, list[Choice]]:
 
 
 def default_match_steps(plan: Plan) -> int:
-    """Matching is on wherever it stays affordable: on any GPU, and on a CPU while its estimate is minutes.
+    """Matching is on wherever it stays affordable: fully on any GPU, and on a CPU as far as minutes allow.
 
-    The estimate counts a multiply and an add for each parameter and token: 2 forward, 4 backward.
+    The estimate counts, for each token and step, 2 operations forward and 4 backward for each parameter and for each
+    product of attention.
     """
     if plan.device.type == "cuda":
-        return MATCH_STEPS
-    width = plan.model.hidden_size
-    windows, tokens = plan.batches[0].shape
-    tokens_per_step = batches_per_step(windows, tokens, width) * windows * tokens
+        return MATCH_STEPS[0]
+    width, (windows, tokens) = plan.model.hidden_size, plan.batches[0].shape
     parameters = sum(torch.Size(plan.tensors[key][0]).numel() for key in plan.selected_keys)
-    steps = MATCH_STEPS + PROBE_STEPS * len(LEARNING_RATES)
-    seconds = 6 * parameters * steps * tokens_per_step / (FLOPS_PER_THREAD * torch.get_num_threads())
-    return MATCH_STEPS if seconds <= MATCH_SECONDS_ON_CPU else 0
+    products = parameters + 2 * len(plan.model.block_names) * tokens * width
+    per_step = 6 * products * batches_per_step(windows, tokens, width) * windows * tokens
+    for steps in MATCH_STEPS:
+        total = steps + probe_steps(steps) * len(LEARNING_RATES)
+        if total * per_step <= MATCH_SECONDS_ON_CPU * FLOPS_PER_THREAD * torch.get_num_threads():
+            return steps
+    return 0
 
 
 def versions() -> dict[str, str]:

@@ -56,7 +56,10 @@ class Terminal:
         from rich.console import Console
 
         unlimited = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-        Console(file=sys.stdout, width=PIPE_COLUMNS if unlimited else None).print(result.table())
+        console = Console(file=sys.stdout, width=PIPE_COLUMNS if unlimited else None)
+        with console.capture() as drawn:  # rich would end the process where nobody reads it
+            console.print(result.table())
+        print(drawn.get(), end="")
 
     def calm_libraries(self, downloads: bool = True) -> None:
         """Keep what Hugging Face's libraries log off the screen; bars stay for downloads that someone watches."""

@@ -41,7 +41,7 @@ def test_the_output_comes_back_to_the_dense_one_and_zeros_stay(
     block, acts, targets, keep = prepared
     before = {name: parameter.clone() for name, parameter in block.module.named_parameters()}
     tuned, result = match(block, acts, targets, keep, steps=60, seed=0)
-    assert result.after < 0.5 * result.before
+    assert result.after < 0.7 * result.before
     assert set(tuned) == set(keep)
     for name, value in tuned.items():
         assert value.dtype == torch.float32

@@ -119,7 +119,6 @@ def test_an_unknown_key_of_a_rule_is_named_with_its_line(write: Any) -> None:
         ("method: {name: sparsegpt, block: 1.5}", "wanted a whole number"),
         ("method: {name: magnitude, damp: 1}", "has no option 'damp'; it has none"),
         ("method: {name: dsnot, criterion: best}", "expected or paper"),
-        ("method: {name: alps, dtype: int8}", "float32 or float64"),
         ("method: {name: dsnot, initial: wandaa}", "did you mean 'wanda'?"),
         ("sparsity: 0.6", "stands twice"),
         ("{", "is not YAML"),

@@ -27,7 +27,8 @@ from llmsparse.patterns import Pattern, Scope
 from llmsparse.pruners.protocol import Pruned
 from llmsparse.stats import Gram, Statistic
 
-SHARED_WIDTH = 4096  # up to here inverses are kept for the next weight of this input: about ten of 64 MiB
+SOFTEST = 1e-4  # ρ at which a support that has not moved never will
+TOLERANCE = 1e-5  # of a row's residual, relative to its right-hand side
 
 
 @dataclass(frozen=True)
@@ -51,45 +52,41 @@ class ALPS:
         assert isinstance(stat, Gram)
         dead = stat.norm == 0
         h, scale = stat.factor(("alps", self.damp), lambda: _scaled(stat.xtx, self.damp))
-        dense = (weight * scale).masked_fill(dead, 0.0)  # W in units of the scaled inputs; dead inputs go first
-        b = self._admm(dense, h, stat, pattern)
+        dense = (weight * scale).masked_fill_(dead, 0.0)  # dead inputs go first
+        target = dense @ h
+        b = self._admm(dense, target, h, stat, pattern)
         keep = pattern.keep(b.abs(), slice(0, weight.shape[1]), weight.shape[1])
-        b = _solve(dense @ h, h, b.masked_fill_(~keep, 0.0), keep, self.solve_iterations)
+        b = _solve(target, h, b.masked_fill(~keep, 0.0), keep, self.solve_iterations)
         return Pruned.of(torch.where(dead, weight, b / scale), keep)
 
-    def _admm(self, dense: Tensor, h: Tensor, stat: Gram, pattern: Pattern) -> Tensor:
-        """B (out, in) when its support has settled: the score that the mask is taken from."""
+    def _admm(self, dense: Tensor, target: Tensor, h: Tensor, stat: Gram, pattern: Pattern) -> Tensor:
+        """B (out, in) once its support has settled: its magnitudes are the score that the mask is taken from."""
         columns, width = slice(0, dense.shape[1]), dense.shape[1]
         first = last = pattern.keep(dense.abs(), columns, width)
-        target = dense @ h
-        d, v = dense * first, torch.zeros_like(dense)
-        kept, rho, grown = max(int(first.sum()), 1), self.rho, False
+        b, d, v = dense, dense * first, torch.zeros_like(dense)
+        kept, rho, grown = int(first.sum()), self.rho, False
         for t in range(1, self.max_iterations + 1):
-            b = (target - v).add_(d, alpha=rho) @ self._inverse(h, rho, stat)  # (H + ρ)⁻¹ (H W - V + ρ D)   (eq. 4)
-            d = v.div(rho).add_(b)
+            b = torch.sub(target, v).add_(d, alpha=rho) @ _inverse(h, rho, stat, self.damp)  # (H + ρ)⁻¹ (G - V + ρ D)
+            d = torch.add(b, v, alpha=1 / rho)
             keep = pattern.keep(d.abs(), columns, width)
-            d.masked_fill_(~keep, 0.0)  # P(B + V / ρ)
-            v.add_(b - d, alpha=rho)
+            d.masked_fill_(~keep, 0.0)  # D ← P(B + V / ρ)
+            v.add_(b, alpha=rho).sub_(d, alpha=rho)  # V ← V + ρ (B - D)   (eq. 4)
             if t % 3:
                 continue
-            moved, last = int((keep ^ last).sum()) / kept, keep
-            if (grown and moved == 0) or (t > 30 and moved < 3e-4):
-                return b
-            if moved > 0.005 or (grown and moved > 0):
+            moved, last = int((keep ^ last).count_nonzero()) / kept, keep
+            if moved == 0 and (grown or rho < SOFTEST) or moved < 3e-4 and t > 30:
+                break
+            if moved > 0.005 or grown:
                 rho, grown = min(rho * (1.3 if moved > 0.1 else 1.2 if moved > 0.005 else 1.1), 1e6), True
-            else:  # started too stiff
+            else:  # ρ was too large to let anything move
                 rho /= 5
                 if moved > 0:
                     d, v = dense * first, torch.zeros_like(dense)
         return b
 
-    def _inverse(self, h: Tensor, rho: float, stat: Gram) -> Tensor:
-        """(H + ρ)⁻¹."""
-        raise NotImplementedError
-
 
 def _scaled(xtx: Tensor, damp: float) -> tuple[Tensor, Tensor]:
-    """Damped Hessian scaled to unit diagonal (in, in), and the scale (in,): the root of its diagonal before."""
+    """Damped Hessian scaled to unit diagonal (in, in), and the scale (in,)."""
     h = xtx.clone()
     h.diagonal().add_(damp * xtx.diagonal().mean())
     scale = h.diagonal().sqrt()
@@ -100,6 +97,35 @@ def _scaled(xtx: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     return h, scale
 
 
+def _inverse(h: Tensor, rho: float, stat: Gram, damp: float) -> Tensor:
+    """(H + ρ)⁻¹ (in, in). Raises `NumericalError` where that is not positive definite."""
+
+    def make() -> Tensor:
+        shifted = h.clone()
+        shifted.diagonal().add_(rho)
+        lower, info = torch.linalg.cholesky_ex(shifted)
+        if int(info):
+            raise NumericalError(
+                f"Hessian of {len(h)} inputs is not positive definite after {stat.tokens} tokens, with ρ {rho:g} and "
+                f"damping {damp:g}; raise damp, or calibrate with more tokens"
+            )
+        return torch.cholesky_inverse(lower, out=shifted)
+
+    return stat.factor(("alps inverse", damp, rho), make)
+
+
 def _solve(target: Tensor, h: Tensor, b: Tensor, keep: Tensor, iterations: int) -> Tensor:
-    """Rows of `b` moved to the minimum on their support: (H B)_S = target_S, by conjugate gradients from `b`."""
-    raise NotImplementedError
+    """Rows moved to the minimum on their support, (B H)_S = target_S, by conjugate gradients that start from `b`."""
+    tiny = torch.finfo(b.dtype).tiny
+    r = (target - b @ h).masked_fill_(~keep, 0.0)
+    p, size = r, r.square().sum(dim=1, keepdim=True)
+    enough = TOLERANCE**2 * target.square().sum(dim=1, keepdim=True)
+    for _ in range(iterations):
+        if bool((size <= enough).all()):
+            break
+        hp = (p @ h).masked_fill_(~keep, 0.0)
+        step = size / (p * hp).sum(dim=1, keepdim=True).clamp_min(tiny)
+        b, r = torch.addcmul(b, step, p), torch.addcmul(r, step, hp, value=-1)
+        before, size = size, r.square().sum(dim=1, keepdim=True)
+        p = torch.addcmul(r, size / before.clamp_min(tiny), p)
+    return b

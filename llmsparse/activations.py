@@ -45,8 +45,8 @@ class Activations:
     @property
     def nbytes(self) -> int:
         """Bytes held: hidden states, and every distinct tensor of the calls once."""
-        storages = {id(t.untyped_storage()): t.untyped_storage() for t in (*self.hidden, *self.arguments())}
-        return sum(storage.nbytes() for storage in storages.values())
+        storages = [tensor.untyped_storage() for tensor in (*self.hidden, *self.arguments())]
+        return sum({id(storage): storage.nbytes() for storage in storages}.values())
 
     def arguments(self) -> Iterator[Tensor]:
         """Every tensor of every call."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,13 +15,15 @@ from llmsparse import __version__, cli_recipes
 from llmsparse.cli_exit import exit_code_of
 from llmsparse.cli_options import Debug, Json, Quiet, Verbose, verb
 from llmsparse.errors import RecipeError
-from llmsparse.recipe import Recipe
 from llmsparse.terminal import Terminal
+
+if TYPE_CHECKING:
+    from llmsparse.recipe import Recipe
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 app.add_typer(cli_recipes.app, name="recipes", help="Look at the shipped recipes, copy one, check a file.")
 
-Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub id.", show_default=False)]
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or demo.", show_default=False)]
 Assignments = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Any key of a recipe, such as method.damp=0.1.", show_default=False),
@@ -183,5 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _recipe(model: str, assignments: list[str] | None, recipe: str | None, flags: dict[str, Any]) -> Recipe:
+    from llmsparse.recipe import Recipe
+
     given = {key: value for key, value in flags.items() if value not in (None, [])}
     return Recipe.load(recipe, {"model": model, **given}, assignments or ())

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from llmsparse.recipe import Recipe
+from llmsparse.recipe_keys import KEYS, Key
 from llmsparse.terminal import Terminal
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
@@ -18,27 +17,6 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries log.", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", show_default=False)]
-
-PANELS = {
-    "What is pruned, and how": (
-        *("method", "sparsity", "pattern", "scope", "only", "include", "exclude", "true_sequential", "match_steps"),
-    ),
-    "Calibration": ("calibration", "text_field", "calibration_samples", "seq_len", "batch_size", "seed"),
-    "Machine and model": ("device", "dtype", "revision", "trust_remote_code"),
-    "Output": ("output", "max_shard_size"),
-}
-METAVARS = {
-    "method": "NAME",
-    "sparsity": "S",
-    "pattern": "N:M",
-    "only": "GLOB",
-    "include": "GLOB",
-    "exclude": "GLOB",
-    "calibration": "TEXT",
-    "text_field": "COLUMN",
-    "output": "DIR",
-    "max_shard_size": "SIZE",
-}
 
 
 def verb(app: typer.Typer, name: str | None = None, *, recipe_flags: bool = False) -> Callable[[Verb], Verb]:
@@ -75,36 +53,20 @@ def verb(app: typer.Typer, name: str | None = None, *, recipe_flags: bool = Fals
 
 
 def _recipe_flags() -> list[inspect.Parameter]:
-    """One option for each key of a recipe but `model`, an argument, and `rules`, which only a file can spell."""
-    return [_recipe_flag(key, panel) for panel, keys in PANELS.items() for key in keys]
+    return [_recipe_flag(name, key, panel) for panel, keys in KEYS.items() for name, key in keys.items()]
 
 
-def _recipe_flag(key: str, panel: str) -> inspect.Parameter:
-    field = Recipe.model_fields[key]
-    default = field.default
-    shown = (
-        f" [dim]\\[default: {default}][/dim]"
-        if isinstance(default, str | int) and not isinstance(default, bool)
-        else ""
-    )
-    names = ["--output", "-o"] if key == "output" else []
-    kind = _option_type(field.annotation)
+def _recipe_flag(name: str, key: Key, panel: str) -> inspect.Parameter:
+    default = f" [dim]\\[default: {key.default}][/dim]" if key.default is not None else ""
     option: Any = typer.Option(
-        *names,
-        help=f"{field.description}{shown}",
-        metavar=METAVARS.get(key, None if kind == bool | None else key.split("_")[-1].upper()),
+        *(["--output", "-o"] if name == "output" else []),
+        help=f"{key.help}{default}",
+        metavar=key.metavar,
         rich_help_panel=panel,
         show_default=False,
     )
-    return _flag(key, Annotated[kind, option], None)
-
-
-def _option_type(annotation: Any) -> Any:
-    """Flags arrive as text, which the recipe checks; only switches and repeatable globs need more."""
-    if annotation is bool:
-        return bool | None
-    parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    return list[str] | None if any(get_origin(part) is tuple for part in parts) else str | None
+    kind = list[str] if key.kind is list else key.kind
+    return _flag(name, Annotated[kind | None, option], None)
 
 
 def _flag(name: str, annotation: Any, default: Any) -> inspect.Parameter:

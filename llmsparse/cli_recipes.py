@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmsparse import recipe_file
 from llmsparse.cli_options import Json, verb
 from llmsparse.errors import MachineError, RecipeError, did_you_mean
-from llmsparse.recipe import Recipe
 from llmsparse.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -44,6 +42,8 @@ class RecipeList:
 @verb(app, "list")
 def list_recipes(terminal: Terminal, json: Json = False) -> None:
     """List the recipes that come with llmsparse, and what each is for."""
+    from llmsparse import recipe_file
+
     terminal.show(RecipeList({name: purpose(path) for name, path in recipe_file.shipped().items()}), json)
 
 
@@ -78,6 +78,9 @@ def validate(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe file, or a shipped name.", show_default=False)],
 ) -> None:
     """Check a recipe: keys, values, method options, patterns. Prints it with every default spelled out."""
+    from llmsparse import recipe_file
+    from llmsparse.recipe import Recipe
+
     path = recipe_file.find(file)
     data, _ = recipe_file.read(path)
     recipe = Recipe.load(path, None if "model" in data else {"model": "MODEL"})
@@ -90,6 +93,8 @@ def purpose(path: Path) -> str:
 
 
 def _shipped(name: str) -> Path:
+    from llmsparse import recipe_file
+
     known = recipe_file.shipped()
     if name not in known:
         raise RecipeError(f"no shipped recipe {name!r}{did_you_mean(name, list(known))}")

@@ -12,6 +12,7 @@ return, everything that depends on these becomes NaN: nothing but a block's hidd
 # pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -77,7 +78,21 @@ def outline(model: PreTrainedModel, blocks: Sequence[nn.Module], device: torch.d
             _require(
                 model, not logits.isnan().any(), f"computes its logits from the {poisoned} past the last block too"
             )
+    found.transposed = _spread(found.transposed, [name for name, _ in model.named_parameters()])
     return found
+
+
+def _spread(transposed: dict[str, bool], names: Sequence[str]) -> dict[str, bool]:
+    """What holds for one of a numbered series holds for all: zeros visit only a few of the experts."""
+    series = {_series(name): flag for name, flag in transposed.items()}
+    members: dict[str, list[str]] = {}
+    for name in names:
+        members.setdefault(_series(name), []).append(name)
+    return {name: flag for one, flag in series.items() for name in members[one]}
+
+
+def _series(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
 
 
 @contextmanager

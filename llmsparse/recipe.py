@@ -91,7 +91,7 @@ Method = Annotated[MethodSpec, PlainValidator(_method)]
 class Rule(BaseModel):
     """Other settings for the weights whose on-disk name (without `.weight`) matches a glob."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)  # --help needs no schema
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     match: str
     sparsity: Sparsity | None = None
@@ -100,58 +100,33 @@ class Rule(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A pruning run. Raises RecipeError, in one line, for whatever cannot be."""
+    """A pruning run. Raises RecipeError, in one line, for whatever cannot be. `recipe_keys.py` says what each key is for."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)  # --help needs no schema
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: Annotated[str, Field(min_length=1, description="Checkpoint folder or hub id.")]
-    output: Annotated[str | None, Field(description="Folder to write; ./NAME-METHOD-PERCENT if not given.")] = None
-    method: Annotated[Method, Field(description="sparsegpt, alps, dsnot, wanda, magnitude or random.")] = DEFAULT_METHOD
-    sparsity: Annotated[Sparsity | None, Field(description="Fraction of zeros: 0.7 or 70%.")] = None
-    pattern: Annotated[str, Field(description="unstructured, or N:M such as 2:4 (keep 2 of every 4).")] = "unstructured"
-    scope: Annotated[
-        Literal["auto", "row", "matrix"],
-        Field(description="What an unstructured sparsity counts over; auto: the method's own."),
-    ] = "auto"
-    rules: Annotated[
-        tuple[Rule, ...], Field(description="Other settings by weight name; the last that matches wins.")
-    ] = ()
-    only: Annotated[Globs, Field(description="Prune only weights matching this glob (repeatable).")] = ()
-    include: Annotated[
-        Globs, Field(description="Also prune weights matching this glob, such as lm_head (repeatable).")
-    ] = ()
-    exclude: Annotated[Globs, Field(description="Leave weights matching this glob as they are (repeatable).")] = ()
-    true_sequential: Annotated[bool, Field(description="Re-run a block after each group of its weights.")] = False
-    match_steps: Annotated[
-        int | Literal["auto"],
-        PlainValidator(_match_steps),
-        Field(description="Steps that tune a pruned block to the dense one's output; auto: where affordable, 0: off."),
-    ] = "auto"
-    calibration: Annotated[
-        str,
-        Field(
-            min_length=1,
-            description="c4, wikitext2, builtin, a .txt/.jsonl/.parquet/.safetensors file, or ORG/NAME[:SPLIT].",
-        ),
-    ] = "c4"
-    text_field: Annotated[str | None, Field(description="Column of the calibration data that holds the text.")] = None
-    calibration_samples: Annotated[Count, Field(description="Calibration windows.")] = 128
-    seq_len: Annotated[
-        Annotated[int, BeforeValidator(_no_bool), Field(ge=2)] | None,
-        Field(description="Tokens per window; min(2048, the model's maximum) if not given."),
-    ] = None
-    batch_size: Annotated[Count | None, Field(description="Windows run at once; chosen if not given.")] = None
-    device: Annotated[str, PlainValidator(_device), Field(description="auto, cpu or cuda:0.")] = "auto"
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        Field(description="What to compute in; the stored dtype stays."),
-    ] = "auto"
-    seed: Annotated[
-        int, BeforeValidator(_no_bool), Field(ge=0, lt=2**63, description="Same seed, data and device: same bytes.")
-    ] = 0
-    max_shard_size: Annotated[str, BeforeValidator(str), Field(description="Largest file to write.")] = "5GB"
-    revision: Annotated[str | None, Field(description="Branch, tag or commit on the hub.")] = None
-    trust_remote_code: Annotated[bool, Field(description="Run the code that comes with the model.")] = False
+    model: Annotated[str, Field(min_length=1)]
+    output: str | None = None
+    method: Method = DEFAULT_METHOD
+    sparsity: Sparsity | None = None
+    pattern: str = "unstructured"
+    scope: Literal["auto", "row", "matrix"] = "auto"
+    rules: tuple[Rule, ...] = ()
+    only: Globs = ()
+    include: Globs = ()
+    exclude: Globs = ()
+    true_sequential: bool = False
+    match_steps: Annotated[int | Literal["auto"], PlainValidator(_match_steps)] = "auto"
+    calibration: Annotated[str, Field(min_length=1)] = "c4"
+    text_field: str | None = None
+    calibration_samples: Count = 128
+    seq_len: Annotated[int, BeforeValidator(_no_bool), Field(ge=2)] | None = None
+    batch_size: Count | None = None
+    device: Annotated[str, PlainValidator(_device)] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**63)] = 0
+    max_shard_size: Annotated[str, BeforeValidator(str)] = "5GB"
+    revision: str | None = None
+    trust_remote_code: bool = False
 
     def __init__(self, **data: Any) -> None:
         try:

@@ -17,10 +17,10 @@ import torch
 import llmsparse
 from llmsparse.cli import main
 from llmsparse.cli_exit import exit_code_of
-from llmsparse.cli_options import PANELS
 from llmsparse.errors import LlmsparseError
 from llmsparse.progress import Rich, Silent, for_terminal
 from llmsparse.recipe import Recipe
+from llmsparse.recipe_keys import KEYS
 from llmsparse.terminal import Terminal
 
 SMALL = ("--calibration", "builtin", "--calibration-samples", "4", "--seq-len", "32", "--match-steps", "0")
@@ -68,8 +68,11 @@ def test_version_and_help(run: Any) -> None:
 
 
 def test_every_key_of_a_recipe_is_a_flag(run: Any) -> None:
-    flags = {key for keys in PANELS.values() for key in keys}
-    assert flags == set(Recipe.model_fields) - {"model", "rules"}
+    flags = {name: key for keys in KEYS.values() for name, key in keys.items()}
+    assert set(flags) == set(Recipe.model_fields) - {"model", "rules"}
+    for name, key in flags.items():
+        default = Recipe.model_fields[name].default
+        assert default in (None, False, ()) if key.default is None else key.default == str(default)
     for verb in ("prune", "plan"):
         _, out, _ = run(verb, "--help")
         assert all(f"--{key.replace('_', '-')}" in out for key in flags if len(key) < 16)

@@ -14,7 +14,7 @@ import pytest
 import llmsparse
 
 ROOT = Path(llmsparse.__file__).parent
-HEAVY = ("torch", "transformers", "datasets", "safetensors", "huggingface_hub", "numpy")
+HEAVY = ("torch", "yaml", "transformers", "datasets", "safetensors", "huggingface_hub", "numpy")
 USES_INTERNALS = {"llmsparse.naming", "llmsparse.skeleton"}  # of transformers
 
 

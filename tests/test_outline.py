@@ -86,6 +86,26 @@ def test_matrices_and_their_layout_are_what_the_code_does_with_them() -> None:
     assert list(found.transposed)[-1] == "head.weight"
 
 
+class Mixture(Block):
+    """Experts of their own, of which zeros reach only the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.ModuleDict({"w1": nn.Linear(8, 4), "w2": nn.Linear(4, 8)}) for _ in range(12))
+
+    def forward(self, hidden_states: Tensor, extra: Tensor | None = None) -> Any:
+        part = self.parts[int(hidden_states.sum() > 1)]
+        return super().forward(hidden_states) + part["w2"](part["w1"](hidden_states))
+
+
+def test_what_holds_for_one_expert_holds_for_all() -> None:
+    model = Model()
+    with torch.device("meta"):
+        model.layers = nn.ModuleList(Mixture() for _ in range(3))
+    found = [name for name in sketch(model).transposed if name.startswith("layers.2.parts.")]
+    assert found == [f"layers.2.parts.{part}.{w}.weight" for w in ("w1", "w2") for part in range(12)]
+
+
 @pytest.mark.parametrize("kind", [tuple, list])
 def test_the_container_of_a_block_is_the_one_it_returns(kind: Any) -> None:
     model = Model(kind.__name__)

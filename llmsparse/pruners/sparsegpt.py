@@ -4,9 +4,9 @@ Minimises ‖X Ŵᵀ - X Wᵀ‖² greedily. Columns are decided left to right i
 by the columns to its right, as the Hessian H = XᵀX of those that remain tells.
 
 The paper writes the update with U, the upper Cholesky factor of H⁻¹: an error e_j = w_j / U_jj of column j changes the
-columns to its right by -e_j U_j:. With H = LᵀL, L lower triangular, U = L⁻ᵀ and the sum of all changes that reach column j is
--(Σ_{i<j} L_ji z_i) / L_jj, where z_i = w_i - ŵ_i is what column i has lost: the same numbers without the inverse, which is most
-of the cost of a wide weight. The score w² / U_jj² is (w L_jj)².
+columns to its right by -e_j U_j:. With H = Mᵀ D² M, M unit lower triangular, U = (D M)⁻ᵀ, and all that ever reaches column j
+adds up to Σ_{i<j} M_ji z_i, where z_i = w_i - ŵ_i is what column i has lost: the same numbers without the inverse, which is
+most of the cost of a wide weight. The score w_j² / U_jj² is (w_j D_j)².
 
 Differs from the released code, besides: exact counts, cumulative over blocks (that prunes one too many in each); an input
 that was never active is cheapest to prune but adds no zeros beyond the count (that zeroes its column); damping that
@@ -50,7 +50,7 @@ class SparseGPT:
     ) -> Pruned:
         assert isinstance(stat, Gram)
         dead = stat.norm == 0
-        lower, damp = stat.factor(("sparsegpt", self.damp), lambda: _factor(stat, self.damp))
+        m, scale, damp = stat.factor(("sparsegpt", self.damp), lambda: _factor(stat, self.damp))
         w = weight.T.contiguous()  # (in, out): a column of W is a row here
         w[dead] = 0.0  # free to prune: goes first
         width, span = w.shape[0], pattern.span
@@ -58,24 +58,27 @@ class SparseGPT:
         step, strip = max(self.block // span, 1) * span, STRIP if span == 1 else span
         for a in range(0, width, step):
             b = min(a + step, width)
-            reach = lower[a:b, :a] @ lost[:a]  # Σ L_ji z_i over the columns i of finished blocks …
+            now = torch.addmm(w[a:b], m[a:b, :a], lost[:a])  # what finished blocks make of this one
+            kept = torch.empty_like(now)
             for c in range(a, b, strip):
                 d = min(c + strip, b)
-                reach[c - a : d - a] += lower[c:d, a:c] @ lost[a:c]  # … and over finished strips of this one
+                now[c - a : d - a].addmm_(m[c:d, a:c], lost[a:c])  # and finished strips
                 if c == a or span > 1:
                     end = b if span == 1 else d
-                    now = w[c:end] + torch.linalg.solve_triangular(lower[c:end, c:end], reach[c - a : end - a], upper=False)
-                    score = (now * lower.diagonal()[c:end, None]).square()  # w² / U_jj²   (eq. 3)
+                    here = slice(c - a, end - a)
+                    change = torch.linalg.solve_triangular(m[c:end, c:end], now[here] - w[c:end], upper=False, unitriangular=True)
+                    score = ((w[c:end] + change) * scale[c:end, None]).square()  # w² / U_jj²   (eq. 3)
                     keep[c:end] = pattern.keep(score.T, slice(c, end), width).T
+                    kept[here] = keep[c:end]
                 for j in range(c, d):
-                    now = w[j] + (reach[j - a] + lower[j, c:j] @ lost[c:j]) / lower[j, j]  # (eq. 4, all that reach j)
-                    lost[j] = w[j] - now * keep[j]
+                    now[j - a].addmv_(lost[c:j].T, m[j, c:j])  # and the columns just before   (eq. 4)
+                    torch.addcmul(w[j], now[j - a], kept[j - a], value=-1, out=lost[j])
         notes = {"damp": damp} if damp != self.damp else {}
         return Pruned.of(torch.where(dead, weight, (w - lost).T).contiguous(), keep.T.contiguous(), **notes)
 
 
-def _factor(stat: Gram, damp: float) -> tuple[Tensor, float]:
-    """Lower triangular L with H + damping = LᵀL, (in, in) fp32, and the share of the mean diagonal that took.
+def _factor(stat: Gram, damp: float) -> tuple[Tensor, Tensor, float]:
+    """M (in, in) unit lower triangular and D (in,) with H + damping = Mᵀ D² M, and the share of the mean diagonal that took.
 
     Raises `NumericalError` where the strongest damping does not make H positive definite.
     """
@@ -83,12 +86,14 @@ def _factor(stat: Gram, damp: float) -> tuple[Tensor, float]:
     share = damp
     for attempt in range(ESCALATIONS + 1):
         share = damp * 10**attempt
-        h = stat.xtx.flip(0, 1)  # L comes from the factor of H with rows and columns reversed
+        h = stat.xtx.flip(0, 1)  # the Cholesky factor of H with rows and columns reversed is D M, reversed
         h.diagonal().add_(share * diagonal.mean())
         h.diagonal()[diagonal.flip(0) == 0] = 1.0
         upper, info = torch.linalg.cholesky_ex(h, upper=True)
         if int(info) == 0:
-            return upper.flip(0, 1), share
+            lower = upper.flip(0, 1)
+            scale = lower.diagonal().clone()
+            return lower.div_(scale[:, None]), scale, share
     raise NumericalError(
         f"Hessian of {len(diagonal)} inputs is not positive definite after {stat.tokens} tokens, even with damping {share:g} of "
         "its mean diagonal; calibrate with more tokens, or use method wanda"

@@ -1,6 +1,6 @@
 """What a model does with its parameters, learned by running it without their values.
 
-Parameters stay on meta while activations are real: a call of torch that mixes the two is made on meta, and its result
+Matrices stay on meta while activations are real: a call of torch that mixes the two is made on meta, and its result
 is zeros of the right shape. That takes no memory and next to no time, and shows which parameters are multiplied with
 activations and how they are laid out, square ones too, and what container the blocks return. Names, classes and
 annotations, which lie, are not asked.
@@ -10,6 +10,7 @@ return, everything that depends on these becomes NaN: nothing but a block's hidd
 """
 
 # pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import re
@@ -26,22 +27,21 @@ from torch.utils import _pytree as pytree
 from llmsparse.activations import split_call, tensors_in
 from llmsparse.block import unwrap
 from llmsparse.errors import CheckpointError
-from llmsparse.skeleton import quiet, replaced
+from llmsparse.skeleton import assign, drop, quiet, replaced
 from llmsparse.tap import Watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS = 8
+SMALL = 2**20  # elements
 
 
 @dataclass
 class Outline:
     """The parameters that are multiplied with activations, and the container that blocks return."""
 
-    transposed: dict[str, bool] = field(
-        default_factory=dict[str, bool]
-    )  # parameter → laid out (in, out), in call order
+    transposed: dict[str, bool] = field(default_factory=dict[str, bool])  # parameter → laid out (in, out); call order
     container: type[tuple[Any, ...]] | type[list[Any]] | None = None  # that a block returns, if not a bare tensor
     items: int = 1  # in it
 
@@ -69,7 +69,7 @@ def outline(model: PreTrainedModel, blocks: Sequence[nn.Module], device: torch.d
 
         return run
 
-    with quiet(), _Zeros(model, found, device):
+    with quiet(), _real_coefficients(model, device), _Zeros(model, found, device):
         with replaced(blocks, watch):
             model(ids, use_cache=False)
         for poisoned in ("embedding", "blocks"):
@@ -122,6 +122,21 @@ def _stubbed(model: PreTrainedModel, blocks: Sequence[nn.Module], found: Outline
         yield
 
 
+@contextmanager
+def _real_coefficients(model: nn.Module, device: torch.device) -> Generator[None]:
+    """Within it, what is no matrix is real zeros: scales, biases, convolutions, small tables. Kernels that are no calls
+    of torch (causal-conv1d, mamba-ssm) take these, and cannot take meta."""
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            table = parameter.dim() == 2 and parameter.numel() <= SMALL and any(True for _ in module.children())
+            if parameter.dim() < 2 or table or isinstance(module, nn.Conv1d):
+                assign(model, name, torch.zeros(parameter.shape, dtype=parameter.dtype, device=device))
+    try:
+        yield
+    finally:
+        drop(model)
+
+
 def _nan(poisoned: bool) -> float:
     return float("nan") if poisoned else 1.0
 
@@ -132,7 +147,7 @@ def _require(model: nn.Module, condition: bool | Tensor, fault: str) -> None:
 
 
 class _Zeros(TorchFunctionMode):
-    """Parameters are on meta, everything else is real: calls that mix them return zeros, or NaN where one goes in."""
+    """Matrices are on meta, everything else is real: calls that mix them return zeros, or NaN where one goes in."""
 
     def __init__(self, model: nn.Module, result: Outline, device: torch.device) -> None:
         super().__init__()

@@ -77,7 +77,7 @@ def prune(
         report.peak_memory_bytes = memory.read()
         recipe_text = plan.recipe.dump(versions() | {"calibration sha256": plan.windows.fingerprint})
         source.copy_side_files(plan.folder, partial.folder)
-        source.write_side_files(partial.folder, recipe=recipe_text, report=report.to_json(), card=report.card())
+        source.write_side_files(partial.folder, recipe=recipe_text, report=report.stored(), card=report.card())
         check_written(plan, partial.folder, writer)
         partial.publish()
     return report

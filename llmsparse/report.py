@@ -83,7 +83,11 @@ class Report:
         return any(block.match for block in self.blocks)
 
     def to_json(self) -> dict[str, Any]:
-        """One document, the same on stdout and on disk; everything that time decides stands under `timings`."""
+        """What `prune --json` prints: the stored report, and time and memory where a reader looks first."""
+        return self.stored() | {"seconds": self.seconds, "peak_memory_bytes": self.peak_memory_bytes}
+
+    def stored(self) -> dict[str, Any]:
+        """llmsparse_report.json; everything that time decides stands under `timings`."""
         return {
             "schema_version": SCHEMA_VERSION,
             "model": self.model,

@@ -83,20 +83,22 @@ class InputMoments(InputNorm):
 
     def update(self, x: Tensor) -> None:
         if x.shape[0]:
-            spread, mean = torch.var_mean(x.float(), dim=0, correction=0)
-            self._pool(x.shape[0], mean.double(), spread.double() * x.shape[0])
-        super().update(x)
+            x = x.float()
+            mean = x.mean(dim=0)
+            spread = (x - mean).square_().sum(dim=0)
+            self._pool(x.shape[0], mean.double(), spread.double())
 
     def merge(self, other: Self) -> None:
         if other.tokens:
             self._pool(other.tokens, other._mean.to(self._mean.device), other._spread.to(self._mean.device))
-        super().merge(other)
 
     def _pool(self, tokens: int, mean: Tensor, spread: Tensor) -> None:
         total = self.tokens + tokens
         shift = mean - self._mean
         self._mean += shift * (tokens / total)
         self._spread += spread + shift.square() * (self.tokens * (tokens / total))
+        self.tokens = total
+        self.squares = self._spread + total * self._mean.square()
 
     @property
     def mean(self) -> Tensor:
@@ -118,19 +120,36 @@ class Gram(InputMoments):
 
     def __init__(self, width: int, device: torch.device) -> None:
         super().__init__(width, device)
-        self.xtx = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self._xtx = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self._strip = max(256, -(-width // 16))  # rows of XᵀX at a time, only right of the diagonal: half the work
+        self._mirrored = True
         self._factors: dict[Hashable, Any] = {}
 
     def update(self, x: Tensor) -> None:
-        super().update(x)
-        self._factors.clear()
         x = x.float()
-        self.xtx.addmm_(x.T, x)
+        super().update(x)
+        for a in range(0, self.width, self._strip):
+            self._xtx[a : a + self._strip, a:].addmm_(x[:, a : a + self._strip].T, x[:, a:])
+        self._changed()
 
     def merge(self, other: Self) -> None:
         super().merge(other)
+        self._xtx += other._xtx.to(self._xtx.device)
+        self._changed()
+
+    def _changed(self) -> None:
+        self._mirrored = False
         self._factors.clear()
-        self.xtx += other.xtx.to(self.xtx.device)
+
+    @property
+    def xtx(self) -> Tensor:
+        """XᵀX (width, width) fp32, over all tokens; not to be changed."""
+        if not self._mirrored:
+            for a in range(0, self.width, self._strip):
+                b = a + self._strip
+                self._xtx[b:, a:b] = self._xtx[a:b, b:].T
+            self._mirrored = True
+        return self._xtx
 
     def factor(self, key: Hashable, make: Callable[[], T]) -> T:
         """`make()`, once per `key` until the next update: q, k and v pay for one factorization."""

@@ -15,17 +15,25 @@ from llmsparse.outline import Outline, outline
 from llmsparse.skeleton import find_blocks
 
 
+class Down(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(8, 8))  # laid out (in, out), and square
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(8)
         self.up = nn.Linear(8, 8)
-        self.down = nn.Parameter(torch.empty(8, 8))  # laid out (in, out), and square
+        self.down = Down()
         self.experts = nn.Parameter(torch.empty(3, 8, 8))
-        self.table = nn.Parameter(torch.empty(8, 8))
+        self.table = nn.Parameter(torch.empty(8, 4))
+        self.conv = nn.Conv1d(8, 8, 3)
 
     def forward(self, hidden_states: Tensor, extra: Tensor | None = None) -> Any:
-        mixed = self.up(self.norm(hidden_states)) @ self.down
+        assert not any(part.is_meta for part in (self.norm.bias, self.conv.weight, self.table))  # a kernel reads them
+        mixed = self.up(self.norm(hidden_states)) @ self.down.weight
         for expert in (torch.rand(3) >= 0).nonzero().flatten():  # a loop over what only values tell
             mixed = mixed + F.linear(mixed, self.experts[expert])
         return hidden_states + mixed * self.table.sum()
@@ -80,10 +88,18 @@ def test_matrices_and_their_layout_are_what_the_code_does_with_them() -> None:
     found = sketch(Model())
     assert {name: flag for name, flag in found.transposed.items() if name.startswith("layers.1.")} == {
         "layers.1.up.weight": False,
-        "layers.1.down": True,
+        "layers.1.down.weight": True,
         "layers.1.experts": False,
     }
     assert list(found.transposed)[-1] == "head.weight"
+
+
+def test_the_model_is_left_on_meta() -> None:
+    model = Model()
+    before = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
+    sketch(model)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()} == before
 
 
 class Mixture(Block):

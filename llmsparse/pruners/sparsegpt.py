@@ -29,12 +29,11 @@ from llmsparse.pruners.protocol import Pruned
 from llmsparse.stats import Gram, Statistic
 
 ESCALATIONS = 4  # of the damping, tenfold each
-STRIP = 16  # columns of a block that are updated one by one, the rest of it by matrix product; best of 8, 16, 32
 
 
 @dataclass(frozen=True)
 class SparseGPT:
-    """`block`: columns whose mask is decided together; `damp`: share of the Hessian's mean diagonal added to it."""
+    """`block`: columns whose mask is decided together, unless N:M; `damp`: share of the Hessian's mean diagonal added to it."""
 
     block: int = 128
     damp: float = 0.01
@@ -55,24 +54,21 @@ class SparseGPT:
         w[dead] = 0.0  # free to prune: goes first
         width, span = w.shape[0], pattern.span
         lost, keep = torch.zeros_like(w), torch.empty_like(w, dtype=torch.bool)  # z, mask
-        step, strip = max(self.block // span, 1) * span, STRIP if span == 1 else span
+        step = max(self.block // span, 1) * span
+        together = step if span == 1 else span  # columns whose mask is decided together
         for a in range(0, width, step):
             b = min(a + step, width)
             now = torch.addmm(w[a:b], m[a:b, :a], lost[:a])  # what finished blocks make of this one
-            kept = torch.empty_like(now)
-            for c in range(a, b, strip):
-                d = min(c + strip, b)
-                now[c - a : d - a].addmm_(m[c:d, a:c], lost[a:c])  # and finished strips
-                if c == a or span > 1:
-                    end = b if span == 1 else d
-                    here = slice(c - a, end - a)
-                    change = torch.linalg.solve_triangular(m[c:end, c:end], now[here] - w[c:end], upper=False, unitriangular=True)
-                    score = ((w[c:end] + change) * scale[c:end, None]).square()  # w² / U_jj²   (eq. 3)
-                    keep[c:end] = pattern.keep(score.T, slice(c, end), width).T
-                    kept[here] = keep[c:end]
+            for c in range(a, b, together):
+                d = min(c + together, b)
+                group = now[c - a : d - a].addmm_(m[c:d, a:c], lost[a:c])  # and finished groups
+                change = torch.linalg.solve_triangular(m[c:d, c:d], group - w[c:d], upper=False, unitriangular=True)
+                score = ((w[c:d] + change) * scale[c:d, None]).square()  # w² / U_jj²   (eq. 3)
+                keep[c:d] = pattern.keep(score.T, slice(c, d), width).T
+                kept = keep[c:d].float()
                 for j in range(c, d):
-                    now[j - a].addmv_(lost[c:j].T, m[j, c:j])  # and the columns just before   (eq. 4)
-                    torch.addcmul(w[j], now[j - a], kept[j - a], value=-1, out=lost[j])
+                    group[j - c].addmv_(lost[c:j].T, m[j, c:j])  # and the columns just before   (eq. 4)
+                    torch.addcmul(w[j], group[j - c], kept[j - c], value=-1, out=lost[j])
         notes = {"damp": damp} if damp != self.damp else {}
         return Pruned.of(torch.where(dead, weight, (w - lost).T).contiguous(), keep.T.contiguous(), **notes)
 

@@ -1,0 +1,214 @@
+"""Whatever a user can get wrong: one line that says so, the right exit code, nothing under the final name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmsparse.cli import main
+
+Spoil = Callable[[Path], None]
+PRUNE = ["--sparsity", "0.5", "--method", "wanda", "--match-steps", "0", "--seq-len", "32", "--calibration-samples", "4"]
+
+
+@pytest.fixture(scope="module")
+def pristine(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("pristine") / "model", shards=2)
+
+
+@pytest.fixture
+def model(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to spoil, in an empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(pristine, tmp_path / "model"))
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run `prune` on ./model into ./out; check the code, the single line and that nothing got the final name."""
+
+    def run(*arguments: str, code: int = 2, model: str = "model", calibration: str = "builtin") -> str:
+        capsys.readouterr()
+        got = main(["prune", model, "-o", "out", "--calibration", calibration, *PRUNE, *arguments])
+        out, err = capsys.readouterr()
+        assert got == code, err
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+        assert out == "" and not Path("out").exists()
+        return err
+
+    return run
+
+
+def config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def first_shard(folder: Path) -> Path:
+    return folder / "model-00001-of-00002.safetensors"
+
+
+def truncate(folder: Path) -> None:
+    shard = first_shard(folder)
+    shard.write_bytes(shard.read_bytes()[:-1000])
+
+
+def corrupt(folder: Path) -> None:
+    shard = first_shard(folder)
+    shard.write_bytes(shard.read_bytes()[:8] + b"garbage!" + shard.read_bytes()[16:])
+
+
+def only_bin(folder: Path) -> None:
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def index_names(folder: Path, key: str, shard: str) -> None:
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"][key] = shard
+    file.write_text(json.dumps(index))
+
+
+def nan(folder: Path) -> None:
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if "model.layers.1.mlp.up_proj.weight" in tensors:
+            tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+            save_file(tensors, shard, metadata={"format": "pt"})
+
+
+def no_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+SPOILT: dict[str, tuple[Spoil, str]] = {
+    "truncated shard": (truncate, "model-00001-of-00002.safetensors"),
+    "corrupt header": (corrupt, "model-00001-of-00002.safetensors"),
+    "only pickled weights": (only_bin, "pytorch_model.bin"),
+    "missing shard": (lambda m: first_shard(m).unlink(), "model-00001-of-00002.safetensors"),
+    "missing tensor": (lambda m: index_names(m, "model.x", first_shard(m).name), "model.x"),
+    "nan": (nan, "model.layers.1.mlp.up_proj in model holds NaN or Inf"),
+    "no config": (lambda m: (m / "config.json").unlink(), "config.json"),
+    "config without architecture": (lambda m: config(m, architectures=None), "architectures"),
+    "config of another width": (lambda m: config(m, intermediate_size=80), "mlp"),
+    "encoder-decoder": (lambda m: config(m, model_type="t5", architectures=["T5ForConditionalGeneration"]), "t5"),
+    "quantized": (lambda m: config(m, quantization_config={"quant_method": "gptq"}), "already quantized (gptq)"),
+    "unknown architecture": (lambda m: config(m, model_type="llamma"), "llamma"),
+    "remote code": (
+        lambda m: config(m, model_type="mine", auto_map={"AutoConfig": "mine.MyConfig"}),
+        "--trust-remote-code",
+    ),
+    "no tokenizer": (no_tokenizer, "no tokenizer"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_spoilt_model_is_refused(case: str, model: Path, fails: Callable[..., str]) -> None:
+    spoil, wanted = SPOILT[case]
+    spoil(model)
+    assert wanted in fails()
+
+
+@pytest.mark.parametrize("name", ["./nothing", "no/such/model"])
+def test_a_model_that_is_not_there(name: str, model: Path, fails: Callable[..., str]) -> None:
+    assert name in fails(model=name)
+
+
+def test_a_hub_id_while_offline(model: Path, fails: Callable[..., str]) -> None:
+    assert "meta-llama/Llama-3.2-1B" in fails(model="meta-llama/Llama-3.2-1B", code=3)
+
+
+FLAGS: dict[str, tuple[list[str], str]] = {
+    "sparsity of 70": (["--sparsity", "70"], "70%"),
+    "sparsity of 1": (["--sparsity", "1.0"], "below 1"),
+    "negative sparsity": (["--sparsity", "-0.1"], "-0.1"),
+    "sparsity in words": (["--sparsity", "abc"], "abc"),
+    "more kept than there are": (["--pattern", "4:2"], "4:2"),
+    "none kept": (["--pattern", "0:4"], "0:4"),
+    "two sparsities": (["--sparsity", "0.7", "--pattern", "2:4"], "2:4"),
+    "a pattern that does not divide": (["--pattern", "3:6"], "self_attn.q_proj"),
+    "unknown method": (["--method", "wandaa"], "did you mean 'wanda'"),
+    "unknown key": (["sparsty=0.5"], "did you mean 'sparsity'"),
+    "unknown flag": (["--sparsty", "0.5"], "--sparsty"),
+    "an include that matches nothing": (["--include", "lm_hed"], "lm_hed"),
+    "an exclude that matches nothing": (["--exclude", "*.qq"], "*.qq"),
+    "a window beyond the model": (["--seq-len", "129"], "maximum of 128"),
+    "no such device": (["--device", "tpu"], "tpu"),
+    "bad shard size": (["--max-shard-size", "much"], "much"),
+    "nothing to resume": (["--resume"], "nothing to resume"),
+}
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_a_wrong_flag_is_refused(case: str, model: Path, fails: Callable[..., str]) -> None:
+    arguments, wanted = FLAGS[case]
+    if "--pattern" in arguments and "--sparsity" not in arguments:
+        arguments = [*arguments, "sparsity=null"]
+    assert wanted in fails(*arguments)
+
+
+def test_a_rule_that_matches_nothing(model: Path, fails: Callable[..., str]) -> None:
+    Path("r.yaml").write_text("rules:\n  - {match: '*.dwn_proj', sparsity: 0.6}\n")
+    assert "*.dwn_proj" in fails("--recipe", "r.yaml")
+
+
+def test_an_unknown_recipe_key_is_named_with_file_and_line(model: Path, fails: Callable[..., str]) -> None:
+    Path("r.yaml").write_text("method: wanda\nsparsty: 0.6\n")
+    error = fails("--recipe", "r.yaml")
+    assert "r.yaml:2" in error and "did you mean 'sparsity'" in error
+
+
+CALIBRATIONS: dict[str, tuple[bytes, str]] = {
+    "empty.txt": (b"", "empty"),
+    "binary.txt": (bytes(range(256)) * 50, "binary.txt"),
+    "short.txt": (b"too short", "shorter than one window"),
+    "broken.safetensors": (b"\x00" * 100, "broken.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", CALIBRATIONS)
+def test_a_calibration_file_that_cannot_be_used(name: str, model: Path, fails: Callable[..., str]) -> None:
+    contents, wanted = CALIBRATIONS[name]
+    Path(name).write_bytes(contents)
+    assert wanted in fails(calibration=name)
+
+
+def test_c4_while_offline_names_two_ways_out(model: Path, fails: Callable[..., str]) -> None:
+    error = fails(calibration="c4", code=3)
+    assert "--calibration builtin" in error and "--calibration FILE" in error
+
+
+def test_an_output_that_is_there_is_kept(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    Path("out/precious.txt").write_text("mine")
+    for flag in ([], ["--overwrite"]):
+        assert main(["prune", "model", "-o", "out", "--calibration", "builtin", *PRUNE, *flag]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert [path.name for path in Path("out").iterdir()] == ["precious.txt"]
+
+
+def test_an_output_inside_the_model_folder(model: Path, fails: Callable[..., str]) -> None:
+    assert "model" in fails("-o", "model/pruned")
+    assert sorted(path.name for path in model.iterdir()) == sorted(
+        path.name for path in model.iterdir() if path.name != "pruned"
+    )
+
+
+def test_overwrite_replaces_a_checkpoint(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["prune", "model", "-o", "out", "--calibration", "builtin", *PRUNE]
+    assert main(command) == 0
+    before = (Path("out") / "model.safetensors").read_bytes()
+    assert main(command) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*command, "--overwrite", "--sparsity", "0.6"]) == 0
+    assert (Path("out") / "model.safetensors").read_bytes() != before

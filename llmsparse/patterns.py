@@ -61,7 +61,9 @@ class Unstructured:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.sparsity < 1.0:
-            raise PatternError(f"sparsity {self.sparsity:g} is not a fraction of zeros: give at least 0 and less than 1")
+            raise PatternError(
+                f"sparsity {self.sparsity:g} is not a fraction of zeros: give at least 0 and less than 1"
+            )
 
     def __str__(self) -> str:
         return "unstructured"
@@ -138,12 +140,16 @@ def parse_pattern(text: str, sparsity: float | None, scope: Scope) -> Pattern:
         raise PatternError(f"unknown pattern '{text}': give unstructured, or N:M such as 2:4 (keep 2 of every 4)")
     pattern = NofM(int(match[1]), int(match[2]))
     if sparsity is not None and abs(sparsity - pattern.sparsity) > 1e-6:
-        raise PatternError(f"pattern {pattern} means sparsity {pattern.sparsity:g}, not {sparsity:g}; give only one of them")
+        raise PatternError(
+            f"pattern {pattern} means sparsity {pattern.sparsity:g}, not {sparsity:g}; give only one of them"
+        )
     return pattern
 
 
 def _refuse_nan(score: Tensor) -> None:
-    if bool(score.sum().isnan()) and bool(score.isnan().any()):  # the sum is ten times as fast, but +inf - inf is NaN too
+    if bool(score.sum().isnan()) and bool(
+        score.isnan().any()
+    ):  # the sum is ten times as fast, but +inf - inf is NaN too
         broken = int(score.isnan().sum())
         raise NumericalError(
             f"{broken} of {score.numel()} importance scores are NaN: the weight or its calibration activations hold NaN or Inf; "

@@ -41,7 +41,7 @@ CHAT_TEMPLATES = "additional_chat_templates"
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
-    """The folder of `model`: a local one, `builtin` for the embedded one, else a hub id, downloaded or found in the cache (safetensors only).
+    """The folder of `model`: a local one, `builtin` for the embedded one, else a hub id, downloaded or cached (safetensors only).
 
     Raises CheckpointError where there is no such model or leave to read it, MachineError without a network.
     """

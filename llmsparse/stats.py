@@ -53,7 +53,7 @@ class InputNorm:
         self.tokens += x.shape[0]
         self.squares += x.float().square().sum(dim=0)
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: InputNorm) -> None:
         self.tokens += other.tokens
         self.squares += other.squares.to(self.squares.device)
 
@@ -88,7 +88,8 @@ class InputMoments(InputNorm):
             spread = (x - mean).square_().sum(dim=0)
             self._pool(x.shape[0], mean.double(), spread.double())
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: InputNorm) -> None:
+        assert isinstance(other, InputMoments)
         if other.tokens:
             self._pool(other.tokens, other._mean.to(self._mean.device), other._spread.to(self._mean.device))
 
@@ -132,7 +133,8 @@ class Gram(InputMoments):
             self._xtx[a : a + self._strip, a:].addmm_(x[:, a : a + self._strip].T, x[:, a:])
         self._changed()
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: InputNorm) -> None:
+        assert isinstance(other, Gram)
         super().merge(other)
         self._xtx += other._xtx.to(self._xtx.device)
         self._changed()
@@ -170,4 +172,5 @@ def combine(a: type[Statistic] | None, b: type[Statistic] | None) -> type[Statis
     """
     if a is None or b is None:
         return a or b
-    return a if issubclass(a, b) else b
+    assert a in b.__mro__ or b in a.__mro__
+    return a if b in a.__mro__ else b

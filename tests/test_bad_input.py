@@ -15,7 +15,18 @@ from safetensors.torch import load_file, save_file
 from llmsparse.cli import main
 
 Spoil = Callable[[Path], None]
-PRUNE = ["--sparsity", "0.5", "--method", "wanda", "--match-steps", "0", "--seq-len", "32", "--calibration-samples", "4"]
+PRUNE = [
+    "--sparsity",
+    "0.5",
+    "--method",
+    "wanda",
+    "--match-steps",
+    "0",
+    "--seq-len",
+    "32",
+    "--calibration-samples",
+    "4",
+]
 
 
 @pytest.fixture(scope="module")

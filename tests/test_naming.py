@@ -10,7 +10,7 @@ import torch
 from architectures import save_random, stream, tiny_config, windows
 from torch import Tensor
 from transformers import conversion_mapping
-from transformers.core_model_loading import Chunk, Transpose, WeightConverter
+from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
 
 from llmsparse.checkpoint import CheckpointReader
 from llmsparse.model import Activations, Block
@@ -23,7 +23,7 @@ def rules(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`rules([...])`: how a Llama's checkpoint differs from its module."""
     conversion_mapping.get_checkpoint_conversion_mapping("llama")  # builds the table
 
-    def use(mapping: list[WeightConverter]) -> None:
+    def use(mapping: list[WeightConverter | WeightRenaming]) -> None:
         monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "llama", mapping)
 
     return use
@@ -62,6 +62,14 @@ def test_a_matrix_that_conversion_transposes_is_viewed_the_right_way_round(
     block = model.block(1)
     assert torch.equal(block.view(weight), block.module.get_parameter("mlp.down_proj.weight"))
     assert CheckpointReader(tmp_path).spec(weight.key).shape == (inner, 32)
+
+
+def test_a_name_that_is_the_modules_own_is_left_alone_by_rules_for_older_ones(rules: Any, tmp_path: Path) -> None:
+    rules([WeightRenaming("mlp.up_proj", "mlp.fc1")])
+    model = stream(save_random(tiny_config("llama"), tmp_path))
+    assert "model.layers.0.mlp.up_proj" in [weight.name for weight in model.weights(0)]
+    block = model.block(0)
+    assert block.on_disk(dict(block.module.state_dict())).keys() == block.stored.keys()
 
 
 def test_experts_are_numbered_as_numbers_are() -> None:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 MODEL = Path(__file__).parent / "model"
 SPARSITY = 0.6
-CALIBRATION_WINDOWS = 48
-EVALUATION_WINDOWS = 48
+CALIBRATION_WINDOWS = 32
+EVALUATION_WINDOWS = 32
 SEQ_LEN = 256
 PROMPT = "def "
 RUNS = (  # label, method, block matching steps
@@ -29,7 +29,7 @@ RUNS = (  # label, method, block matching steps
     ("dsnot", "dsnot", 0),
     ("sparsegpt", "sparsegpt", 0),
     ("alps", "alps", 0),
-    ("sparsegpt + matching", "sparsegpt", 60),
+    ("sparsegpt + matching", "sparsegpt", 20),
 )
 
 

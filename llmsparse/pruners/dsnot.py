@@ -8,9 +8,10 @@ the same row, or the same group for N:M, so that counts stay as they are.
 released ruins narrow layers. Here a row takes the swap that most lowers E_i = ε_i² + Σ_{j pruned} W_ij² σ_j², the expected
 squared error for uncorrelated inputs, and stops where none does: by this measure no row ends worse than it began.
 
-`criterion="paper"` is the published rule. What the released code adds is not repeated: it skips every MLP, breaks N:M
-and the count (it regrows weights that were never pruned), takes inputs that never vary for the best, and after SparseGPT
-prunes the first columns. Its threshold is on a sum over one sequence; here it is in deviations of the pruned part.
+`criterion="paper"` is the published rule, but a swap that would raise |ε| ends the row, and the threshold, there on a sum over
+the tokens of one sequence, is in standard deviations of the row's error. Not repeated of the released code: it skips
+every MLP, breaks N:M and the count (it regrows weights that were never pruned), takes inputs that never vary for the
+best, and after SparseGPT prunes the first columns.
 
 After a method that updates weights, kept weights are the updated ones and regrown weights the original ones; the error is
 then that of the whole row, W_ij - Ŵ_ij for a weight that is kept.
@@ -26,6 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llmsparse.errors import RecipeError
 from llmsparse.patterns import Pattern, Scope
 from llmsparse.pruners.protocol import Pruned, Pruner
 from llmsparse.pruners.wanda import Wanda
@@ -45,6 +47,12 @@ class DSnoT:
     variance_power: float = 1.0
     criterion: Literal["expected", "paper"] = "expected"
 
+    def __post_init__(self) -> None:
+        if self.max_cycles < 0 or self.criterion not in ("expected", "paper"):
+            raise RecipeError(
+                f"max_cycles {self.max_cycles}, criterion '{self.criterion}': give 0 or more cycles, and expected or paper"
+            )
+
     @property
     def scope(self) -> Scope:
         return self.initial.scope
@@ -53,27 +61,24 @@ class DSnoT:
     def needs(self) -> type[Statistic] | None:
         return combine(self.initial.needs, InputMoments)
 
-    def __call__(
-        self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator
-    ) -> Pruned:
+    def __call__(self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator) -> Pruned:
         assert isinstance(stat, InputMoments)
         start = self.initial(weight, stat, pattern, generator)
+        value, keep = torch.where(start.keep, start.weight, weight), start.keep.clone()
         swap = self._swap if self.criterion == "expected" else self._swap_as_published
-        keep, swaps = swap(weight, start, stat, pattern.span)
-        regrown = keep & ~start.keep
-        return Pruned.of(torch.where(regrown, weight, start.weight), keep, **start.notes, swaps=swaps)
+        swaps = swap(weight, value, keep, stat, pattern.span)
+        return Pruned.of(value, keep, **start.notes, swaps=swaps)
 
-    def _swap(self, weight: Tensor, start: Pruned, stat: InputMoments, span: int) -> tuple[Tensor, int]:
-        """The mask after the swaps that lower E most, and their number."""
-        keep = start.keep.clone()
-        gap = weight - start.weight
+    def _swap(self, weight: Tensor, value: Tensor, keep: Tensor, stat: InputMoments, span: int) -> int:
+        """Make the swaps that lower E most, in `keep` and `value` (what is, or would be, kept); returns their number."""
+        gap = weight - value.masked_fill(~keep, 0.0)
         error = (gap @ stat.mean).double()  # ε (out,)
         total = error.square() + (gap.square() @ stat.variance).double()  # E (out,)
-        index, valid = _edge_of_mask(torch.where(keep, start.weight, weight).abs() * stat.norm, keep, span)
-        old, new = weight.gather(1, index).double(), start.weight.gather(1, index).double()
-        mean, variance, kept = stat.mean.double()[index], stat.variance.double()[index], keep.gather(1, index)
-        shift = torch.where(kept, new, old) * mean  # what pruning it adds to ε, and regrowing it takes away
-        cost = (old.square() - (old - new).square().where(kept, 0.0)) * variance  # the same for the rest of E
+        index, valid = _edge_of_mask(value.abs() * stat.norm, keep, span)  # (out, candidates)
+        dense, now, kept = weight.gather(1, index).double(), value.gather(1, index).double(), keep.gather(1, index)
+        mean, variance = stat.mean.double()[index], stat.variance.double()[index]
+        shift = now * mean  # what pruning it adds to ε, and regrowing it takes away
+        cost = (dense.square() - (dense - now).square()) * variance  # the same for the rest of E
         row, swaps = torch.arange(len(keep), device=keep.device), 0
         best = _best_in_row if span == 1 else _best_in_group
         for _ in range(self.max_cycles):
@@ -81,40 +86,40 @@ class DSnoT:
             better = change < -1e-9 * total  # not 0: rounding errors must not go round in circles
             if not bool(better.any()):
                 break
-            row, index, valid, old, mean, variance = (t[better] for t in (row, index, valid, old, mean, variance))
+            row, index, valid, dense, mean, variance = (t[better] for t in (row, index, valid, dense, mean, variance))
             kept, shift, cost, p, u = (t[better] for t in (kept, shift, cost, p, u))
             at = torch.arange(len(row), device=row.device)
             error = error[better] + shift[at, p] - shift[at, u]
             total = total[better] + change[better]
-            shift[at, p], cost[at, p] = old[at, p] * mean[at, p], old[at, p].square() * variance[at, p]
+            shift[at, p], cost[at, p] = (dense * mean)[at, p], (dense.square() * variance)[at, p]
             kept[at, p], kept[at, u] = False, True
-            keep[row, index[at, p]], keep[row, index[at, u]] = False, True
+            p, u = index[at, p], index[at, u]
+            keep[row, p], keep[row, u], value[row, p] = False, True, weight[row, p]
             swaps += len(row)
-        return keep, swaps
+        return swaps
 
-    def _swap_as_published(self, weight: Tensor, start: Pruned, stat: InputMoments, span: int) -> tuple[Tensor, int]:
-        """The mask after the swaps that bring ε towards zero, and their number."""
-        keep = start.keep.clone()
-        gap = weight - start.weight
+    def _swap_as_published(self, weight: Tensor, value: Tensor, keep: Tensor, stat: InputMoments, span: int) -> int:
+        """Make the swaps that bring ε towards zero, in `keep`; returns their number."""
+        gap = weight - value.masked_fill(~keep, 0.0)
         error = gap @ stat.mean  # ε (out,)
         limit = self.update_threshold * (gap.square() @ stat.variance).sqrt()
-        shift = torch.where(keep, start.weight, weight) * stat.mean  # W_ij μ_j
+        shift = value * stat.mean  # W_ij μ_j
         key = shift / stat.variance.clamp_min(torch.finfo(torch.float32).tiny) ** self.variance_power
-        score = (start.weight.abs() * stat.norm).masked_fill(~keep, torch.inf)  # inf: not to be pruned (again)
-        cycles, grow, drop = min(self.max_cycles, keep.shape[1]), [], []
-        for sign in (-1, 1):  # of ε: regrow what has its sign, by W μ / σ² (eq. 4), prune what has the other, by Wanda's score
-            grow.append((sign * key).masked_fill(keep | (sign * shift <= 0), -torch.inf).topk(cycles, dim=1))
-            drop.append(score.masked_fill(sign * shift >= 0, torch.inf).topk(cycles, dim=1, largest=False))
+        score = (value.abs() * stat.norm).masked_fill(~keep, torch.inf)  # inf: not to be pruned, or not again
+        cycles = min(self.max_cycles, keep.shape[1])
+        # candidates (2, out, cycles), best first, for ε < 0 and ε > 0: regrow what has the sign of ε, by W μ / σ² (eq. 4);
+        # prune what has the other, by Wanda's score (eq. 5)
+        sign = torch.tensor([-1.0, 1.0], device=keep.device)[:, None, None]
+        grow = (sign * key).masked_fill(keep | (sign * shift <= 0), -torch.inf).topk(cycles, dim=2)
+        drop = score.expand(2, -1, -1).masked_fill(sign * shift >= 0, torch.inf).topk(cycles, dim=2, largest=False)
         row, active, swaps = torch.arange(len(keep), device=keep.device), error != 0, 0
-        taken = torch.zeros(2, len(keep), dtype=torch.long, device=keep.device)  # from the lists of either sign
+        taken = torch.zeros(2, len(keep), dtype=torch.long, device=keep.device)  # of either
         for _ in range(cycles):
-            side = error > 0
-            at = (row, taken[side.long(), row])
-            u = torch.where(side, grow[1].indices[at], grow[0].indices[at])
-            found = torch.where(side, grow[1].values[at], grow[0].values[at]) > -torch.inf
+            side = (error > 0).long()
+            at = (side, row, taken[side, row])
+            u, found = grow.indices[at], grow.values[at] > -torch.inf
             if span == 1:
-                p = torch.where(side, drop[1].indices[at], drop[0].indices[at])
-                found &= torch.where(side, drop[1].values[at], drop[0].values[at]) < torch.inf
+                p, found = drop.indices[at], found & (drop.values[at] < torch.inf)
             else:
                 group = (u // span * span)[:, None] + torch.arange(span, device=u.device)
                 lowest, member = score.gather(1, group).min(dim=1)
@@ -123,12 +128,12 @@ class DSnoT:
             active = active & found & (error.abs() > limit) & (after.abs() < error.abs())
             if not bool(active.any()):
                 break
-            r, p, u = row[active], p[active], u[active]
-            keep[r, p], keep[r, u], score[r, p] = False, True, torch.inf
+            rows, p, u = row[active], p[active], u[active]
+            keep[rows, p], keep[rows, u], score[rows, p] = False, True, torch.inf
             error = torch.where(active, after, error)
-            taken[side[active].long(), r] += 1
-            swaps += len(r)
-        return keep, swaps
+            taken[side[active], rows] += 1
+            swaps += len(rows)
+        return swaps
 
 
 def _edge_of_mask(score: Tensor, keep: Tensor, span: int) -> tuple[Tensor, Tensor]:
@@ -143,7 +148,7 @@ def _edge_of_mask(score: Tensor, keep: Tensor, span: int) -> tuple[Tensor, Tenso
         cheap, dear = kept.topk(few, dim=1, largest=False), pruned.topk(few, dim=1)
         valid = torch.cat([cheap.values != torch.inf, dear.values != -torch.inf], dim=1)
         return torch.cat([cheap.indices, dear.indices], dim=1), valid
-    margin = kept.unflatten(1, (-1, span)).amin(dim=2) - pruned.unflatten(1, (-1, span)).amax(dim=2)
+    margin = kept.view(len(score), -1, span).amin(dim=2) - pruned.view(len(score), -1, span).amax(dim=2)
     few = min(max(2 * CANDIDATES // span, 1), margin.shape[1])
     group = margin.topk(few, dim=1, largest=False).indices
     index = (group[:, :, None] * span + torch.arange(span, device=score.device)).flatten(1)
@@ -155,7 +160,8 @@ def _best_in_row(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Which to prune, which to regrow, and the change of E, (rows,) each; either for the best of the other, in turn."""
     e = error[:, None]
-    p_shift = torch.zeros_like(e)
+    p, p_shift = torch.zeros_like(e, dtype=torch.long), torch.zeros_like(e)
+    u, u_shift = p, p_shift
     for _ in range(ROUNDS):
         u = ((e + p_shift - shift).square() - cost).masked_fill(~growable, torch.inf).argmin(dim=1, keepdim=True)
         u_shift = shift.gather(1, u)
@@ -170,12 +176,10 @@ def _best_in_group(
     error: Tensor, shift: Tensor, cost: Tensor, prunable: Tensor, growable: Tensor, span: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for whole groups of `span` candidates, by trying every pair of every group."""
+    s, c, prune, grow = (t.view(len(error), -1, span) for t in (shift, cost, prunable, growable))
     e = error[:, None, None, None]
-    groups = [t.unflatten(1, (-1, span)) for t in (shift, cost, prunable, growable)]
-    s, c, prune, grow = groups
-    delta = s[..., :, None] - s[..., None, :]  # (rows, groups, p, u)
-    change = (e + delta).square() - e.square() + c[..., :, None] - c[..., None, :]
-    change = change.masked_fill(~(prune[..., :, None] & grow[..., None, :]), torch.inf).flatten(1)
-    change, pair = change.min(dim=1)
-    group = pair // (span * span) * span
-    return group + pair // span % span, group + pair % span, change
+    added = s[:, :, :, None] - s[:, :, None, :]  # (rows, groups, p, u)
+    change = (e + added).square() - e.square() + c[:, :, :, None] - c[:, :, None, :]
+    best = change.masked_fill(~(prune[:, :, :, None] & grow[:, :, None, :]), torch.inf).flatten(1).min(dim=1)
+    group, pair = best.indices // span**2 * span, best.indices % span**2
+    return group + pair // span, group + pair % span, best.values

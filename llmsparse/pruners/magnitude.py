@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,14 +16,14 @@ from llmsparse.stats import Statistic
 class Magnitude:
     """score = |W_ij|, compared over the whole matrix; needs no calibration."""
 
-    scope: ClassVar[Scope] = "matrix"
+    @property
+    def scope(self) -> Scope:
+        return "matrix"
 
     @property
     def needs(self) -> type[Statistic] | None:
         return None
 
-    def __call__(
-        self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator
-    ) -> Pruned:
+    def __call__(self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator) -> Pruned:
         keep = pattern.keep(weight.abs(), slice(0, weight.shape[1]), weight.shape[1])
         return Pruned.of(weight, keep)

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from llmsparse.patterns import Pattern
+from llmsparse.errors import NumericalError
+from llmsparse.patterns import Pattern, Scope
 from llmsparse.stats import Statistic
 
 
@@ -22,7 +23,10 @@ class Pruned(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor, keep: Tensor, **notes: float | int | str | bool) -> Pruned:
-        """Set to zero what is not kept, in a copy."""
+        """A copy of `weight` without what is not kept. Raises `NumericalError` where `weight` is NaN or Inf."""
+        if not bool(weight.sum().isfinite()) and not bool(weight.isfinite().all()):
+            broken = int((~weight.isfinite()).sum())
+            raise NumericalError(f"{broken} of {weight.numel()} weights are NaN or Inf; check the checkpoint")
         return cls(weight.masked_fill(~keep, 0.0), keep, notes)
 
 
@@ -30,7 +34,7 @@ class Pruner(Protocol):
     """A frozen dataclass; its fields are its options in a recipe."""
 
     @property
-    def scope(self) -> Literal["row", "matrix"]:
+    def scope(self) -> Scope:
         """What `scope: auto` means for an unstructured pattern."""
         ...
 
@@ -39,9 +43,7 @@ class Pruner(Protocol):
         """The poorest statistic it can work with; None if it looks at weights alone."""
         ...
 
-    def __call__(
-        self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator
-    ) -> Pruned:
+    def __call__(self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator) -> Pruned:
         """Prune `weight` (out, in) fp32, which is left as it is.
 
         `stat` saw the weight's input and is of the kind `needs` names, or richer. `generator` is a CPU generator, seeded

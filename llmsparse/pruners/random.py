@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,15 +16,15 @@ from llmsparse.stats import Statistic
 class Random:
     """Every mask of the pattern is equally likely; drawn on the CPU, so that a seed means the same on every device."""
 
-    scope: ClassVar[Scope] = "matrix"
+    @property
+    def scope(self) -> Scope:
+        return "matrix"
 
     @property
     def needs(self) -> type[Statistic] | None:
         return None
 
-    def __call__(
-        self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator
-    ) -> Pruned:
+    def __call__(self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator) -> Pruned:
         score = torch.rand(weight.shape, generator=generator, dtype=torch.float64).to(weight.device)
         keep = pattern.keep(score, slice(0, weight.shape[1]), weight.shape[1])
         return Pruned.of(weight, keep)

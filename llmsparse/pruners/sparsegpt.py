@@ -18,12 +18,12 @@ proves too small is raised tenfold and reported; blocks are whole N:M groups, wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from llmsparse.errors import NumericalError
+from llmsparse.errors import NumericalError, RecipeError
 from llmsparse.patterns import Pattern, Scope
 from llmsparse.pruners.protocol import Pruned
 from llmsparse.stats import Gram, Statistic
@@ -38,15 +38,21 @@ class SparseGPT:
     block: int = 128
     damp: float = 0.01
 
-    scope: ClassVar[Scope] = "matrix"
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.damp <= 0:
+            raise RecipeError(
+                f"block {self.block}, damp {self.damp:g}: give a block of at least 1 column and damp above 0"
+            )
+
+    @property
+    def scope(self) -> Scope:
+        return "matrix"
 
     @property
     def needs(self) -> type[Statistic] | None:
         return Gram
 
-    def __call__(
-        self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator
-    ) -> Pruned:
+    def __call__(self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator) -> Pruned:
         assert isinstance(stat, Gram)
         dead = stat.norm == 0
         m, scale, damp = stat.factor(("sparsegpt", self.damp), lambda: _factor(stat, self.damp))
@@ -62,7 +68,10 @@ class SparseGPT:
             for c in range(a, b, together):
                 d = min(c + together, b)
                 group = now[c - a : d - a].addmm_(m[c:d, a:c], lost[a:c])  # and finished groups
-                change = torch.linalg.solve_triangular(m[c:d, c:d], group - w[c:d], upper=False, unitriangular=True)
+                below = group - w[c:d]
+                change = cast(
+                    Tensor, torch.linalg.solve_triangular(m[c:d, c:d], below, upper=False, unitriangular=True)
+                )
                 score = ((w[c:d] + change) * scale[c:d, None]).square()  # w² / U_jj²   (eq. 3)
                 keep[c:d] = pattern.keep(score.T, slice(c, d), width).T
                 kept = keep[c:d].float()
@@ -85,9 +94,9 @@ def _factor(stat: Gram, damp: float) -> tuple[Tensor, Tensor, float]:
         h = stat.xtx.flip(0, 1)  # the Cholesky factor of H with rows and columns reversed is D M, reversed
         h.diagonal().add_(share * diagonal.mean())
         h.diagonal()[diagonal.flip(0) == 0] = 1.0
-        upper, info = torch.linalg.cholesky_ex(h, upper=True)
-        if int(info) == 0:
-            lower = upper.flip(0, 1)
+        factor = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(h, upper=True))
+        if int(factor[1]) == 0:
+            lower = factor[0].flip(0, 1)
             scale = lower.diagonal().clone()
             return lower.div_(scale[:, None]), scale, share
     raise NumericalError(

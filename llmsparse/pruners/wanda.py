@@ -7,7 +7,6 @@ the released one is a mean over sequences: a common factor, the same order.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,15 +20,15 @@ from llmsparse.stats import InputNorm, Statistic
 class Wanda:
     """score = |W_ij| · ‖X_j‖₂, compared within each output's row."""
 
-    scope: ClassVar[Scope] = "row"
+    @property
+    def scope(self) -> Scope:
+        return "row"
 
     @property
     def needs(self) -> type[Statistic] | None:
         return InputNorm
 
-    def __call__(
-        self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator
-    ) -> Pruned:
+    def __call__(self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator) -> Pruned:
         assert isinstance(stat, InputNorm)
         score = weight.abs() * stat.norm  # |W_ij| · ‖X_j‖₂   (eq. 1)
         keep = pattern.keep(score, slice(0, weight.shape[1]), weight.shape[1])

@@ -1,0 +1,68 @@
+"""The README's commands and code do what they say."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmsparse.cli import main
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^llmsparse .*$", README, flags=re.MULTILINE)
+SMALLER = ["calibration_samples=4", "seq_len=32", "match_steps=2"]  # the same commands, on less text
+
+
+@pytest.fixture
+def folder(tiny_llama: Callable[..., Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the README takes for granted: ./my-model and notes.txt."""
+    tiny_llama(tmp_path / "my-model")
+    (tmp_path / "notes.txt").write_text(text[:20_000], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_commands_run_one_after_the_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(COMMANDS) >= 6
+    for command in COMMANDS:
+        arguments = shlex.split(command, comments=True)[1:]
+        if arguments[0] in ("prune", "plan"):
+            arguments += SMALLER
+        needs_network = "meta-llama" in command or (arguments[0] == "plan" and "--calibration" not in arguments)
+        assert main(arguments) == (3 if needs_network else 0), (command, capsys.readouterr().err)
+
+
+def test_the_python_examples_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    examples = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(examples) == 2
+    assert (
+        main(["prune", "my-model", "-o", "my-model-2of4", "--pattern", "2:4", "--calibration", "notes.txt", *SMALLER])
+        == 0
+    )
+    for example in examples:
+        smaller = example.replace('calibration="notes.txt")', 'calibration="notes.txt", seq_len=32, match_steps=0)')
+        exec(compile(smaller, "README.md", "exec"), {})
+    assert re.search(r"0\.5 \d+\.\d+", capsys.readouterr().out)
+
+
+def test_every_flag_the_readme_names_exists(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    flags = set(re.findall(r"`(--[a-z-]+)", README))
+    assert len(flags) > 8
+    main(["prune", "--help"])
+    main(["eval", "--help"])
+    shown = capsys.readouterr().out
+    assert not {flag for flag in flags if flag not in shown}
+
+
+def test_the_tree_names_every_module() -> None:
+    package = Path(__file__).parents[1] / "llmsparse"
+    missing = [
+        path.name for path in package.glob("*.py") if not path.name.startswith("__") and f"{path.name} " not in README
+    ]
+    assert not missing

@@ -13,7 +13,7 @@ test: $(READY)        ## the fast tests, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not gpu"
 
 check: $(READY)       ## format, lint, types
-	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright --pythonpath $(BIN)/python
 
 slow: $(READY)        ## the tests that take longer: kills, memory, official figures
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "slow and not gpu"

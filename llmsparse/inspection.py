@@ -111,7 +111,7 @@ def pattern_of(weight: Tensor, sparsity: float) -> str:
     kept = weight != 0
     for n, m in PATTERNS:
         for view in (kept, kept.transpose(-1, -2)):
-            if view.shape[-1] % m == 0 and int(view.unflatten(-1, (-1, m)).sum(dim=-1).max()) <= n:
+            if view.shape[-1] % m == 0 and not (view.unflatten(-1, (-1, m)).sum(dim=-1) > n).any():
                 return f"{n}:{m}"
     return "unstructured"
 

@@ -145,10 +145,12 @@ class Gram(InputMoments):
 
     @property
     def xtx(self) -> Tensor:
-        """XᵀX (width, width) fp32, over all tokens; not to be changed."""
+        """XᵀX (width, width) fp32, over all tokens, exactly symmetric; not to be changed."""
         if not self._mirrored:
             for a in range(0, self.width, self._strip):
                 b = a + self._strip
+                corner = self._xtx[a:b, a:b]
+                corner.copy_(corner.triu() + corner.triu(1).T)
                 self._xtx[b:, a:b] = self._xtx[a:b, b:].T
             self._mirrored = True
         return self._xtx

@@ -38,10 +38,9 @@ def assert_equals_numpy(stat: InputNorm, x: torch.Tensor) -> None:
         assert (np.abs(stat.mean.numpy() - exact.mean(axis=0)) <= 1e-6 * size).all()
         assert (np.abs(np.sqrt(stat.variance.numpy()) - exact.std(axis=0)) <= 1e-6 * size).all()
     if isinstance(stat, Gram):
-        bound = 1e-6 * len(exact) * np.outer(size, size)
+        bound = 5e-6 * len(exact) * np.outer(size, size)
         assert (np.abs(stat.xtx.numpy() - exact.T @ exact) <= bound).all()
-        far = stat.width // 2 + 1
-        assert torch.equal(stat.xtx.triu(far).T, stat.xtx.tril(-far))
+        assert torch.equal(stat.xtx, stat.xtx.T)
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.lists(st.integers(0, 40), max_size=4), st.sampled_from(KINDS))

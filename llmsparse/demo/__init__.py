@@ -4,6 +4,8 @@ Every method prunes the same model to the same sparsity from the same text, and 
 the standard library that neither training nor calibration saw.
 """
 
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import tempfile

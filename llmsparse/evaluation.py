@@ -19,6 +19,7 @@ from torch import Tensor
 from llmsparse import calibration, source
 from llmsparse.checkpoint import CheckpointReader
 from llmsparse.device import choose_device, choose_dtype, split_batches, window_length
+from llmsparse.memory import release_freed
 from llmsparse.model import Activations, StreamedModel
 from llmsparse.progress import Progress, Silent
 
@@ -99,6 +100,7 @@ def perplexity(
             block = streamed.block(index)
             acts = block.run(acts)
             block.evict()
+            release_freed()
         nll = negative_log_likelihood(streamed, acts, batches)
     tokens = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
     protocol = chosen.protocol | {"stride": chosen.ids.shape[1], "level": "token"}

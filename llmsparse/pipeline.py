@@ -17,7 +17,7 @@ from llmsparse import source
 from llmsparse.checkpoint import CheckpointReader, CheckpointWriter, parse_size
 from llmsparse.errors import MachineError
 from llmsparse.evaluation import negative_log_likelihood
-from llmsparse.memory import PeakMemory
+from llmsparse.memory import PeakMemory, release_freed
 from llmsparse.model import Activations, Block
 from llmsparse.output import PartialOutput
 from llmsparse.planning import HEAD, Plan, make_plan, versions
@@ -95,6 +95,7 @@ def prune_blocks(
         if pruned:
             pruned = block.run(pruned)
         block.evict()
+        release_freed()
 
     before = negative_log_likelihood(model, dense, plan.held_out) if dense else None
     if plan.choices[HEAD]:

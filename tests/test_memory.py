@@ -33,7 +33,8 @@ import json, sys, torch, llmsparse
 torch.set_num_threads(1)
 model, out, tokens, method = sys.argv[1:]
 report = llmsparse.prune(model=model, output=out, method=method, sparsity=0.5, calibration=tokens,
-                         calibration_samples=4, match_steps=0, device="cpu")
+                         calibration_samples=4, match_steps=0, device="cpu",
+                         only=["*.down_proj", "*.q_proj"])
 print(json.dumps(report.peak_memory_bytes))
 """
 

@@ -89,6 +89,17 @@ def test_inverses_are_shared_by_weights_of_one_input(
     assert SHARED_WIDTH >= 64
 
 
+def test_a_support_that_cannot_move_ends_the_search(
+    correlated: Callable[..., Layer], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, stat = correlated(16, 64)
+    made, cholesky = [], torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda *a, **k: made.append(1) or cholesky(*a, **k))
+    result = ALPS()(weight, stat, Unstructured(0.0, "row"), generator)
+    torch.testing.assert_close(result.weight, weight, atol=1e-4, rtol=0)
+    assert len(made) < 10
+
+
 def test_sharing_changes_nothing(
     correlated: Callable[..., Layer], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from llmsparse.errors import RecipeError
 from llmsparse.patterns import NofM, Pattern, Unstructured
-from llmsparse.pruners import ALPS, DSnoT, Magnitude, Pruner, SparseGPT, Wanda
+from llmsparse.pruners import ALPS, DSnoT, Magnitude, Pruned, Pruner, SparseGPT, Wanda
 from llmsparse.stats import Gram, InputMoments
 
 Layer = tuple[torch.Tensor, Gram]
@@ -54,6 +55,28 @@ def test_by_hand_as_published(generator: torch.Generator) -> None:
     result = DSnoT(criterion="paper")(weight, stat, Unstructured(0.5, "row"), generator)
     assert result.keep.tolist() == [[False, True, False, True]]
     assert result.notes == {"swaps": 1}
+
+
+@dataclass(frozen=True)
+class Given:
+    """An initial method that returns one row, updated weights and all."""
+
+    row: tuple[float, ...]
+    scope = "row"
+    needs = None
+
+    def __call__(self, weight: torch.Tensor, *_: object) -> Pruned:
+        return Pruned.of(torch.tensor([self.row]), torch.tensor([self.row]) != 0)
+
+
+def test_what_an_updated_weight_has_lost_counts_by_hand(generator: torch.Generator) -> None:
+    # Means 0, variances 1, w = (2, 1½, 1.6), ŵ = (½, 0, 1.6): E = 2¼ + 2¼. Swapping 0 for 1 gives E = 4, and 1 for 0, now as
+    # it was, E = 2¼.
+    stat, weight = moments([0.0, 0.0, 0.0], [1.0, 1.0, 1.0]), torch.tensor([[2.0, 1.5, 1.6]])
+    method, pattern = DSnoT(Given((0.5, 0.0, 1.6)), max_cycles=1), Unstructured(1 / 3, "row")
+    torch.testing.assert_close(method(weight, stat, pattern, generator).weight, torch.tensor([[0.0, 1.5, 1.6]]))
+    method = DSnoT(Given((0.5, 0.0, 1.6)), max_cycles=2)
+    torch.testing.assert_close(method(weight, stat, pattern, generator).weight, torch.tensor([[2.0, 0.0, 1.6]]))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)

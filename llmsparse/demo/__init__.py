@@ -31,7 +31,7 @@ RUNS = (  # label, method, block matching steps
     ("dsnot", "dsnot", 0),
     ("sparsegpt", "sparsegpt", 0),
     ("alps", "alps", 0),
-    ("sparsegpt + matching", "sparsegpt", 20),
+    ("sparsegpt + matching", "sparsegpt", 10),
 )
 
 

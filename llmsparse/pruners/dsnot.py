@@ -176,10 +176,11 @@ def _best_in_group(
     error: Tensor, shift: Tensor, cost: Tensor, prunable: Tensor, growable: Tensor, span: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for whole groups of `span` candidates, by trying every pair of every group."""
-    s, c, prune, grow = (t.view(len(error), -1, span) for t in (shift, cost, prunable, growable))
-    e = error[:, None, None, None]
-    added = s[:, :, :, None] - s[:, :, None, :]  # (rows, groups, p, u)
-    change = (e + added).square() - e.square() + c[:, :, :, None] - c[:, :, None, :]
-    best = change.masked_fill(~(prune[:, :, :, None] & grow[:, :, None, :]), torch.inf).flatten(1).min(dim=1)
+    e = error[:, None]
+    prune = (2 * e * shift + shift.square() + cost).masked_fill(~prunable, torch.inf).view(len(error), -1, span)
+    grow = (-2 * e * shift + shift.square() - cost).masked_fill(~growable, torch.inf).view(len(error), -1, span)
+    s = shift.view(len(error), -1, span)
+    change = prune[:, :, :, None] + grow[:, :, None, :]  # (rows, groups, p, u)
+    best = change.addcmul_(s[:, :, :, None], s[:, :, None, :], value=-2).flatten(1).min(dim=1)
     group, pair = best.indices // span**2 * span, best.indices % span**2
     return group + pair // span, group + pair % span, best.values

@@ -56,7 +56,7 @@ class SparseGPT:
         assert isinstance(stat, Gram)
         dead = stat.norm == 0
         m, scale, damp = stat.factor(("sparsegpt", self.damp), lambda: _factor(stat, self.damp))
-        w = weight.T.contiguous()  # (in, out): a column of W is a row here
+        w = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out): a column of W is a row here
         w[dead] = 0.0  # free to prune: goes first
         width, span = w.shape[0], pattern.span
         lost, keep = torch.zeros_like(w), torch.empty_like(w, dtype=torch.bool)  # z, mask

@@ -90,6 +90,21 @@ def test_leaves_its_inputs_alone_and_repeats_itself(
     assert first.notes == again.notes
 
 
+@all_methods
+def test_a_transposed_view_is_pruned_like_a_copy_and_left_alone(
+    method: Pruner, correlated: Callable[..., Layer]
+) -> None:
+    weight, _ = correlated(24, 64)
+    stat, x = Gram(64, torch.device("cpu")), torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
+    x[:, ::5] = 0.0
+    stat.update(x)
+    stored = weight.T.clone(memory_format=torch.contiguous_format)
+    results = [method(view, stat, NofM(2, 4), torch.Generator().manual_seed(0)) for view in (weight.clone(), stored.T)]
+    assert torch.equal(stored.T, weight)
+    assert torch.equal(results[0].keep, results[1].keep)
+    torch.testing.assert_close(results[0].weight, results[1].weight, atol=1e-5, rtol=1e-4)
+
+
 @all_patterns
 @all_methods
 def test_dead_inputs_add_no_zeros_and_no_nan(

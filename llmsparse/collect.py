@@ -18,7 +18,9 @@ from llmsparse.model import Activations, Block, Slot, Weight
 from llmsparse.stats import Statistic
 from llmsparse.tap import Tap
 
-SAMPLE_ROWS = 4096  # calibration rows kept of each input, to measure output errors on
+SAMPLE_ROWS = 4096  # calibration rows kept of each input, at most, to measure output errors on
+SAMPLE_SHARE = 32  # and at most one of so many, so that measuring costs little beside calibrating ...
+LEAST_ROWS = 256  # ... but not fewer, which would tell nothing
 EXPERT_ROWS = 256  # the same for one of many experts, whose samples add up
 
 
@@ -89,6 +91,7 @@ def collect(
         lead[entry.slots[0]] = entry
         followers.update(dict.fromkeys(entry.slots[1:], entry))
     current: dict[int, Tensor] = {}
+    wanted = sample_rows(sum(hidden.shape[0] * hidden.shape[1] for hidden in acts.hidden))
 
     def update(slot: Slot, x: Tensor) -> None:  # x: (tokens, in)
         if slot in followers:
@@ -101,7 +104,7 @@ def collect(
         entry.tokens += x.shape[0]
         if entry.statistic is not None:
             entry.statistic.update(x)
-        quota = -(-(SAMPLE_ROWS if slot[1] is None else EXPERT_ROWS) // len(acts.hidden))
+        quota = -(-(wanted if slot[1] is None else EXPERT_ROWS) // len(acts.hidden))
         entry.rows.append(x[_draw(x.shape[0], quota, seed + batch).to(x.device)])
 
     outputs: list[Tensor] = []
@@ -118,6 +121,11 @@ def collect(
                 f"the activations that enter {entry.weights[0].name} are NaN or Inf; try --dtype float32, or check the model"
             )
     return outputs
+
+
+def sample_rows(tokens: int) -> int:
+    """How many of so many calibration rows are kept to measure output errors on."""
+    return min(SAMPLE_ROWS, max(LEAST_ROWS, tokens // SAMPLE_SHARE))
 
 
 def _draw(tokens: int, quota: int, seed: int) -> Tensor:

@@ -13,6 +13,10 @@ from llmsparse.errors import MachineError, RecipeError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+LEAST_TOKENS = 512  # enough for products at full speed on a CPU ...
+BATCH_NUMBERS_ON_CPU = (
+    1 << 20
+)  # ... so wide models get small batches: a block's first one is run once more than the others
 DEFAULT_WINDOW = 2048
 
 
@@ -67,7 +71,10 @@ def window_length(config: Any, asked: int | None, text: str) -> int | None:
     return min(DEFAULT_WINDOW, longest or DEFAULT_WINDOW)
 
 
-def split_batches(ids: Tensor, batch_size: int | None, device: torch.device) -> list[Tensor]:
-    """(windows, tokens) → batches of at most `batch_size` windows, by default a few thousand tokens each."""
-    size = batch_size or max(1, BATCH_TOKENS[device.type] // ids.shape[1])
+def split_batches(ids: Tensor, batch_size: int | None, device: torch.device, width: int) -> list[Tensor]:
+    """(windows, tokens) → batches of at most `batch_size` windows, by default a few thousand tokens of `width` each."""
+    tokens = BATCH_TOKENS[device.type]
+    if device.type == "cpu":
+        tokens = min(tokens, max(LEAST_TOKENS, BATCH_NUMBERS_ON_CPU // width))
+    size = batch_size or max(1, tokens // ids.shape[1])
     return [ids[start : start + size] for start in range(0, len(ids), size)]

@@ -91,7 +91,7 @@ def perplexity(
         vocabulary=streamed.vocabulary,
     )
     window_length(config, chosen.ids.shape[1], text)
-    batches = split_batches(chosen.ids, batch_size, place)
+    batches = split_batches(chosen.ids, batch_size, place, streamed.hidden_size)
     with torch.no_grad(), progress:
         acts = streamed.embed(batches)
         progress.start(len(streamed.block_names))

@@ -73,11 +73,11 @@ class Plan:
 
     @cached_property
     def batches(self) -> list[Tensor]:
-        return split_batches(self.windows.ids, self.recipe.batch_size, self.device)
+        return split_batches(self.windows.ids, self.recipe.batch_size, self.device, self.model.hidden_size)
 
     @cached_property
     def held_out(self) -> list[Tensor]:
-        return split_batches(self.windows.held_out, self.recipe.batch_size, self.device)
+        return split_batches(self.windows.held_out, self.recipe.batch_size, self.device, self.model.hidden_size)
 
     @property
     def selected_keys(self) -> set[str]:

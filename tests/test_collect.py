@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmsparse.checkpoint import CheckpointReader
-from llmsparse.collect import SAMPLE_ROWS, collect, learn_inputs
+from llmsparse.collect import collect, learn_inputs, sample_rows
 from llmsparse.errors import NumericalError
 from llmsparse.model import Activations, Block, StreamedModel
 from llmsparse.stats import Gram
@@ -51,12 +51,17 @@ def test_the_sample_is_seeded_bounded_and_made_of_real_rows(loaded: tuple[Block,
         inputs = learn_inputs(block, acts, block.weights)
         collect(block, acts, inputs, lambda entry: None, device=CPU, seed=seed)
         samples.append(inputs[0].sample)
-    assert samples[0].shape == (SAMPLE_ROWS, 32)
+    assert samples[0].shape == (256, 32)
     assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
     rows = {
         tuple(row) for row in torch.cat([block.module.input_layernorm(h) for h in acts.hidden]).flatten(0, 1).tolist()
     }
     assert all(tuple(row) in rows for row in samples[0][:50].tolist())
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(100, 256), (8192, 256), (65536, 2048), (262144, 4096)])
+def test_the_sample_is_a_small_share_of_the_calibration_and_never_more_than_4096(tokens: int, rows: int) -> None:
+    assert sample_rows(tokens) == rows
 
 
 def test_activations_that_are_not_finite_are_an_error_that_names_the_weight(loaded: tuple[Block, Activations]) -> None:

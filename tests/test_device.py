@@ -43,7 +43,13 @@ def test_a_window_is_2048_tokens_or_the_models_maximum() -> None:
 
 def test_batches_hold_a_few_thousand_tokens_and_keep_every_window() -> None:
     ids = torch.arange(10 * 512).view(10, 512)
-    assert [len(batch) for batch in split_batches(ids, None, CPU)] == [4, 4, 2]
-    assert [len(batch) for batch in split_batches(ids, 3, CPU)] == [3, 3, 3, 1]
-    assert torch.equal(torch.cat(split_batches(ids, None, CPU)), ids)
-    assert split_batches(ids[:0], None, CPU) == []
+    assert [len(batch) for batch in split_batches(ids, None, CPU, 64)] == [4, 4, 2]
+    assert [len(batch) for batch in split_batches(ids, 3, CPU, 64)] == [3, 3, 3, 1]
+    assert torch.equal(torch.cat(split_batches(ids, None, CPU, 64)), ids)
+    assert split_batches(ids[:0], None, CPU, 64) == []
+
+
+def test_batches_of_a_wide_model_are_smaller_on_a_cpu_but_never_below_512_tokens() -> None:
+    ids = torch.arange(10 * 512).view(10, 512)
+    assert [len(batch) for batch in split_batches(ids, None, CPU, 1024)] == [2] * 5
+    assert [len(batch) for batch in split_batches(ids, None, CPU, 8192)] == [1] * 10

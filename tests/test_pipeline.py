@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from torch.nn.functional import linear
 
 import llmsparse
 from llmsparse.checkpoint import CheckpointReader
+from llmsparse.cli import main
 from llmsparse.errors import CheckpointError, LlmsparseError, PatternError, RecipeError
 from llmsparse.pruners import PRUNERS
 
@@ -46,7 +49,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What the byte-identity promise covers: everything but the report's timings and the card, which quotes them not."""
+    """What the promise of identical bytes covers: every file, the report without its timings."""
     found = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
     report = json.loads(found.pop("llmsparse_report.json"))
     report.pop("timings")
@@ -318,38 +321,32 @@ def run_known(out: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_llama: Build, notes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model, and the result of a run over it that was left alone."""
     folder = tmp_path_factory.mktemp("resume")
     model = tiny_llama(folder / "model", layers=6, shards=2)
-    out = folder / "whole" / "out"
-    assert start(model, out, notes, resume=False).wait() == 0
-    return model, out
+    assert start(model, folder / "out", notes, resume=False).wait() == 0
+    return model, (folder / "out").rename(folder / "whole")
 
 
-def test_a_run_killed_twice_resumes_to_the_same_bytes(
-    uninterrupted: tuple[Path, Path], notes: Path, tmp_path: Path
-) -> None:
+def test_a_run_killed_twice_resumes_to_the_same_bytes(uninterrupted: tuple[Path, Path], notes: Path) -> None:
     model, whole = uninterrupted
-    out = tmp_path / "out"
+    out = whole.with_name("out")  # the name of the other run: recipe, report and card quote it
     kill_and_resume(model, notes, out, [2.3, 5.1])
-    assert {k: v for k, v in files(out).items() if k not in PATHS} == {
-        k: v for k, v in files(whole).items() if k not in PATHS
-    }
-
-
-PATHS = ("llmsparse_recipe.yaml", "report", "README.md")  # these name the output folder, which differs here
+    assert files(out) == files(whole)
+    shutil.rmtree(out)
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_twenty_random_moments_resumes_to_the_same_bytes(
-    uninterrupted: tuple[Path, Path], notes: Path, tmp_path: Path
+    uninterrupted: tuple[Path, Path], notes: Path
 ) -> None:
     model, whole = uninterrupted
+    out = whole.with_name("out")
     rng = random.Random(0)
-    expected = {k: v for k, v in files(whole).items() if k not in PATHS}
     for trial in range(20):
-        out = tmp_path / str(trial) / "out"
         kill_and_resume(model, notes, out, [rng.uniform(1, 8)])
-        assert {k: v for k, v in files(out).items() if k not in PATHS} == expected, trial
+        assert files(out) == files(whole), trial
+        shutil.rmtree(out)
 
 
 def test_a_resume_under_changed_conditions_is_refused_by_name(
@@ -368,3 +365,37 @@ def test_a_resume_under_changed_conditions_is_refused_by_name(
         llmsparse.prune(**common, sparsity=0.6, resume=True, **RUN)
     assert "\n" not in str(caught.value)
     assert blocks_done(out) >= 2, "a refused resume loses nothing"
+
+
+NEW_METHOD = """
+from dataclasses import dataclass
+import torch
+from llmsparse.pruners.protocol import Pruned
+from llmsparse.stats import InputNorm
+
+@dataclass(frozen=True)
+class Loudest:
+    power: float = 1.0
+    scope = "row"
+    needs = InputNorm
+
+    def __call__(self, weight, stat, pattern, generator):
+        score = weight.abs() * stat.norm**self.power
+        keep = pattern.keep(score, slice(0, weight.shape[1]), weight.shape[1])
+        return Pruned.of(weight, keep)
+"""
+
+
+def test_a_method_of_ones_own_is_a_file_and_a_line_in_the_table(
+    model: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loudest.py").write_text(NEW_METHOD)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(PRUNERS, "loudest", importlib.import_module("loudest").Loudest)
+    flags = ["--sparsity", "0.5", "--match-steps", "0", "--calibration-samples", "8", "--seq-len", "32"]
+    common = ["--calibration", str(notes), *flags]
+    for method, output in (["loudest", "mine"], ["wanda", "theirs"]):
+        assert main(["prune", str(model), "-o", str(tmp_path / output), "--method", method, *common]) == 0
+    assert (tmp_path / "mine/model.safetensors").read_bytes() == (tmp_path / "theirs/model.safetensors").read_bytes()
+    assert main(["prune", str(model), "-o", str(tmp_path / "x"), "--method", "loudest", "method.power=0", *common]) == 0
+    assert (tmp_path / "x/model.safetensors").read_bytes() != (tmp_path / "mine/model.safetensors").read_bytes()

@@ -43,5 +43,8 @@ def test_dsnot_improves_on_the_wanda_mask_it_starts_from(target: str, ratio: flo
     assert measure(data, "dsnot", target).perplexity < ratio * measure(data, "wanda", target).perplexity
 
 
-def test_block_matching_gives_most_of_the_loss_back(data: Path) -> None:
-    assert measure(data, "sparsegpt", "0.7", match_steps=300).perplexity <= 25.0
+@pytest.mark.parametrize(
+    ("method", "target", "bound"), [("sparsegpt", "0.7", 25.0), ("sparsegpt", "2:4", 11.0), ("alps", "0.7", 21.0)]
+)
+def test_block_matching_gives_most_of_the_loss_back(method: str, target: str, bound: float, data: Path) -> None:
+    assert measure(data, method, target, match_steps=300).perplexity <= bound

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from sparse_weights import n_of_m, sparse
 from hypothesis import given
 from hypothesis import strategies as st
+from sparse_weights import n_of_m, sparse
 
 from llmsparse.cpu import expand, matvec, prepare
 from llmsparse.errors import CheckpointError, RecipeError

@@ -37,7 +37,7 @@ static void fail(const char *what, int64_t rows, int64_t columns, const char *ke
 }
 
 static void product(const struct weight *w, const void *dense, int32_t k, int x_dtype) {
-    int m = 1 + (int)draw(MOST), bias_dtype = draw(2) ? FP32 : BF16, with_bias = (int)draw(2);
+    int m = 1 + (int)draw(9), bias_dtype = draw(2) ? FP32 : BF16, with_bias = (int)draw(2);
     void *x = buffer(m * w->columns, x_dtype), *y = buffer(m * w->rows, x_dtype), *bias = buffer(w->rows, bias_dtype);
     fill(x, m * w->columns, x_dtype), fill(bias, w->rows, bias_dtype);
     if (matvec(w, k, x, x_dtype, m, with_bias ? bias : NULL, bias_dtype, y, 1 + (int)draw(4))) exit(1);

@@ -34,7 +34,7 @@ ours = threads()
 torch.ones(1 << 22).exp()
 both = threads()
 maps = open("/proc/self/maps").read()
-runtimes = set(re.findall(r"(/.*/lib(?:gomp|omp|iomp5)[^/]*)$", maps, re.M))
+runtimes = set(re.findall(r"(/.*/lib(?:gomp|omp|iomp5)[^/\\n]*)$", maps, re.M))
 print(ours - before, both - before, len(runtimes))
 """
 

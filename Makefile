@@ -21,8 +21,10 @@ slow: $(READY)        ## the tests that take longer: kills, memory, official fig
 test-gpu: $(READY)    ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
 
-bench: $(READY)       ## seconds and memory of every method, appended to eval/results
+bench: $(READY)       ## what pruning and the kernels cost, side by side with the dense or published way
 	$(BIN)/python -m eval.speed
+	$(BIN)/python -m eval.cpu_speed
+	$(BIN)/python -m eval.kernels
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

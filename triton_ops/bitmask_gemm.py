@@ -1,7 +1,7 @@
 """y = x·Wᵀ for up to 32 tokens and an unstructured weight in the bitmask layout, through `tl.dot`, fp32 accumulation.
 
-A program takes 64 rows and a run of chunks, 64 columns at a time: each tile is decoded to dense in registers, by the
-same counting as in `bitmask_gemv`, and multiplied on the tensor cores. Tiles of 128 columns would spill on sm_100.
+A program takes 64 rows and a run of chunks, 64 columns at a time (fp32: 32): each tile is decoded to dense in
+registers, by the same counting as in `bitmask_gemv`, and multiplied on the tensor cores. Tiles twice as wide spill.
 
 Decoding costs about 12 instructions a weight (SASS of the loop, sm_90), for 1 token or for 32. Compiled for sm_80,
 sm_90 and sm_100 without spills and run in the interpreter; it has not run on hardware.
@@ -22,7 +22,6 @@ from triton_ops.split_sum import split_sum
 
 MAX_TOKENS = 32
 ROWS = 64
-TILE = 64
 
 
 @torch.library.custom_op("triton_ops::bitmask_gemm", mutates_args=())
@@ -37,8 +36,8 @@ def bitmask_gemm(x: Tensor, values: Tensor, words: Tensor, starts: Tensor, bias:
         with torch.cuda.device_of(x):  # Triton launches on the current device
             gemm_kernel[grid](
                 values, words, starts, x.contiguous(), bias, y, m, n, k, chunks, each,
-                CHUNK=CHUNK, TILE=TILE, ROWS=ROWS, TOKENS=16 if m <= 16 else 32, SPLIT=split > 1,
-                INTERPRET=triton.knobs.runtime.interpret,
+                CHUNK=CHUNK, TILE=64 if x.element_size() == 2 else 32, ROWS=ROWS, TOKENS=16 if m <= 16 else 32,
+                SPLIT=split > 1, INTERPRET=triton.knobs.runtime.interpret,
             )  # fmt: skip
     return split_sum(y, bias, x.dtype) if split > 1 else y[0]
 
@@ -74,9 +73,9 @@ def gemm_kernel(values, words, starts, x, bias, out, m, n, k, chunks, chunks_eac
         xt = tl.load(x + token[None, :] * k + column[:, None],
                      mask=(token[None, :] < m) & (column[:, None] < k), other=0.0)  # fmt: skip
         if INTERPRET:  # there tl.dot multiplies the bit patterns of bf16
-            total = tl.dot(weight.to(tl.float32), xt.to(tl.float32), total)
-        else:
-            total = tl.dot(weight, xt, total, input_precision="ieee")
+            weight = weight.to(tl.float32)
+            xt = xt.to(tl.float32)
+        total = tl.dot(weight, xt, total, input_precision="ieee")
     if not SPLIT and bias is not None:
         total += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[:, None]
     tl.store(out + (part.to(tl.int64) * m + token[None, :]) * n + row[:, None], total,

@@ -111,3 +111,14 @@ def split24(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(two, rest), both (N, K): the two largest of every group, and all else. Their bits, added, are the weight's."""
     bits, mask = weight.view(torch.int16), mask24(weight)
     return (bits * mask).view(weight.dtype), (bits * ~mask).view(weight.dtype)
+
+
+def bitmask(weight: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Kept values (nnz,) in row order, mask words int32 (N, C·8), starts (N, C) of each chunk of 256 columns in values.
+    Bit c % 32 of word c // 32 is column c; columns that fill up the last chunk are 0."""
+    n, k = weight.shape
+    padded = torch.zeros(n, -(-k // 256) * 256, dtype=torch.bool)
+    padded[:, :k] = keep
+    words = (padded.view(n, -1, 32).long() << torch.arange(32)).sum(-1).to(torch.int32)  # bit 31 wraps to negative
+    counts = padded.view(n, -1, 256).sum(-1)  # (N, C)
+    return weight[keep], words, counts.flatten().cumsum(0).view(counts.shape) - counts

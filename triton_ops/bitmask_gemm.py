@@ -37,7 +37,7 @@ def bitmask_gemm(x: Tensor, values: Tensor, words: Tensor, starts: Tensor, bias:
             gemm_kernel[grid](
                 values, words, starts, x.contiguous(), bias, y, m, n, k, chunks, each,
                 CHUNK=CHUNK, TILE=64 if x.element_size() == 2 else 32, ROWS=ROWS, TOKENS=16 if m <= 16 else 32,
-                SPLIT=split > 1, INTERPRET=triton.knobs.runtime.interpret,
+                SPLIT=split > 1, INTERPRET=triton.knobs.runtime.interpret, enable_fp_fusion=True,
             )  # fmt: skip
     return split_sum(y, bias, x.dtype) if split > 1 else y[0]
 

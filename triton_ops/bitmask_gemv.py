@@ -38,7 +38,7 @@ def bitmask_gemv(x: Tensor, values: Tensor, words: Tensor, starts: Tensor, bias:
         with torch.cuda.device_of(x):  # Triton launches on the current device
             gemv_kernel[grid](
                 values, words, starts, x.contiguous(), bias, y, n, k, chunks, each,
-                CHUNK=CHUNK, ROWS=ROWS, SPLIT=split > 1,
+                CHUNK=CHUNK, ROWS=ROWS, SPLIT=split > 1, enable_fp_fusion=True,
             )  # fmt: skip
     return split_sum(y, bias, x.dtype) if split > 1 else y[0]
 

@@ -122,3 +122,16 @@ def bitmask(weight: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     words = (padded.view(n, -1, 32).long() << torch.arange(32)).sum(-1).to(torch.int32)  # bit 31 wraps to negative
     counts = padded.view(n, -1, 256).sum(-1)  # (N, C)
     return weight[keep], words, counts.flatten().cumsum(0).view(counts.shape) - counts
+
+
+def gaps(columns: list[int]) -> list[tuple[int, bool]]:
+    """What a row of a segment stores in the sell layout, for its kept columns in order: (gap, is there a value).
+    Gaps have four bits; wider ones are bridged. The first counts from the segment's begin."""
+    entries, at = list[tuple[int, bool]](), 0
+    for column in columns:
+        while column - at > 15:
+            entries.append((15, False))
+            at += 15
+        entries.append((column - at, True))
+        at = column
+    return entries

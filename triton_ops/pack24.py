@@ -107,7 +107,7 @@ def _groups(weight: Tensor, keep: Tensor | None, tall: int, wide: int) -> Iterat
         nibbles = _nibbles(weight.device)[number]
         if bool((nibbles < 0).any()):
             row = start + int((nibbles < 0).any(1).nonzero()[0, 0])
-            raise ValueError(f"row {row} keeps more than 2 of 4, so it is not 2:4")
+            raise ValueError(f"row {row} keeps more than 2 of 4, so it is not 2:4 (-0.0 counts as kept)")
         if keep is not None and bool((stored & ~kept).any()):
             raise ValueError("the keep-mask leaves out a weight that is not zero")
         four = some.view(torch.int64)  # the bits of a group

@@ -1,0 +1,70 @@
+"""What a kernel needs of a weight, a device and a batch; asked before (`unmet`) and checked when it runs (`check`)."""
+
+# pyright: basic
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from triton_ops.pack24 import DTYPES
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # Triton decides once, when it is imported
+
+
+def unmet(
+    name: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    m: int,
+    *,
+    most: int | None = None,
+    widest: int | None = None,
+    capability: tuple[int, int] | None = None,
+) -> str | None:
+    """Why kernel `name` cannot multiply M tokens with a 2:4-packed weight (N, K) here, in a line, or None.
+
+    `most` tokens, `widest` K and least compute `capability` of an NVIDIA GPU are the kernel's limits.
+    """
+    if dtype not in DTYPES:
+        return f"{name} takes float16 or bfloat16, got {dtype}"
+    if shape[1] % 4:
+        return f"{name} needs K a multiple of 4, got {shape[1]}"
+    if widest is not None and shape[1] > widest:
+        return f"{name} takes K up to {widest}, got {shape[1]}"
+    if m < 1 or (most is not None and m > most):
+        return f"{name} takes 1 to {most} tokens, got {m}" if most != 1 else f"{name} takes one token, got {m}"
+    if device.type != "cuda":
+        return f"{name} needs a CUDA device, got {device.type}"
+    if capability is not None:
+        if torch.version.hip:
+            return f"{name} needs an NVIDIA GPU: it uses an instruction of theirs"
+        if torch.cuda.get_device_capability(device) < capability:
+            found = torch.cuda.get_device_capability(device)
+            return (
+                f"{name} needs compute capability {capability[0]}.{capability[1]}, this GPU has {found[0]}.{found[1]}"
+            )
+    return None
+
+
+def check(
+    name: str,
+    x: Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    bias: Tensor | None,
+    *,
+    most: int | None = None,
+) -> None:
+    """ValueError unless x (M, K) fits a weight of this shape and dtype, and there is something to run a kernel."""
+    n, k = shape
+    if x.ndim != 2 or x.shape[1] != k or (most is not None and len(x) > most):
+        wanted = f"(M, {k})" if most is None else f"(M, {k}) with M up to {most}"
+        raise ValueError(f"{name}: x is {tuple(x.shape)}, wanted {wanted}")
+    if x.dtype != dtype:
+        raise ValueError(f"{name}: x is {x.dtype}, the weight {dtype}")
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"{name}: bias is {tuple(bias.shape)}, wanted ({n},)")
+    if x.device.type == "cpu" and not INTERPRETED:
+        raise ValueError(f"{name} needs a CUDA device, x is on the CPU")

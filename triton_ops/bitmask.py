@@ -12,30 +12,22 @@ from torch import Tensor
 from triton_ops.bitmask_gemm import MAX_TOKENS, bitmask_gemm
 from triton_ops.bitmask_gemv import bitmask_gemv
 from triton_ops.bitmask_layout import BitmaskWeight, from_neutral, keep, prepare, restore
-from triton_ops.machine import why_no_triton
+from triton_ops.requirements import check, unmet
 
 __all__ = ["BitmaskWeight", "from_neutral", "keep", "linear", "prepare", "restore", "why_not"]
 
+NAME = "bitmask"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def why_not(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, m: int) -> str | None:
-    """Why a weight (N, K) cannot multiply `m` tokens here, in a few words; None where it can."""
-    if dtype not in DTYPES:
-        return f"needs fp16, bf16 or fp32, got {dtype}"
-    if not 1 <= m <= MAX_TOKENS:
-        return f"at most {MAX_TOKENS} tokens, got {m}"
-    return why_no_triton(device)
+    """Why a weight of this shape (N, K) cannot be multiplied here for M tokens, or None."""
+    return unmet(NAME, shape, dtype, device, m, most=MAX_TOKENS, dtypes=DTYPES, multiple=1)
 
 
 def linear(x: Tensor, prepared: BitmaskWeight, bias: Tensor | None = None) -> Tensor:
     """x (M, K) with M ≤ 32, in the dtype of the weight; bias (N,) or None → (M, N) in that dtype, the same every run.
-    ValueError where `why_not` has a reason or x does not fit the weight."""
-    m, k = x.shape
-    problem = why_not(prepared.shape, x.dtype, x.device, m)
-    if k != prepared.shape[1] or x.dtype != prepared.values.dtype:
-        problem = f"x is {x.dtype} (M, {k}), the weight {prepared.values.dtype} (N, {prepared.shape[1]})"
-    if problem:
-        raise ValueError(f"bitmask: {problem}")
-    multiply = bitmask_gemv if m == 1 else bitmask_gemm
+    ValueError where dtypes, shapes or device do not fit. Safe in a CUDA graph."""
+    check(NAME, x, prepared.shape, prepared.values.dtype, bias, most=MAX_TOKENS)
+    multiply = bitmask_gemv if len(x) == 1 else bitmask_gemm
     return multiply(x, prepared.values, prepared.words, prepared.starts, bias)

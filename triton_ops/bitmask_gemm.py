@@ -18,7 +18,8 @@ from torch import Tensor
 from triton_ops.bitmask_decode import four_columns, popcount
 from triton_ops.bitmask_gemv import chunks_each
 from triton_ops.bitmask_layout import CHUNK
-from triton_ops.split_sum import split_sum
+from triton_ops.requirements import INTERPRETED
+from triton_ops.splitk import add_parts, parts_for
 
 MAX_TOKENS = 32
 ROWS = 64
@@ -30,16 +31,18 @@ def bitmask_gemm(x: Tensor, values: Tensor, words: Tensor, starts: Tensor, bias:
     (m, k), (n, chunks) = x.shape, starts.shape
     each = chunks_each(triton.cdiv(n, ROWS), chunks)
     split = max(1, triton.cdiv(chunks, each))
-    y = torch.empty(split, m, n, dtype=torch.float32 if split > 1 else x.dtype, device=x.device)
+    y = x.new_empty(m, n)
+    sums = parts_for(x, n, split) if split > 1 else y
     if y.numel():
-        grid = (triton.cdiv(n, ROWS), split)
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            gemm_kernel[grid](
-                values, words, starts, x.contiguous(), bias, y, m, n, k, chunks, each,
+            gemm_kernel[(triton.cdiv(n, ROWS), split)](
+                values, words, starts, x.contiguous(), bias, sums, m, n, k, chunks, each,
                 CHUNK=CHUNK, TILE=64 if x.element_size() == 2 else 32, ROWS=ROWS, TOKENS=16 if m <= 16 else 32,
-                SPLIT=split > 1, INTERPRET=triton.knobs.runtime.interpret, enable_fp_fusion=True,
+                SPLIT=split > 1, INTERPRET=INTERPRETED, enable_fp_fusion=True,
             )  # fmt: skip
-    return split_sum(y, bias, x.dtype) if split > 1 else y[0]
+            if split > 1:
+                add_parts(sums, bias, y)
+    return y
 
 
 @bitmask_gemm.register_fake

@@ -2,7 +2,7 @@
 
 A program takes eight rows and a run of 256-column chunks. Lanes run along a row: eight lanes share a mask word, each
 takes four columns and finds its values by counting the bits before them, so neighbouring lanes load neighbouring
-values. Where there are few rows, K is split over programs and the parts are added in order (`split_sum`).
+values. Where there are few rows, K is split over programs and the parts are added in order (`splitk`).
 
 Decoding costs about 16 instructions a weight (SASS of the loop, sm_90), zeros included, which is more than an H200 can
 issue at full bandwidth: this saves memory, and is a speed-up only where a benchmark on the device says so. Compiled
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from triton_ops.bitmask_decode import four_columns, popcount
 from triton_ops.bitmask_layout import CHUNK
-from triton_ops.split_sum import split_sum
+from triton_ops.splitk import add_parts, parts_for
 
 ROWS = 8  # a program's; 16 needs 79 registers and 4 saves nothing
 PROGRAMS = 1024  # wanted at least: six to a multiprocessor on the largest GPU
@@ -32,15 +32,17 @@ def bitmask_gemv(x: Tensor, values: Tensor, words: Tensor, starts: Tensor, bias:
     k = x.shape[1]
     each = chunks_each(triton.cdiv(n, ROWS), chunks)
     split = max(1, triton.cdiv(chunks, each))
-    y = torch.empty(split, 1, n, dtype=torch.float32 if split > 1 else x.dtype, device=x.device)
-    if n:
-        grid = (triton.cdiv(n, ROWS), split)
+    y = x.new_empty(1, n)
+    sums = parts_for(x, n, split) if split > 1 else y
+    if y.numel():
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            gemv_kernel[grid](
-                values, words, starts, x.contiguous(), bias, y, n, k, chunks, each,
+            gemv_kernel[(triton.cdiv(n, ROWS), split)](
+                values, words, starts, x.contiguous(), bias, sums, n, k, chunks, each,
                 CHUNK=CHUNK, ROWS=ROWS, SPLIT=split > 1, enable_fp_fusion=True,
             )  # fmt: skip
-    return split_sum(y, bias, x.dtype) if split > 1 else y[0]
+            if split > 1:
+                add_parts(sums, bias, y)
+    return y
 
 
 @bitmask_gemv.register_fake

@@ -22,15 +22,19 @@ def unmet(
     most: int | None = None,
     widest: int | None = None,
     capability: tuple[int, int] | None = None,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    multiple: int = 4,
 ) -> str | None:
-    """Why kernel `name` cannot multiply M tokens with a 2:4-packed weight (N, K) here, in a line, or None.
+    """Why kernel `name` cannot multiply M tokens with a packed weight (N, K) here, in a line, or None.
 
-    `most` tokens, `widest` K and least compute `capability` of an NVIDIA GPU are the kernel's limits.
+    `most` tokens, `widest` K, least compute `capability` of an NVIDIA GPU, `dtypes` and what K must be a `multiple` of
+    are the kernel's limits.
     """
-    if dtype not in DTYPES:
-        return f"{name} takes float16 or bfloat16, got {dtype}"
-    if shape[1] % 4:
-        return f"{name} needs K a multiple of 4, got {shape[1]}"
+    if dtype not in dtypes:
+        names = [str(one).removeprefix("torch.") for one in dtypes]
+        return f"{name} takes {', '.join(names[:-1])} or {names[-1]}, got {dtype}"
+    if shape[1] % multiple:
+        return f"{name} needs K a multiple of {multiple}, got {shape[1]}"
     if widest is not None and shape[1] > widest:
         return f"{name} takes K up to {widest}, got {shape[1]}"
     if m < 1 or (most is not None and m > most):

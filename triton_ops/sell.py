@@ -10,22 +10,18 @@ import torch
 from torch import Tensor
 
 from triton_ops import bitmask_layout
-from triton_ops.machine import why_no_triton
+from triton_ops.requirements import check, unmet
 from triton_ops.sell_gemv import MAX_TOKENS, sell_gemv
 from triton_ops.sell_layout import SellWeight, prepare, restore
 
 __all__ = ["SellWeight", "from_neutral", "linear", "prepare", "restore", "why_not"]
 
-DTYPES = (torch.float16, torch.bfloat16)
+NAME = "sell"
 
 
 def why_not(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, m: int) -> str | None:
-    """Why a weight (N, K) cannot multiply `m` tokens here, in a few words; None where it can."""
-    if dtype not in DTYPES:
-        return f"needs fp16 or bf16, got {dtype}"
-    if not 1 <= m <= MAX_TOKENS:
-        return f"at most {MAX_TOKENS} tokens, got {m}"
-    return why_no_triton(device)
+    """Why a weight of this shape (N, K) cannot be multiplied here for M tokens, or None."""
+    return unmet(NAME, shape, dtype, device, m, most=MAX_TOKENS, multiple=1)
 
 
 def from_neutral(values: Tensor, mask: Tensor, offsets: Tensor | None, shape: tuple[int, int]) -> SellWeight:
@@ -35,11 +31,7 @@ def from_neutral(values: Tensor, mask: Tensor, offsets: Tensor | None, shape: tu
 
 def linear(x: Tensor, prepared: SellWeight, bias: Tensor | None = None) -> Tensor:
     """x (M, K) with M ≤ 4, in the dtype of the weight; bias (N,) or None → (M, N) in that dtype, the same every run.
-    ValueError where `why_not` has a reason or x does not fit the weight."""
-    (m, k), (n, wanted) = x.shape, prepared.shape
-    problem = why_not(prepared.shape, x.dtype, x.device, m)
-    if k != wanted or x.dtype != prepared.values.dtype:
-        problem = f"x is {x.dtype} (M, {k}), the weight {prepared.values.dtype} (N, {wanted})"
-    if problem:
-        raise ValueError(f"sell: {problem}")
-    return sell_gemv(x, prepared.values, prepared.gaps, prepared.slices, prepared.order, n, prepared.segment, bias)
+    ValueError where dtypes, shapes or device do not fit. Safe in a CUDA graph."""
+    check(NAME, x, prepared.shape, prepared.values.dtype, bias, most=MAX_TOKENS)
+    stored = (prepared.values, prepared.gaps, prepared.slices, prepared.order)
+    return sell_gemv(x, *stored, prepared.shape[0], prepared.segment, bias)

@@ -2,7 +2,7 @@
 
 A thread owns a row of a segment: it loads eight values (16 bytes) and their gaps (4 bytes), adds the gaps up and
 fetches x, which lies side by side for all tokens. The threads of a warp walk through the same segment at about the same
-pace, so what they fetch shares cache lines. Segments are added up in order (`split_sum`). A pruned place is never
+pace, so what they fetch shares cache lines. Segments are added up in order (`splitk`). A pruned place is never
 multiplied, so an infinite x does not make it NaN.
 
 Instructions in the loop (SASS, sm_90): 12 a kept weight for one token, 15 for two, 19 for four; at 70 % sparsity 3.6 a
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_ops.sell_layout import ROWS, STEP
-from triton_ops.split_sum import split_sum
+from triton_ops.splitk import add_parts, parts_for
 
 MAX_TOKENS = 4
 UNROLL = 2  # steps an iteration: 4 saves 6 % of the instructions and doubles what a row's end wastes
@@ -35,15 +35,18 @@ def sell_gemv(
     m, k = x.shape
     parts = max(1, triton.cdiv(k, segment))
     count = max(1, triton.cdiv(n, ROWS))
-    y = torch.empty(parts, m, n, dtype=torch.float32 if parts > 1 else x.dtype, device=x.device)
-    if n:
+    y = x.new_empty(m, n)
+    sums = parts_for(x, n, parts) if parts > 1 else y
+    if y.numel():
         with torch.cuda.device_of(x):  # Triton launches on the current device
             gemv_kernel[(count, parts)](
-                values, gaps, slices, order, side_by_side(x), bias, y, m, n, segment, count,
+                values, gaps, slices, order, side_by_side(x), bias, sums, m, n, segment, count,
                 ROWS=ROWS, STEP=STEP, UNROLL=UNROLL, STAGES=3 if m == 1 else 1, TOKENS=1 << (m - 1).bit_length(),
                 SPLIT=parts > 1, enable_fp_fusion=True,
             )  # fmt: skip
-    return split_sum(y, bias, x.dtype) if parts > 1 else y[0]
+            if parts > 1:
+                add_parts(sums, bias, y)
+    return y
 
 
 @sell_gemv.register_fake

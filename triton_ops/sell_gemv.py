@@ -5,9 +5,9 @@ fetches x, which lies side by side for all tokens. The threads of a warp walk th
 pace, so what they fetch shares cache lines. Segments are added up in order (`splitk`). A pruned place is never
 multiplied, so an infinite x does not make it NaN.
 
-Instructions in the loop (SASS, sm_90): 12 a kept weight for one token, 15 for two, 19 for four; at 70 % sparsity 3.6 a
-weight for one token, where `bitmask_gemv` needs 16 and an H200 has time for 5.8 at full bandwidth. For one token the
-weights of two iterations ahead are under way (asynchronous copies); for more, other warps must hide the latency.
+Instructions in the loop (SASS, bf16, sm_90): 11 an entry for one token, 12 for two, 17 for four. At 70 % sparsity that is
+3.5 a weight for one token, where `bitmask_gemv` needs 16 and an H200 has time for about 6 at full bandwidth. For one
+token the weights of two iterations ahead are under way (asynchronous copies); for more, other warps must hide the latency.
 Compiled for sm_80, sm_90 and sm_100 without spills and run in the interpreter; it has not run on hardware.
 """
 
@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_ops.halves import high, low
 from triton_ops.sell_layout import ROWS, STEP
 from triton_ops.splitk import add_parts, parts_for
 
 MAX_TOKENS = 4
-UNROLL = 2  # steps an iteration: 4 saves 6 % of the instructions and doubles what a row's end wastes
 
 
 @torch.library.custom_op("triton_ops::sell_gemv", mutates_args=())
@@ -40,8 +40,8 @@ def sell_gemv(
     if y.numel():
         with torch.cuda.device_of(x):  # Triton launches on the current device
             gemv_kernel[(count, parts)](
-                values, gaps, slices, order, side_by_side(x), bias, sums, m, n, segment, count,
-                ROWS=ROWS, STEP=STEP, UNROLL=UNROLL, STAGES=3 if m == 1 else 1, TOKENS=1 << (m - 1).bit_length(),
+                values.view(torch.int32), gaps, slices, order, side_by_side(x), bias, sums, m, n, segment, count,
+                ROWS=ROWS, STEP=STEP, BF16=x.dtype == torch.bfloat16, **plan(m),
                 SPLIT=parts > 1, enable_fp_fusion=True,
             )  # fmt: skip
             if parts > 1:
@@ -54,6 +54,14 @@ def _(
     x: Tensor, values: Tensor, gaps: Tensor, slices: Tensor, order: Tensor, n: int, segment: int, bias: Tensor | None
 ) -> Tensor:
     return x.new_empty(x.shape[0], n)
+
+
+def plan(m: int) -> dict[str, int]:
+    """Tokens that a program computes, steps of an iteration, and iterations whose weights are under way together. At
+    four tokens two steps spill on sm_80; beyond one token, copying ahead would take x through shared memory too."""
+    return {1: dict(TOKENS=1, UNROLL=2, STAGES=3), 2: dict(TOKENS=2, UNROLL=2, STAGES=1)}.get(
+        m, dict(TOKENS=4, UNROLL=1, STAGES=1)
+    )
 
 
 def side_by_side(x: Tensor) -> Tensor:
@@ -70,35 +78,39 @@ def side_by_side(x: Tensor) -> Tensor:
 @triton.jit
 def gemv_kernel(values, gaps, slices, order, x, bias, out, m, n, segment, count,
                 ROWS: tl.constexpr, STEP: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
-                TOKENS: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+                TOKENS: tl.constexpr, BF16: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+    PAIRS: tl.constexpr = STEP // 2  # two values are read as one int32
     part = tl.program_id(1)
     piece = part * count + tl.program_id(0)
     thread = tl.arange(0, ROWS)
-    entry = tl.arange(0, STEP)
-    x += part * segment
-    column = tl.zeros([ROWS], tl.int32)
-    total0 = tl.zeros([ROWS, STEP], tl.float32)
-    total1 = tl.zeros([ROWS, STEP], tl.float32)
-    total2 = tl.zeros([ROWS, STEP], tl.float32)
-    total3 = tl.zeros([ROWS, STEP], tl.float32)
+    pair = tl.arange(0, PAIRS)
+    x_at = x + part * segment + tl.zeros([ROWS], tl.int32)  # of each row's last entry
+    total0 = tl.zeros([ROWS, PAIRS], tl.float32)
+    total1 = tl.zeros([ROWS, PAIRS], tl.float32)
+    total2 = tl.zeros([ROWS, PAIRS], tl.float32)
+    total3 = tl.zeros([ROWS, PAIRS], tl.float32)
     end = tl.load(slices + piece + 1)
     for step in tl.range(tl.load(slices + piece), end, UNROLL, num_stages=STAGES):
         for ahead in tl.static_range(UNROLL):
             at = ((step + ahead) * ROWS + thread).to(tl.int64)
             there = at < end * ROWS
             gap = tl.load(gaps + at, mask=there, other=0)
-            weight = tl.load(values + at[:, None] * STEP + entry[None, :], mask=there[:, None], other=0.0).to(
-                tl.float32
-            )
-            after, last = running_sums(gap, entry)  # (ROWS, STEP), (ROWS,)
-            xs = tl.load(x + (column[:, None] + after))
-            column += last
-            total0 += weight * token(xs, 0, values.dtype.element_ty)
+            words = tl.load(values + at[:, None] * PAIRS + pair[None, :], mask=there[:, None], other=0)
+            to_first, to_second, to_last = running_sums(gap, pair)  # (ROWS, PAIRS) twice, (ROWS,)
+            x_first = tl.load(x_at[:, None] + to_first)
+            x_second = tl.load(x_at[:, None] + to_second)
+            x_at += to_last
+            first, second = low(words, BF16), high(words, BF16)
+            total0 += first * token(x_first, 0, BF16)  # one term a line: each becomes one fused multiply-add
+            total0 += second * token(x_second, 0, BF16)
             if TOKENS > 1:
-                total1 += weight * token(xs, 1, values.dtype.element_ty)
+                total1 += first * token(x_first, 1, BF16)
+                total1 += second * token(x_second, 1, BF16)
             if TOKENS > 2:
-                total2 += weight * token(xs, 2, values.dtype.element_ty)
-                total3 += weight * token(xs, 3, values.dtype.element_ty)
+                total2 += first * token(x_first, 2, BF16)
+                total2 += second * token(x_second, 2, BF16)
+                total3 += first * token(x_first, 3, BF16)
+                total3 += second * token(x_second, 3, BF16)
     row = tl.load(order + piece.to(tl.int64) * ROWS + thread)
     inside = row < n
     to = out + part.to(tl.int64) * m * n + row  # of token 0
@@ -114,21 +126,20 @@ def gemv_kernel(values, gaps, slices, order, x, bias, out, m, n, segment, count,
 
 
 @triton.jit
-def running_sums(gap, entry):
-    """Eight nibbles of each int32 (ROWS,) → (sums up to and with each (ROWS, 8), sum of all (ROWS,)), int32.
+def running_sums(gap, pair):
+    """Eight nibbles of each int32 (ROWS,) → their sums up to and with each: of places 0, 2, 4, 6 and of 1, 3, 5, 7, both
+    int32 (ROWS, 4), and of all, (ROWS,).
 
-    Multiplying by 0x01010101 adds up the bytes below each byte; even and odd nibbles are summed apart. A sum is at most
-    8 · 15 and fits its byte.
+    Multiplying by 0x01010101 adds to each byte all bytes below it. A sum is at most 8 · 15 and fits its byte.
     """
     even = (gap & 0x0F0F0F0F) * 0x01010101
     odd = ((gap >> 4) & 0x0F0F0F0F) * 0x01010101
-    with_odd = even + odd  # byte i: entries 0 … 2i + 1
-    with_even = even + (odd << 8)  # byte i: entries 0 … 2i
-    sums = tl.where((entry & 1)[None, :] == 1, with_odd[:, None], with_even[:, None])
-    return (sums >> (8 * (entry >> 1))[None, :]) & 255, (with_odd >> 24) & 255
+    to_first, to_second = even + (odd << 8), even + odd
+    shift = 8 * pair[None, :]
+    return (to_first[:, None] >> shift) & 255, (to_second[:, None] >> shift) & 255, (to_second >> 24) & 255
 
 
 @triton.jit
-def token(packed, which: tl.constexpr, DTYPE: tl.constexpr):
+def token(packed, which: tl.constexpr, BF16: tl.constexpr):
     """The 16-bit float of one token, out of those that lie side by side in an integer, as fp32."""
-    return (packed >> (16 * which)).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return low((packed >> (16 * which)).to(tl.int32), BF16)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from triton_ops.mma_sp import LEGAL, mma_sp
 from triton_ops.pack24 import BITS_PER_WEIGHT, Fragments24, pack24, unpack24
-from triton_ops.requirements import INTERPRETED, check, unmet
+from triton_ops.requirements import INTERPRETED, aligned, check, unmet
 from triton_ops.splitk import add_parts, parts_for
 
 NAME = "mma24"
@@ -82,7 +82,7 @@ def linear(x: Tensor, packed: Fragments24, bias: Tensor | None = None) -> Tensor
 def mma24(x: Tensor, vals: Tensor, meta: Tensor, n: int, bias: Tensor | None) -> Tensor:
     y = x.new_empty(x.shape[0], n)
     if len(y):
-        run(x.contiguous(), vals, meta, bias, y, plan(n, x.shape[1], len(x)))
+        run(aligned(x), vals, meta, bias, y, plan(n, x.shape[1], len(x)))
     return y
 
 

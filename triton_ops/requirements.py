@@ -1,4 +1,5 @@
-"""What a kernel needs of a weight, a device and a batch; asked before (`unmet`) and checked when it runs (`check`)."""
+"""What a kernel needs of a weight, a device and a batch: asked before (`unmet`), checked when it runs (`check`), and
+what it needs of x put right (`aligned`)."""
 
 # pyright: basic
 from __future__ import annotations
@@ -68,3 +69,9 @@ def check(
         raise ValueError(f"{name}: bias is {tuple(bias.shape)}, wanted ({n},)")
     if x.device.type == "cpu" and not INTERPRETED:
         raise ValueError(f"{name} needs a CUDA device, x is on the CPU")
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x in row order and at an address that is a multiple of 16, as kernels read several inputs as one number."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()

@@ -39,11 +39,16 @@ class Plan(NamedTuple):
 
     tiles: int  # of 16 rows, that a warp owns: they share what it loads of x
     warps: int  # of a program; they share the inputs of its rows
-    ahead: int  # fragments that a warp loads before it needs them, of the 8 of a block
+    ahead: int  # fragments that a warp loads before it needs them: 1, 2, 4 or 8
+    direct: bool  # x is read as it stands, instead of put in the order of the registers first; up to 8 tokens
     parts: int  # programs that share the inputs of the same rows
 
 
-PLANS = {8: Plan(1, 8, 4, 1), 16: Plan(2, 4, 4, 1), 32: Plan(4, 4, 2, 1)}  # most tokens → plan, for rows enough
+PLANS = {  # most tokens → plan, for rows enough
+    8: Plan(1, 8, 4, True, 1),
+    16: Plan(2, 4, 4, False, 1),
+    32: Plan(4, 4, 2, False, 1),
+}
 WARPS_WANTED = 2048  # about 16 for each multiprocessor of an H100 or H200, with 2 to 4 KB of the weight under way each
 
 
@@ -102,9 +107,10 @@ def run(x: Tensor, vals: Tensor, meta: Tensor, bias: Tensor | None, y: Tensor, p
 def launch(x: Tensor, vals: Tensor, meta: Tensor, bias: Tensor | None, y: Tensor, plan: Plan) -> None:
     """The first pass: into y (M, N) in x's dtype, finished; or into float32 (parts, M, N), without bias."""
     (m, k), n, blocks = x.shape, y.shape[-1], meta.shape[1]
-    direct, tokens = m <= 8, triton.next_power_of_2(triton.cdiv(m, 8))
+    tokens = triton.next_power_of_2(triton.cdiv(m, 8))
+    assert m <= 8 or not plan.direct
     bf16 = x.dtype == torch.bfloat16
-    x = x if direct else pack_x(x, tokens, blocks)
+    x = x if plan.direct else pack_x(x, tokens, blocks)
     mma24_kernel[(triton.cdiv(meta.shape[0], plan.tiles), plan.parts)](
         x,
         vals,
@@ -121,7 +127,7 @@ def launch(x: Tensor, vals: Tensor, meta: Tensor, bias: Tensor | None, y: Tensor
         TOKENS=tokens,
         WARPS=plan.warps,
         AHEAD=plan.ahead,
-        DIRECT=direct,
+        DIRECT=plan.direct,
         FINISHED=y.ndim == 2,
         BIAS=bias is not None and y.ndim == 2,
         BF16=bf16,

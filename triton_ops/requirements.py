@@ -5,12 +5,12 @@ what it needs of x put right (`aligned`)."""
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 
 from triton_ops.pack24 import DTYPES
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # Triton decides once, when it is imported
+INTERPRETED = bool(knobs.runtime.interpret)  # Triton decides once, when it is imported
 
 
 def unmet(

@@ -11,7 +11,7 @@ needs x at any input, for all tokens: x is turned first, so that they stand side
 On hardware: never run; see mma24.py.
 """
 
-# pyright: basic
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -32,7 +32,7 @@ NAME = "split24"
 MOST_TOKENS = 32
 WIDEST = 1 << 16  # an entry has 16 bits for its column
 CAPABILITY = (8, 0)
-ROWS, ENTRIES, WARPS = 4, 32, 4  # a program's rows, and entries of each that it adds at a time
+ROWS, WARPS = 4, 4  # a program's rows
 
 
 class Split24(NamedTuple):
@@ -138,12 +138,17 @@ def add_residual(x: Tensor, parts: Tensor, entries: Tensor, offsets: Tensor, bia
         PARTS=count,
         TOKENS=tokens,
         ROWS=ROWS,
-        ENTRIES=ENTRIES,
+        ENTRIES=entries_for(tokens),
         BIAS=bias is not None,
         BF16=x.dtype == torch.bfloat16,
         num_warps=WARPS,
         enable_fp_fusion=True,
     )
+
+
+def entries_for(tokens: int) -> int:
+    """How many entries of a row are added at a time: as many as leave the sums in registers."""
+    return max(min(256 // tokens, 64), 16)
 
 
 @triton.jit

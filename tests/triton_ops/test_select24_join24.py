@@ -50,9 +50,15 @@ def test_a_product_is_the_reference(
 
 
 @KERNELS
-def test_many_rows_are_not_shared_among_programs(whole: Callable, device: torch.device, kernel: ModuleType) -> None:
-    x, weight, bias = whole(1, kernel.ROWS * kernel.WARPS_WANTED // kernel.WARPS, 4, torch.bfloat16, device)
-    assert torch.equal(kernel.linear(x, kernel.prepare(weight), bias), reference.linear(x, weight, bias))
+def test_where_rows_are_many_a_program_has_all_their_inputs(
+    whole: Callable, poisoned: Callable, device: torch.device, kernel: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "WARPS_WANTED", 1)
+    x, weight, bias = whole(1, 24, 1100, torch.bfloat16, device)
+    packed = kernel.prepare(weight)
+    with poisoned():
+        y = kernel.linear(x, packed, bias)
+    assert torch.equal(y, reference.linear(x, weight, bias))
 
 
 @KERNELS

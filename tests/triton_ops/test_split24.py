@@ -10,7 +10,7 @@ from aot import Compiler
 from torch import Tensor
 
 from triton_ops import reference
-from triton_ops.split24 import add_residual, bits_per_weight, linear, prepare, restore, split24, why_not
+from triton_ops.split24 import add_residual, bits_per_weight, entries_for, linear, prepare, restore, split24, why_not
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
@@ -124,7 +124,7 @@ def test_the_residual_compiles_to_wide_loads_of_tokens_without_spills(compiled: 
     made = compiled(
         kernel="triton_ops.split24:add_residual_kernel",
         signature=pointers | {"M": "i32", "N": "i32"},
-        constants={"PARTS": 2, "TOKENS": tokens, "ROWS": 4, "ENTRIES": 32, "BIAS": True, "BF16": True},
+        constants={"PARTS": 2, "TOKENS": tokens, "ROWS": 4, "ENTRIES": entries_for(tokens), "BIAS": True, "BF16": True},
         cc=cc,
         divisible="N",
     )

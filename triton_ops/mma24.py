@@ -13,7 +13,7 @@ results have been checked; eval/kernels.py and tests/triton_ops/test_gpu.py are 
 from arithmetic (warps enough to cover the memory's latency), not from timing.
 """
 
-# pyright: basic
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from triton_ops.mma_sp import LEGAL, mma_sp
 from triton_ops.pack24 import BITS_PER_WEIGHT, Fragments24, pack24, unpack24
-from triton_ops.requirements import INTERPRETED, check, unmet
+from triton_ops.requirements import INTERPRETED, aligned, check, unmet
 from triton_ops.splitk import add_parts, parts_for
 
 NAME = "mma24"
@@ -39,11 +39,16 @@ class Plan(NamedTuple):
 
     tiles: int  # of 16 rows, that a warp owns: they share what it loads of x
     warps: int  # of a program; they share the inputs of its rows
-    ahead: int  # fragments that a warp loads before it needs them, of the 8 of a block
+    ahead: int  # fragments that a warp loads before it needs them: 1, 2, 4 or 8
+    direct: bool  # x is read as it stands, instead of put in the order of the registers first; up to 8 tokens
     parts: int  # programs that share the inputs of the same rows
 
 
-PLANS = {8: Plan(1, 8, 4, 1), 16: Plan(2, 4, 4, 1), 32: Plan(4, 4, 2, 1)}  # most tokens → plan, for rows enough
+PLANS = {  # most tokens → plan, for rows enough
+    8: Plan(1, 8, 4, True, 1),
+    16: Plan(2, 4, 4, False, 1),
+    32: Plan(4, 4, 2, False, 1),
+}
 WARPS_WANTED = 2048  # about 16 for each multiprocessor of an H100 or H200, with 2 to 4 KB of the weight under way each
 
 
@@ -82,7 +87,7 @@ def linear(x: Tensor, packed: Fragments24, bias: Tensor | None = None) -> Tensor
 def mma24(x: Tensor, vals: Tensor, meta: Tensor, n: int, bias: Tensor | None) -> Tensor:
     y = x.new_empty(x.shape[0], n)
     if len(y):
-        run(x.contiguous(), vals, meta, bias, y, plan(n, x.shape[1], len(x)))
+        run(aligned(x), vals, meta, bias, y, plan(n, x.shape[1], len(x)))
     return y
 
 
@@ -102,9 +107,10 @@ def run(x: Tensor, vals: Tensor, meta: Tensor, bias: Tensor | None, y: Tensor, p
 def launch(x: Tensor, vals: Tensor, meta: Tensor, bias: Tensor | None, y: Tensor, plan: Plan) -> None:
     """The first pass: into y (M, N) in x's dtype, finished; or into float32 (parts, M, N), without bias."""
     (m, k), n, blocks = x.shape, y.shape[-1], meta.shape[1]
-    direct, tokens = m <= 8, triton.next_power_of_2(triton.cdiv(m, 8))
+    tokens = triton.next_power_of_2(triton.cdiv(m, 8))
+    assert m <= 8 or not plan.direct
     bf16 = x.dtype == torch.bfloat16
-    x = x if direct else pack_x(x, tokens, blocks)
+    x = x if plan.direct else pack_x(x, tokens, blocks)
     mma24_kernel[(triton.cdiv(meta.shape[0], plan.tiles), plan.parts)](
         x,
         vals,
@@ -121,7 +127,7 @@ def launch(x: Tensor, vals: Tensor, meta: Tensor, bias: Tensor | None, y: Tensor
         TOKENS=tokens,
         WARPS=plan.warps,
         AHEAD=plan.ahead,
-        DIRECT=direct,
+        DIRECT=plan.direct,
         FINISHED=y.ndim == 2,
         BIAS=bias is not None and y.ndim == 2,
         BF16=bf16,

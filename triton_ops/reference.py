@@ -11,6 +11,7 @@ Fragments (mma24): what each lane of a warp holds for `mma.sp.m16n8k32`, in the 
 is 16 rows × 32 inputs, lane = 4·g + t.
 """
 
+# pyright: basic
 from __future__ import annotations
 
 import torch

@@ -1,15 +1,16 @@
-"""What a kernel needs of a weight, a device and a batch; asked before (`unmet`) and checked when it runs (`check`)."""
+"""What a kernel needs of a weight, a device and a batch: asked before (`unmet`), checked when it runs (`check`), and
+what it needs of x put right (`aligned`)."""
 
 # pyright: basic
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 
 from triton_ops.pack24 import DTYPES
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # Triton decides once, when it is imported
+INTERPRETED = bool(knobs.runtime.interpret)  # Triton decides once, when it is imported
 
 
 def unmet(
@@ -72,3 +73,9 @@ def check(
         raise ValueError(f"{name}: bias is {tuple(bias.shape)}, wanted ({n},)")
     if x.device.type == "cpu" and not INTERPRETED:
         raise ValueError(f"{name} needs a CUDA device, x is on the CPU")
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x in row order and at an address that is a multiple of 16, as kernels read several inputs as one number."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()

@@ -60,7 +60,12 @@ def test_a_product_is_the_reference(
 
 @pytest.mark.parametrize(
     "m,cut",
-    [(3, Plan(1, 2, 8, 3)), (8, Plan(2, 4, 1, 2)), (12, Plan(1, 2, 2, 2)), (32, Plan(2, 4, 2, 5))],
+    [
+        (3, Plan(1, 2, 8, True, 3)),
+        (8, Plan(2, 4, 1, False, 2)),
+        (12, Plan(1, 2, 2, False, 2)),
+        (32, Plan(2, 4, 2, False, 5)),
+    ],
 )
 def test_any_cut_gives_the_same(whole: Callable, poisoned: Callable, device: torch.device, m: int, cut: Plan) -> None:
     x, weight, bias = whole(m, 72, 1540, torch.bfloat16, device)  # 5 tiles of rows, 7 blocks of inputs
@@ -164,7 +169,7 @@ NUMBERS = dict.fromkeys(("M", "N", "K", "tiles", "blocks", "parts"), "i32")
 def compile_mma24(compiled: Compiler, m: int, cc: int, half: str = "bf16"):
     cut, tokens = PLANS[m], {8: 1, 16: 2, 32: 4}[m]
     names = {"x": half if m == 8 else "i32", "half": half, "y": half}
-    constants = {"TILES": cut.tiles, "TOKENS": tokens, "WARPS": cut.warps, "AHEAD": cut.ahead, "DIRECT": m == 8}
+    constants = {"TILES": cut.tiles, "TOKENS": tokens, "WARPS": cut.warps, "AHEAD": cut.ahead, "DIRECT": cut.direct}
     constants |= {"FINISHED": True, "BIAS": True, "BF16": half == "bf16", "EMULATE": False}
     return compiled(
         kernel="triton_ops.mma24:mma24_kernel",

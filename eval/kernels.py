@@ -6,8 +6,9 @@ For each shape (N×K) and number of tokens M: bf16, the product alone, in a CUDA
 weight that none is still in the cache; kernels by turns, round by round, after a round to warm up. Reported are the median
 and the 20th and 80th percentile over rounds of the time of one product, the ratio to dense, and GB/s of what has to be
 read and written against the copy bandwidth that the device reached in this run. A kernel whose error against float64
-exceeds 1.2 × dense's own is reported as wrong and not timed. Weights are random: 2:4, or 70 % zeros anywhere for the
-kernels of unstructured weights. `--plans` times `mma24` cut in other ways, too, x put in order first (+pack_x) among them.
+exceeds 1.2 × dense's own is reported as wrong and not timed. Weights are random: 2:4, or zeros anywhere for the kernels
+of unstructured weights: 70 %, or what their name ends in; all of these stand beside `dense-70`. `--plans` times `mma24`
+cut in other ways, too, x put in order first (+pack_x) among them.
 
 Needs torch and triton alone. Writes kernels.csv into `--out`, by default eval/results. Never yet run on a GPU.
 """
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -44,7 +46,7 @@ KERNELS = {  # name → what kind of weight it takes; `dense` is timed on both
     "join24": "2:4",
     "dense-70": "70%",
     "split24": "70%",
-}
+} | {f"{kernel}-{percent}": f"{percent}%" for kernel in ("bitmask", "sell") for percent in (50, 60, 70, 80)}
 CACHE_BYTES = 400e6  # weights that a round reads, at least: three times the largest cache, a B200's 126 MB
 ROUNDS = 50
 
@@ -103,7 +105,7 @@ def build(name: str, weight: Tensor, plan: mma24.Plan | None = None) -> tuple[Pr
             return y
 
         return cut, packed.vals.nbytes + packed.meta.nbytes
-    kernel = import_module(f"triton_ops.{name}")
+    kernel = module_of(name)
     prepared = kernel.prepare(weight)
     return lambda x: kernel.linear(x, prepared), sum(tensor.nbytes for tensor in tensors(prepared))
 
@@ -116,17 +118,22 @@ def tensors(prepared: object) -> Iterator[Tensor]:
             yield from tensors(part)
 
 
+def module_of(name: str) -> ModuleType:
+    """`sell-70` is the kernel of triton_ops/sell.py at 70 % sparsity."""
+    return import_module(f"triton_ops.{name.split()[0].split('-')[0]}")
+
+
 def why_not(name: str, n: int, k: int, m: int, device: torch.device) -> str | None:
     if name.startswith("dense"):
         return None
     if name == "cusparselt":
         return None if torch.backends.cusparselt.is_available() else "this torch has no cuSPARSELt"
-    return import_module(f"triton_ops.{name.split()[0]}").why_not((n, k), torch.bfloat16, device, m)
+    return module_of(name).why_not((n, k), torch.bfloat16, device, m)
 
 
 def random_weight(kind: str, n: int, k: int, device: torch.device) -> Tensor:
     weight = torch.randn(n, k, device=device, dtype=torch.bfloat16)
-    keep = mask24(weight) if kind == "2:4" else torch.rand(n, k, device=device) > 0.7
+    keep = mask24(weight) if kind == "2:4" else torch.rand(n, k, device=device) > float(kind.rstrip("%")) / 100
     return weight.masked_fill(~keep, 0)
 
 

@@ -4,6 +4,7 @@
 not the fastest: see `bitmask_gemv` for what decoding costs. More tokens than 32 are for a dense copy.
 """
 
+# pyright: basic
 from __future__ import annotations
 
 import torch

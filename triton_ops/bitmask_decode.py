@@ -1,6 +1,6 @@
 """Device functions that both bitmask kernels share: which values belong to four columns, and the bits before them."""
 
-# pyright: basic
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton

@@ -9,9 +9,10 @@ bits for a 16-bit weight (1/4 with int64 starts). Nothing is rounded or reordere
 weight, -0.0 too, and `keep` the mask.
 """
 
+# pyright: basic
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +22,7 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes
 BLOCK = 2**27  # elements of the weight that are expanded at a time: bounds memory, and torch's 32-bit indices
 
 
-@dataclass(frozen=True)
-class BitmaskWeight:
+class BitmaskWeight(NamedTuple):
     """A weight (N, K) as the bitmask kernels read it."""
 
     values: Tensor

@@ -1,9 +1,10 @@
 """Backend "sell": an unstructured weight as rows of values and 4-bit gaps, multiplied by at most four tokens.
 
-`prepare` or `from_neutral` at load, `linear` for every call, `restore` to save. A twentieth more bytes than `bitmask` at
-70 % sparsity, for a quarter of its instructions: the layout for decoding one sequence. More tokens are for another.
+`prepare` or `from_neutral` at load, `linear` for every call, `restore` to save. A tenth more bytes than `bitmask` at 70 %
+sparsity, for a quarter of its instructions: the layout for decoding one sequence. More tokens are for another.
 """
 
+# pyright: basic
 from __future__ import annotations
 
 import torch

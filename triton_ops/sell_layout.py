@@ -17,9 +17,10 @@ make it a poor layout beyond 80 %. `restore` gives back every bit of the weight;
 told from a pruned one.
 """
 
+# pyright: basic
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +32,7 @@ SEGMENTS = (4096, 2048, 1024, 512, 256)
 WARPS = 2048  # wanted at least: 12 to a multiprocessor on the largest GPU
 
 
-@dataclass(frozen=True)
-class SellWeight:
+class SellWeight(NamedTuple):
     """A weight (N, K) as `sell_gemv` reads it."""
 
     values: Tensor

@@ -26,7 +26,7 @@ def problem(name: str, n: int, k: int, m: int, dtype: torch.dtype = torch.bfloat
     generator = torch.Generator(CUDA).manual_seed(0)
     weight = torch.randn(n, k, generator=generator, device=CUDA).to(dtype)
     scattered = torch.rand(n, k, generator=generator, device=CUDA) > 0.7
-    keep = scattered if name == "split24" else reference.mask24(weight)
+    keep = scattered if name in selftest.UNSTRUCTURED else reference.mask24(weight)
     x = torch.randn(m, k, generator=generator, device=CUDA).to(dtype)
     return x, weight.masked_fill(~keep, 0), torch.randn(n, generator=generator, device=CUDA).to(dtype)
 

@@ -191,9 +191,10 @@ def add_residual_kernel(
         total += high(entry, BF16)[:, :, None] * some.to(tl.float32)
     result = tl.sum(total, 1)  # (ROWS, TOKENS)
     inside = (row < N)[:, None] & (token < M)[None, :]
-    out = token.to(tl.int64)[None, :] * N + row[:, None]
+    token = token.to(tl.int64)
     for part in tl.static_range(PARTS):
-        result += tl.load(parts + (part * M).to(tl.int64) * N + out, mask=inside, other=0.0)
+        at = (part * M + token)[None, :] * N + row[:, None]
+        result += tl.load(parts + at, mask=inside, other=0.0)
     if BIAS:
         result += tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
-    tl.store(y + out, result.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + token[None, :] * N + row[:, None], result.to(y.dtype.element_ty), mask=inside)

@@ -61,12 +61,20 @@ class Compiler:
     def __call__(self, **request: Any) -> Compiled:
         line = json.dumps(request)
         if line not in self.made:
-            assert self.process.stdin and self.process.stdout
-            print(line, file=self.process.stdin, flush=True)
-            answer = json.loads(self.process.stdout.readline())
-            assert "error" not in answer, answer["error"]
-            self.made[line] = Compiled(**answer)
+            self.made[line] = Compiled(**self._ask(line))
         return self.made[line]
+
+    def launches(self, op: str, n: int, k: int, m: int, cc: int = 90) -> list[str]:
+        """The kernels, by name, that `triton_ops.<op>.linear` launches for a weight (N, K) of zeros and M tokens: each
+        compiled for its actual arguments, as on a GPU, and not run."""
+        return self._ask(json.dumps({"op": op, "n": n, "k": k, "m": m, "cc": cc}))
+
+    def _ask(self, line: str) -> Any:
+        assert self.process.stdin and self.process.stdout
+        print(line, file=self.process.stdin, flush=True)
+        answer = json.loads(self.process.stdout.readline())
+        assert "error" not in answer, answer["error"]
+        return answer
 
     def __enter__(self) -> Self:
         return self
@@ -121,6 +129,43 @@ def compile_kernel(
     return Compiled(made.asm["ttgir"], sass, loop, registers, stack, max(static, made.metadata.shared))
 
 
+class Absent:
+    """What Triton asks of a driver before it compiles, answered for a GPU that is not there."""
+
+    def __init__(self, cc: int) -> None:
+        self.cc = cc
+
+    def get_current_device(self) -> int:
+        return self.cc  # compiled kernels are remembered by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.cc, 32)
+
+
+def compile_launches(op: str, n: int, k: int, m: int, cc: int) -> list[str]:
+    import torch
+    from triton.runtime import JITFunction, driver
+
+    names, run = list[str](), JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        names.append(self.__name__)
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    module = importlib.import_module(f"triton_ops.{op}")
+    x, weight = torch.zeros(m, k, dtype=torch.bfloat16), torch.zeros(n, k, dtype=torch.bfloat16)
+    driver.set_active(Absent(cc))  # type: ignore[arg-type]
+    JITFunction.run, module.check = compile_only, lambda *_, **__: None  # x is on the CPU here
+    module.linear(x, module.prepare(weight), weight[:, 0].contiguous())
+    JITFunction.run = run
+    return names
+
+
 def instructions(listing: str) -> tuple[list[str], list[str]]:
     """All instructions of a disassembly, and those of its longest loop: from a label to the last branch back to it."""
     sass, labels, loop = list[str](), dict[str, int](), list[str]()
@@ -143,7 +188,8 @@ def _output(*command: str) -> str:
 def main() -> None:
     for line in sys.stdin:
         try:
-            answer = asdict(compile_kernel(**json.loads(line)))
+            request = json.loads(line)
+            answer = compile_launches(**request) if "op" in request else asdict(compile_kernel(**request))
         except Exception as error:  # the test that asked shows it
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), flush=True)

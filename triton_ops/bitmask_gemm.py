@@ -1,7 +1,8 @@
 """y = x·Wᵀ for up to 32 tokens and an unstructured weight in the bitmask layout, through `tl.dot`, fp32 accumulation.
 
 A program takes 64 rows and a run of chunks, 64 columns at a time (fp32: 32): each tile is decoded to dense in
-registers, by the same counting as in `bitmask_gemv`, and multiplied on the tensor cores. Tiles twice as wide spill.
+registers, by the same counting as in `bitmask_gemv`, and multiplied on the tensor cores. Tiles twice
+as wide take 160 registers, in fp32 more than there are.
 
 Decoding costs about 12 instructions a weight (SASS of the loop, sm_90), for 1 token or for 32. Compiled for sm_80,
 sm_90 and sm_100 without spills and run in the interpreter; it has not run on hardware.

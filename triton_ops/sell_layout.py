@@ -10,11 +10,11 @@ Wider gaps are bridged by entries of value 0. Slices are stored eight entries of
     slices  int32 (P·C + 1,)    first step of every slice, P segments of C = ⌈N/128⌉ slices
     order   int32 (P·C·128,)    the row of each thread; N where there is none
 
-That is 20 bits a kept 16-bit weight, 4 to 6 % for padding and 4 bytes of `order` a row of a segment: 6.5 bits a weight at
-70 % (random 4096×4096, segments of 256) against 5.9 of the bitmask; but columns need no counting of bits, all loads of
-the weight are whole 16 bytes, and the threads of a warp, which keep pace, fetch x from 1.5 cache lines on average. Bridges
-make it a poor layout beyond 80 %. `restore` gives back every bit of the weight; a kept place whose bits are all 0 is not
-told from a pruned one.
+That is 20 bits a kept 16-bit weight, 4 to 6 % for padding and 4 bytes of `order` a row of a segment: 6.5 bits a
+weight at 70 % (random 4096×4096, segments of 256) against 5.9 of the bitmask; but columns need no counting of bits,
+all loads of the weight are whole 16 bytes, and the threads of a warp, while they keep pace, fetch x from 1.5 cache
+lines on average (counted on that weight). Bridges make it a poor layout beyond 80 %. `restore` gives back every bit
+of the weight; a kept place whose bits are all 0 is not told from a pruned one.
 """
 
 # pyright: basic

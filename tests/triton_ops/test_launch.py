@@ -13,9 +13,17 @@ CASES = [
     ("select24", FEW, 1028, 1, ["select24_kernel", "add_parts_kernel"]),
     ("join24", FEW, 1028, 1, ["join24_kernel", "add_parts_kernel"]),
     ("split24", FEW, 256, 1, ["mma24_kernel", "add_residual_kernel"]),
+    ("bitmask", FEW, 600, 1, ["gemv_kernel", "add_parts_kernel"]),
+    ("bitmask", FEW, 600, 5, ["gemm_kernel", "add_parts_kernel"]),
+    ("sell", FEW, 600, 1, ["gemv_kernel", "add_parts_kernel"]),
+    ("sell", FEW, 200, 3, ["gemv_kernel"]),
 ]
 MORE = [
     ("mma24", MANY, 4, 1, ["mma24_kernel"]),
+    ("bitmask", FEW, 1, 1, ["gemv_kernel"]),
+    ("bitmask", FEW, 4096, 32, ["gemm_kernel", "add_parts_kernel"]),
+    ("sell", FEW, 1, 1, ["gemv_kernel"]),
+    ("sell", FEW, 4096, 2, ["gemv_kernel", "add_parts_kernel"]),
     ("mma24", FEW, 4096, 8, ["mma24_kernel", "add_parts_kernel"]),
     ("mma24", FEW, 4096, 32, ["pack_x_kernel", "mma24_kernel", "add_parts_kernel"]),
     ("select24", MANY, 4, 1, ["select24_kernel"]),

@@ -26,11 +26,14 @@ from llmsparse.errors import (
 
 if TYPE_CHECKING:
     from llmsparse.evaluation import Perplexity, perplexity
+    from llmsparse.footprint import Packing
     from llmsparse.inspection import Inspection, inspect
+    from llmsparse.packing import pack
     from llmsparse.pipeline import prune
     from llmsparse.planning import Plan, plan
     from llmsparse.recipe import Recipe, Rule
     from llmsparse.report import Report
+    from llmsparse.unpacking import Unpacking, unpack
 
 __version__ = "0.1.0"
 
@@ -41,6 +44,7 @@ __all__ = [
     "LlmsparseError",
     "MachineError",
     "NumericalError",
+    "Packing",
     "PatternError",
     "Perplexity",
     "Plan",
@@ -48,24 +52,31 @@ __all__ = [
     "RecipeError",
     "Report",
     "Rule",
+    "Unpacking",
     "__version__",
     "inspect",
+    "pack",
     "perplexity",
     "plan",
     "prune",
+    "unpack",
 ]
 
 _MODULES = {
     "Inspection": "inspection",
+    "Packing": "footprint",
     "Perplexity": "evaluation",
     "Plan": "planning",
     "Recipe": "recipe",
     "Report": "report",
     "Rule": "recipe",
+    "Unpacking": "unpacking",
     "inspect": "inspection",
+    "pack": "packing",
     "perplexity": "evaluation",
     "plan": "planning",
     "prune": "pipeline",
+    "unpack": "unpacking",
 }
 
 

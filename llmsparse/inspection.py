@@ -10,11 +10,11 @@ from torch import Tensor
 
 from llmsparse import source
 from llmsparse.checkpoint import CheckpointReader
+from llmsparse.patterns import PATTERNS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-PATTERNS = ((1, 4), (2, 4), (1, 8), (2, 8), (4, 8))  # N kept of M, the narrowest that holds is named
 SPARSE = 0.05  # below this fraction of zeros a weight counts as dense
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from llmsparse import import_hook
 from llmsparse.errors import (
     CalibrationError,
     CheckpointError,
@@ -26,6 +27,8 @@ from llmsparse.errors import (
 
 if TYPE_CHECKING:
     from llmsparse.evaluation import Perplexity, perplexity
+    from llmsparse.explanation import Explanation, explain
+    from llmsparse.hf import SparseConfig
     from llmsparse.inspection import Inspection, inspect
     from llmsparse.pipeline import prune
     from llmsparse.planning import Plan, plan
@@ -37,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CalibrationError",
     "CheckpointError",
+    "Explanation",
     "Inspection",
     "LlmsparseError",
     "MachineError",
@@ -48,7 +52,9 @@ __all__ = [
     "RecipeError",
     "Report",
     "Rule",
+    "SparseConfig",
     "__version__",
+    "explain",
     "inspect",
     "perplexity",
     "plan",
@@ -56,12 +62,15 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Explanation": "explanation",
     "Inspection": "inspection",
     "Perplexity": "evaluation",
     "Plan": "planning",
     "Recipe": "recipe",
     "Report": "report",
     "Rule": "recipe",
+    "SparseConfig": "hf",
+    "explain": "explanation",
     "inspect": "inspection",
     "perplexity": "evaluation",
     "plan": "planning",
@@ -77,3 +86,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+import_hook.install()

@@ -5,10 +5,10 @@ large parameters unpacked, so that any implementation of experts computes what i
 implementation that runs each expert's packed matrices on the tokens routed to it.
 """
 
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -19,13 +19,13 @@ from torch.nn import functional
 from llmsparse.backends.choice import AUTO, Choice
 from llmsparse.formats.bitmask import Bitmask
 from llmsparse.formats.slicing import joined, rows_of
-from llmsparse.linear import PackedMatrix, carried, chosen, take
+from llmsparse.linear import PackedMatrix, SparseLinear, carried, chosen, take
 
 
 class PackedStack:
     """The matrices of all experts, (experts, out, in), packed: one by one, or together where the backend is `dense`."""
 
-    def __init__(self, packed: Bitmask, choice: Choice, transposed: bool) -> None:
+    def __init__(self, packed: Bitmask, choice: Choice, transposed: bool = False) -> None:
         self.choice = choice
         self.transposed = transposed
         self.described = packed.describe() | ({"transposed": True} if transposed else {})
@@ -127,3 +127,13 @@ def _product(self: Any, name: str, expert: int, x: Tensor) -> Tensor:
 @cache
 def _sparse(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Sparse{kind.__name__}", (SparseExperts, kind), {})
+
+
+def packed_weights(model: nn.Module) -> Iterator[tuple[str, PackedMatrix | PackedStack]]:
+    """Every packed weight of a loaded model, under the name that it is saved with."""
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear) and module.matrix is not None:
+            yield f"{name}.weight", module.matrix
+        elif isinstance(module, SparseExperts):
+            for leaf, stack in module.stacks.items():
+                yield f"{name}.{leaf}", stack

@@ -5,7 +5,7 @@ on meta at first, in their exact shapes. `prepare` then hands each weight to a b
 dropped; saving rebuilds them, equal. Inference only: packed weights are not trained.
 """
 
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportPrivateUsage=false
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping

@@ -132,5 +132,5 @@ def _place(row: Row) -> tuple[Any, ...]:
 
 
 def _row(content: dict[str, Any]) -> Row:
-    spans = {name: (float(content[name][0]), float(content[name][1])) for name in ("sparsity", "rows", "columns")}
+    spans: dict[str, Any] = {name: tuple(map(float, content[name])) for name in ("sparsity", "rows", "columns")}
     return Row(**content | spans)

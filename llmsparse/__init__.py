@@ -28,12 +28,15 @@ from llmsparse.errors import (
 if TYPE_CHECKING:
     from llmsparse.evaluation import Perplexity, perplexity
     from llmsparse.explanation import Explanation, explain
+    from llmsparse.footprint import Packing
     from llmsparse.hf import SparseConfig
     from llmsparse.inspection import Inspection, inspect
+    from llmsparse.packing import pack
     from llmsparse.pipeline import prune
     from llmsparse.planning import Plan, plan
     from llmsparse.recipe import Recipe, Rule
     from llmsparse.report import Report
+    from llmsparse.unpacking import Unpacking, unpack
 
 __version__ = "0.1.0"
 
@@ -45,6 +48,7 @@ __all__ = [
     "LlmsparseError",
     "MachineError",
     "NumericalError",
+    "Packing",
     "PatternError",
     "Perplexity",
     "Plan",
@@ -53,28 +57,35 @@ __all__ = [
     "Report",
     "Rule",
     "SparseConfig",
+    "Unpacking",
     "__version__",
     "explain",
     "inspect",
+    "pack",
     "perplexity",
     "plan",
     "prune",
+    "unpack",
 ]
 
 _MODULES = {
     "Explanation": "explanation",
     "Inspection": "inspection",
+    "Packing": "footprint",
     "Perplexity": "evaluation",
     "Plan": "planning",
     "Recipe": "recipe",
     "Report": "report",
     "Rule": "recipe",
     "SparseConfig": "hf",
+    "Unpacking": "unpacking",
     "explain": "explanation",
     "inspect": "inspection",
+    "pack": "packing",
     "perplexity": "evaluation",
     "plan": "planning",
     "prune": "pipeline",
+    "unpack": "unpacking",
 }
 
 

@@ -2,7 +2,8 @@
 
 The module stays the model's own, with its activation and biases; its class becomes a subclass of it that hands out the
 large parameters unpacked, so that any implementation of experts computes what it should. `sparse_experts` is the
-implementation that runs each expert's packed matrices on the tokens routed to it.
+implementation that runs each expert's packed matrices on the tokens routed to it. Experts that it does not reach
+(Llama 4's), and linear layers with a forward of their own (Falcon's), multiply with what they are handed.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -23,14 +24,15 @@ from llmsparse.linear import PackedMatrix, SparseLinear, carried, chosen, take
 
 
 class PackedStack:
-    """The matrices of all experts, (experts, out, in), packed: one by one, or together where the backend is `dense`."""
+    """The matrices of all experts, (experts, out, in), packed: one by one, or together where the backend is `dense` or
+    the module wants the whole."""
 
     def __init__(self, packed: Bitmask, choice: Choice, transposed: bool = False) -> None:
         self.choice = choice
         self.transposed = transposed
         self.described = packed.describe() | ({"transposed": True} if transposed else {})
-        experts, out, _ = packed.shape
-        self.together = choice.backend == "dense"
+        self.together = choice.whole or choice.backend == "dense"
+        experts, out = packed.shape[0], packed.shape[-2]
         parts = [packed] if self.together else [rows_of(packed, e * out, (e + 1) * out) for e in range(experts)]
         self.matrices = [PackedMatrix(part, choice, transposed) for part in parts]
         self.device, self.dtype = self.matrices[0].device, self.matrices[0].dtype
@@ -79,12 +81,19 @@ def prepare_experts(
     backend: str = AUTO,
     optimize: str = "memory",
 ) -> None:
-    """Hand the loaded weights of an experts module called `name` to a backend; `described`: parameter → description."""
+    """Hand the loaded weights of an experts module called `name` to a backend; `described`: parameter → description.
+
+    CheckpointError where one is damaged, MachineError for a named backend that cannot run it.
+    """
+    whole = not hasattr(module, "is_transposed")  # `sparse_experts` will not be asked to run it
     stacks: dict[str, PackedStack] = {}
     for leaf, what in described.items():
         packed = take(module, leaf, f"{name}.{leaf}", what)
         transposed = bool(what.get("transposed"))
-        stacks[leaf] = PackedStack(packed, chosen(f"{name}.{leaf}", packed, transposed, backend, optimize), transposed)
+        choice = chosen(
+            f"{name}.{leaf}", packed, transposed=transposed, whole=whole, backend=backend, optimize=optimize
+        )
+        stacks[leaf] = PackedStack(packed, choice, transposed)
     module.__dict__["stacks"] = stacks
     module.__class__ = _sparse(type(module))
 

@@ -30,17 +30,16 @@ from llmsparse.backends import BACKENDS
 from llmsparse.backends.choice import AUTO, check_names
 from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.experts import PackedStack, packed_weights, prepare_experts, sparse_experts
-from llmsparse.formats.bitmask import Bitmask, check_description, layout, measure, stored_bytes
+from llmsparse.formats.bitmask import Bitmask, layout, measure, stored_bytes
 from llmsparse.formats.slicing import moved
 from llmsparse.linear import SparseLinear, fill, place
+from llmsparse.packed import quantization_config, read_layers
 from llmsparse.shard import read_header
+from llmsparse.source import PACKED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-METHOD = "llmsparse"
-FORMAT_VERSION = 1
-STORED = {"format": "bitmask", "format_version": FORMAT_VERSION, "bit_order": "little"}
 LOADING = ("backend", "optimize")  # what a user may choose when a model is loaded; not part of the checkpoint
 VARIABLE = "LLMSPARSE_BACKEND"  # what runs where nobody chooses: for programs that load a model by its name alone
 
@@ -60,7 +59,7 @@ class SparseConfig(QuantizationConfigMixin):
         optimize: str = "memory",
         layers: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        self.quant_method: Any = METHOD
+        self.quant_method: Any = PACKED
         self.backend = backend or os.environ.get(VARIABLE) or AUTO
         self.optimize = optimize
         check_names(self.backend, optimize)
@@ -69,32 +68,19 @@ class SparseConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The `quantization_config` of a config.json. CheckpointError for one that this version cannot read."""
-        version = config_dict.get("format_version")
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"packed in format version {version}, this llmsparse reads up to {FORMAT_VERSION}; "
-                "install a newer llmsparse"
-            )
-        for key, wanted in STORED.items():
-            if config_dict.get(key) != wanted:
-                raise CheckpointError(f"quantization_config has {key} {config_dict.get(key)!r}, wanted {wanted!r}")
-        layers = config_dict.get("layers")
-        if not isinstance(layers, dict) or not all(isinstance(described, dict) for described in layers.values()):
-            raise CheckpointError("quantization_config has no layers, which describe the packed weights")
-        for name, described in layers.items():
-            check_description(name, described)
+        layers = read_layers(Path("config.json"), {"quantization_config": config_dict})
         config = cls(layers=layers, **{key: config_dict[key] for key in LOADING if key in config_dict})
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, **STORED, "layers": self.layers}
+        return quantization_config(self.layers)
 
     def get_loading_attributes(self) -> dict[str, str]:
         """What of the caller's config holds for a checkpoint that has its own."""
         return {key: getattr(self, key) for key in LOADING}
 
 
-auto.register_quantization_config(METHOD)(SparseConfig)
+auto.register_quantization_config(PACKED)(SparseConfig)
 auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, SparseConfig)
 # transformers warns that a packed folder has a config of its own; that is why only LOADING is taken from the caller's
 warnings.filterwarnings("ignore", message=r"You passed `quantization_config`.*\['backend', 'optimize'\]")
@@ -138,9 +124,9 @@ class SparseQuantizer(HfQuantizer):
         if parameter is None or list(parameter.shape) != shape:
             wanted = "no such weight" if parameter is None else f"{list(parameter.shape)}"
             raise CheckpointError(f"{name}: packed as {shape}, the model has {wanted}; they do not belong together")
-        if isinstance(module, nn.Linear | Conv1D):
+        if type(module).forward in (nn.Linear.forward, Conv1D.forward):
             model.set_submodule(path, SparseLinear(described, module.bias, parameter.dtype))
-        elif parameter.dim() == 3:
+        elif isinstance(module, nn.Linear) or parameter.dim() == 3:
             place(module, leaf, described, parameter.dtype)
         else:
             raise CheckpointError(f"{name}: a {type(module).__name__} cannot be packed, only linear layers and experts")
@@ -174,7 +160,7 @@ class SparseQuantizer(HfQuantizer):
         packed = [weight for _, weight in packed_weights(model)]
         self.compiles = all(BACKENDS[weight.choice.backend].compiles for weight in packed)
         if any(isinstance(weight, PackedStack) and not weight.together for weight in packed):
-            model.set_experts_implementation(METHOD)
+            model.set_experts_implementation(PACKED)
             self.compiles = False
         vars(model)["_weight_conversions"] = []  # it is saved under the module's names, whatever they were on disk
         return model
@@ -234,8 +220,8 @@ class PackWhileLoading(ConversionOps):
         return left
 
 
-auto.register_quantizer(METHOD)(SparseQuantizer)
-ExpertsInterface.register(METHOD, sparse_experts)
+auto.register_quantizer(PACKED)(SparseQuantizer)
+ExpertsInterface.register(PACKED, sparse_experts)
 
 
 def matrices(model: nn.Module) -> Iterator[tuple[str, bool]]:

@@ -42,7 +42,7 @@ class PackedMatrix:
     """A packed weight in the hands of a backend: (out, in), or all experts of a stack (experts, out, in)."""
 
     def __init__(self, packed: Bitmask, choice: Choice, transposed: bool = False) -> None:
-        spec = WeightSpec.of(packed, transposed)
+        spec = WeightSpec.of(packed, transposed, choice.whole)
         self.choice = choice
         self.backend = BACKENDS[choice.backend]
         self.transposed = transposed
@@ -85,7 +85,8 @@ class SparseLinear(nn.Module):
         that cannot run it."""
         packed = take(self, "weight", name, described)
         transposed = bool(described.get("transposed"))
-        self.matrix = PackedMatrix(packed, chosen(name, packed, transposed, backend, optimize), transposed)
+        choice = chosen(name, packed, transposed=transposed, backend=backend, optimize=optimize)
+        self.matrix = PackedMatrix(packed, choice, transposed)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) → (..., out)."""
@@ -145,10 +146,12 @@ def take(module: nn.Module, leaf: str, name: str, described: Mapping[str, Any]) 
     return Bitmask.restore(name, {**described, "dtype": dtype}, tensors)
 
 
-def chosen(name: str, packed: Bitmask, transposed: bool, backend: str, optimize: str) -> Choice:
+def chosen(
+    name: str, packed: Bitmask, *, transposed: bool = False, whole: bool = False, backend: str, optimize: str
+) -> Choice:
     """The choice for a packed weight."""
     size = sum(tensor.nbytes for tensor in packed.tensors().values())
-    return choose(name, WeightSpec.of(packed, transposed), size, backend=backend, optimize=optimize)
+    return choose(name, WeightSpec.of(packed, transposed, whole), size, backend=backend, optimize=optimize)
 
 
 def carried(held: Held, fn: Callable[[Tensor], Tensor]) -> Held:
@@ -157,5 +160,12 @@ def carried(held: Held, fn: Callable[[Tensor], Tensor]) -> Held:
     if (target.device, target.dtype) == (held.device, held.dtype):
         return held
     packed, before = moved(held.packed(), target.device, target.dtype), held.choice
-    choice = chosen(before.weight, packed, held.transposed, before.asked, before.optimize)
+    choice = chosen(
+        before.weight,
+        packed,
+        transposed=held.transposed,
+        whole=before.whole,
+        backend=before.asked,
+        optimize=before.optimize,
+    )
     return type(held)(packed, choice, held.transposed)

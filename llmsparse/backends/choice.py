@@ -14,6 +14,7 @@ from llmsparse.backends.table import matching
 from llmsparse.errors import MachineError, RecipeError, did_you_mean
 
 AUTO = "auto"
+UNPACKING = ("dense", "dense-lowmem")  # they can hand the whole weight over as well as multiply with it
 OPTIMIZE = ("memory", "speed")
 
 
@@ -27,6 +28,7 @@ class Choice:
     backend: str
     tokens: int | None  # None: any number
     because: str
+    whole: bool  # as in WeightSpec
     packed_bytes: int
     dense_bytes: int
     refused: Mapping[str, str] = field(default_factory=dict[str, str])  # every other backend, and why
@@ -45,6 +47,13 @@ def check_names(backend: str, optimize: str) -> None:
         raise RecipeError(f"optimize {optimize!r}: choose memory or speed")
 
 
+def why_not(backend: str, spec: WeightSpec) -> str | None:
+    """Why a backend cannot run a weight here, in a few words; None if it can."""
+    if spec.whole and backend not in UNPACKING:
+        return "the module multiplies with this weight in a way of its own"
+    return BACKENDS[backend].why_not(spec)
+
+
 def choose(
     weight: str, spec: WeightSpec, packed_bytes: int, *, backend: str = AUTO, optimize: str = "memory"
 ) -> Choice:
@@ -52,13 +61,13 @@ def choose(
     refused: dict[str, str] = {}
     chosen, tokens, because = "dense", None, "no backend is measured faster for this weight on this machine"
     if backend != AUTO:
-        reason = BACKENDS[backend].why_not(spec)
+        reason = why_not(backend, spec)
         if reason is not None:
             raise MachineError(f"backend {backend} cannot run {weight}: {reason}; use auto or dense")
         chosen, tokens, because = backend, BACKENDS[backend].tokens, "asked for"
     else:
         for row in matching(spec):
-            reason = BACKENDS[row.backend].why_not(spec) if row.backend in BACKENDS else "unknown to this version"
+            reason = why_not(row.backend, spec) if row.backend in BACKENDS else "unknown to this version"
             if reason is None:
                 limit = BACKENDS[row.backend].tokens
                 chosen, tokens = row.backend, None if limit is None else min(limit, row.tokens)
@@ -66,7 +75,9 @@ def choose(
                 break
             refused[row.backend] = reason
     unwanted = "not measured faster for this weight" if backend == AUTO else "another was asked for"
-    for name, other in BACKENDS.items():
+    for name in BACKENDS:
         if name != chosen and name not in refused:
-            refused[name] = other.why_not(spec) or unwanted
-    return Choice(weight, backend, optimize, chosen, tokens, because, packed_bytes, spec.dense_bytes, refused)
+            refused[name] = why_not(name, spec) or unwanted
+    return Choice(
+        weight, backend, optimize, chosen, tokens, because, spec.whole, packed_bytes, spec.dense_bytes, refused
+    )

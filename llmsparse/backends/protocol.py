@@ -22,11 +22,12 @@ class WeightSpec:
     dtype: torch.dtype
     device: torch.device
     transposed: bool = False  # the module that it stands for keeps (in, out)
+    whole: bool = False  # the module multiplies with it in a way of its own: it must be handed over unpacked
 
     @classmethod
-    def of(cls, packed: Bitmask, transposed: bool = False) -> WeightSpec:
+    def of(cls, packed: Bitmask, transposed: bool = False, whole: bool = False) -> WeightSpec:
         values = packed.values
-        return cls(packed.shape, packed.pattern, values.numel(), values.dtype, values.device, transposed)
+        return cls(packed.shape, packed.pattern, values.numel(), values.dtype, values.device, transposed, whole)
 
     @property
     def sparsity(self) -> float:

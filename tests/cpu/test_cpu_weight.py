@@ -122,7 +122,9 @@ DAMAGED = {
     "a mask of another dtype": damaged(mask=damaged().mask.to(torch.int16)),
     "offsets cut short": damaged(offsets=torch.zeros(3, dtype=torch.int32)),
     "another shape": damaged(shape=(6, 60)),
-    "2:4 that is not": Bitmask(torch.ones(4, 8), torch.full((4, 2), 0b1110111, dtype=torch.uint8), None, (4, 16), "2:4"),
+    "2:4 that is not": Bitmask(
+        torch.ones(4, 8), torch.full((4, 2), 0b1110111, dtype=torch.uint8), None, (4, 16), "2:4"
+    ),
 }
 
 

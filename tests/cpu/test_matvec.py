@@ -73,9 +73,7 @@ def test_products_equal_float64_at_odd_shapes(
 
 
 @every_kernel
-def test_a_bias_of_either_dtype_is_added_before_rounding(
-    kernel: str, dtype: torch.dtype, x_dtype: torch.dtype
-) -> None:
+def test_a_bias_of_either_dtype_is_added_before_rounding(kernel: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:
     skip_unless_here(kernel, dtype, x_dtype)
     weight, x = sparse(10, 70, dtype=dtype), torch.randn(2, 70).to(x_dtype)
     for bias in (torch.randn(10), torch.randn(10).to(BF16)):

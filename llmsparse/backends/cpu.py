@@ -1,4 +1,4 @@
-"""`cpu-bitmask`: the C kernel of `llmsparse.cpu`, for a few tokens at a time in fp32 and bf16.
+"""`cpu-bitmask`: the C kernel of `llmsparse.cpu`, for few tokens at a time, in fp32 and bf16.
 
 Beyond that it is no faster than torch: the weight is unpacked, and torch multiplies.
 """
@@ -16,7 +16,6 @@ from llmsparse.formats.bitmask import Bitmask
 
 class CpuBitmask:
     name = "cpu-bitmask"
-    tokens: int | None = cpu.MOST
     compiles = False
 
     def why_not(self, spec: WeightSpec) -> str | None:
@@ -25,6 +24,9 @@ class CpuBitmask:
         if spec.dtype not in DTYPES:
             return f"for float32 and bfloat16, this weight is {str(spec.dtype).removeprefix('torch.')}"
         return cpu.why_not()
+
+    def tokens(self, spec: WeightSpec) -> int | None:
+        return cpu.gain_rows(spec.dtype, spec.dtype)
 
     def prepare(self, packed: Bitmask, spec: WeightSpec) -> cpu.CpuWeight:
         return cpu.prepare(packed)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from llmsparse import import_hook
 from llmsparse.errors import (
     CalibrationError,
     CheckpointError,
@@ -25,8 +26,12 @@ from llmsparse.errors import (
 )
 
 if TYPE_CHECKING:
+    from llmsparse.doctor import Diagnosis, diagnose
     from llmsparse.evaluation import Perplexity, perplexity
+    from llmsparse.explanation import Explanation, explain
     from llmsparse.footprint import Packing
+    from llmsparse.generation import Generation, generate
+    from llmsparse.hf import SparseConfig
     from llmsparse.inspection import Inspection, inspect
     from llmsparse.packing import pack
     from llmsparse.pipeline import prune
@@ -40,6 +45,9 @@ __version__ = "0.1.0"
 __all__ = [
     "CalibrationError",
     "CheckpointError",
+    "Diagnosis",
+    "Explanation",
+    "Generation",
     "Inspection",
     "LlmsparseError",
     "MachineError",
@@ -52,8 +60,12 @@ __all__ = [
     "RecipeError",
     "Report",
     "Rule",
+    "SparseConfig",
     "Unpacking",
     "__version__",
+    "diagnose",
+    "explain",
+    "generate",
     "inspect",
     "pack",
     "perplexity",
@@ -63,6 +75,9 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Diagnosis": "doctor",
+    "Explanation": "explanation",
+    "Generation": "generation",
     "Inspection": "inspection",
     "Packing": "footprint",
     "Perplexity": "evaluation",
@@ -70,7 +85,11 @@ _MODULES = {
     "Recipe": "recipe",
     "Report": "report",
     "Rule": "recipe",
+    "SparseConfig": "hf",
     "Unpacking": "unpacking",
+    "diagnose": "doctor",
+    "explain": "explanation",
+    "generate": "generation",
     "inspect": "inspection",
     "pack": "packing",
     "perplexity": "evaluation",
@@ -88,3 +107,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+import_hook.install()

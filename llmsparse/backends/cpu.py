@@ -1,0 +1,43 @@
+"""`cpu-bitmask`: the C kernel of `llmsparse.cpu`, for few tokens at a time, in fp32 and bf16.
+
+Beyond that it is no faster than torch: the weight is unpacked, and torch multiplies.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmsparse import cpu
+from llmsparse.backends.protocol import WeightSpec
+from llmsparse.cpu.library import DTYPES
+from llmsparse.formats.bitmask import Bitmask
+
+
+class CpuBitmask:
+    name = "cpu-bitmask"
+    compiles = False
+
+    def why_not(self, spec: WeightSpec) -> str | None:
+        if spec.device.type != "cpu":
+            return f"runs on the CPU; the device is {spec.device}"
+        if spec.dtype not in DTYPES:
+            return f"for float32 and bfloat16, this weight is {str(spec.dtype).removeprefix('torch.')}"
+        return cpu.why_not()
+
+    def tokens(self, spec: WeightSpec) -> int | None:
+        return cpu.gain_rows(spec.dtype, spec.dtype)
+
+    def prepare(self, packed: Bitmask, spec: WeightSpec) -> cpu.CpuWeight:
+        return cpu.prepare(packed)
+
+    def run(self, prepared: cpu.CpuWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], prepared.shape[-2])
+        return cpu.matvec(prepared, x, bias)
+
+    def dense(self, prepared: cpu.CpuWeight) -> Tensor:
+        return cpu.expand(prepared, torch.empty(prepared.shape, dtype=prepared.dtype))
+
+    def restore(self, prepared: cpu.CpuWeight) -> Bitmask:
+        return prepared.packed()

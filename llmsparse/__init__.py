@@ -26,6 +26,9 @@ from llmsparse.errors import (
 
 if TYPE_CHECKING:
     from llmsparse.evaluation import Perplexity, perplexity
+    from llmsparse.factorization.pipeline import factorize
+    from llmsparse.factorization.recipe import FactorRecipe
+    from llmsparse.factorization.report import FactorReport
     from llmsparse.inspection import Inspection, inspect
     from llmsparse.pipeline import prune
     from llmsparse.planning import Plan, plan
@@ -37,6 +40,8 @@ __version__ = "0.1.0"
 __all__ = [
     "CalibrationError",
     "CheckpointError",
+    "FactorRecipe",
+    "FactorReport",
     "Inspection",
     "LlmsparseError",
     "MachineError",
@@ -49,6 +54,7 @@ __all__ = [
     "Report",
     "Rule",
     "__version__",
+    "factorize",
     "inspect",
     "perplexity",
     "plan",
@@ -56,12 +62,15 @@ __all__ = [
 ]
 
 _MODULES = {
+    "FactorRecipe": "factorization.recipe",
+    "FactorReport": "factorization.report",
     "Inspection": "inspection",
     "Perplexity": "evaluation",
     "Plan": "planning",
     "Recipe": "recipe",
     "Report": "report",
     "Rule": "recipe",
+    "factorize": "factorization.pipeline",
     "inspect": "inspection",
     "perplexity": "evaluation",
     "plan": "planning",

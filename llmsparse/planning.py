@@ -202,7 +202,7 @@ def make_plan(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
     choices = choose(recipe, model)
     output = recipe.output_folder
     check_output(output, resume=resume, overwrite=overwrite, source=folder)
-    _check_disk(output, sum(spec.end - spec.begin for spec in map(reader.spec, reader.keys())))
+    check_disk(output, sum(spec.end - spec.begin for spec in map(reader.spec, reader.keys())))
     stored_tokens = recipe.calibration.endswith(calibration.TOKEN_FILE_SUFFIX)
     tokenizer = None if stored_tokens else source.load_tokenizer(folder, recipe.trust_remote_code)
     windows = calibration.load_windows(
@@ -265,7 +265,7 @@ def versions() -> dict[str, str]:
     return {"llmsparse": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def _check_disk(output: Path, size: int) -> None:
+def check_disk(output: Path, size: int) -> None:
     """MachineError unless the nearest existing parent of `output` has room for `size` bytes."""
     parent = output.absolute().parent
     while not parent.exists():

@@ -5,6 +5,7 @@ O(points · clusters) a step; points then go to the cheapest cluster at these pr
 lose most by going elsewhere first. An exact assignment takes the square of the points in memory and more in time.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from collections.abc import Sequence

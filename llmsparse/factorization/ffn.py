@@ -3,6 +3,7 @@
 Its output is the sum of what its neurons add, so any partition of the neurons into experts gives y = Σ oᵢ(x) exactly.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,5 +1,6 @@
 """How well a layer routes: output energy it captures, beside the best that choosing could do, and who gets the load."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import math

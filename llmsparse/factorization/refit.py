@@ -5,6 +5,7 @@ argmin Σ ‖y − W̃ (g ⊙ h)‖² + λ‖W̃ − W‖², from normal equatio
 be as long as it likes.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator

@@ -6,6 +6,8 @@ the scores are scaled down until their weights after normalisation are 1/active 
 their order alone; `active` itself is folded into the experts.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,6 @@ import llmsparse
 from llmsparse import recipe_file
 from llmsparse.cli import main
 from llmsparse.errors import RecipeError
-from llmsparse.factorization import pipeline
 from llmsparse.factorization.planning import make_plan
 from llmsparse.factorization.recipe import FactorRecipe
 
@@ -136,31 +138,21 @@ def test_same_seed_same_bytes(
     assert files(tmp_path / "out") == files(made[0])
 
 
-@pytest.mark.parametrize("finished", [0, 1, 2])
-def test_resumed_after_a_kill_gives_the_same_bytes(
-    finished: int, model: Path, made: tuple[Path, llmsparse.FactorReport], notes: Path, tmp_path: Path
+def test_killed_twice_and_resumed_gives_the_same_bytes(
+    model: Path, made: tuple[Path, llmsparse.FactorReport], notes: Path, tmp_path: Path
 ) -> None:
-    """The process dies, without a chance to tidy up, in the block after so many finished ones."""
+    """SIGKILL as soon as the first block is on disk, and again after the second."""
     keys = {"model": str(model), "output": str(tmp_path / "out"), "calibration": str(notes), **RUN}
-    if child := os.fork():
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    else:
-        begun = 0
-        original = pipeline.factorize_block
-
-        def dying(*args: Any) -> Any:
-            nonlocal begun
-            if begun == finished:
-                os._exit(7)
-            begun += 1
-            return original(*args)
-
-        pipeline.factorize_block = dying
-        try:
-            llmsparse.factorize(**keys)
-        finally:
-            os._exit(1)
-    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
+    journal = tmp_path / "out.partial" / ".llmsparse" / "journal.jsonl"
+    for blocks in (1, 2):
+        code = f"import llmsparse; llmsparse.factorize(resume={blocks > 1}, **{keys})"
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+        while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > blocks):
+            time.sleep(0.01)
+        process.kill()
+        _, err = process.communicate()
+        assert not err, err.decode()
+        assert not (tmp_path / "out").exists()
     llmsparse.factorize(resume=True, **keys)
     assert files(tmp_path / "out") == files(made[0])
     assert not (tmp_path / "out.partial").exists()
@@ -282,8 +274,6 @@ def test_impossible_requests_are_one_line_and_exit_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import re
-
     monkeypatch.chdir(tmp_path)
     common = ["--experts", "4", "--shared", "1", "--active", "1", "--calibration", str(notes), "--seq-len", "32",
               "--calibration-samples", "12", "--device", "cpu"]  # fmt: skip

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from llmsparse.doctor import Diagnosis, diagnose
     from llmsparse.evaluation import Perplexity, perplexity
     from llmsparse.explanation import Explanation, explain
+    from llmsparse.factorization.pipeline import factorize
+    from llmsparse.factorization.recipe import FactorRecipe
+    from llmsparse.factorization.report import FactorReport
     from llmsparse.footprint import Packing
     from llmsparse.generation import Generation, generate
     from llmsparse.hf import SparseConfig
@@ -47,6 +50,8 @@ __all__ = [
     "CheckpointError",
     "Diagnosis",
     "Explanation",
+    "FactorRecipe",
+    "FactorReport",
     "Generation",
     "Inspection",
     "LlmsparseError",
@@ -65,6 +70,7 @@ __all__ = [
     "__version__",
     "diagnose",
     "explain",
+    "factorize",
     "generate",
     "inspect",
     "pack",
@@ -77,6 +83,8 @@ __all__ = [
 _MODULES = {
     "Diagnosis": "doctor",
     "Explanation": "explanation",
+    "FactorRecipe": "factorization.recipe",
+    "FactorReport": "factorization.report",
     "Generation": "generation",
     "Inspection": "inspection",
     "Packing": "footprint",
@@ -89,6 +97,7 @@ _MODULES = {
     "Unpacking": "unpacking",
     "diagnose": "doctor",
     "explain": "explanation",
+    "factorize": "factorization.pipeline",
     "generate": "generation",
     "inspect": "inspection",
     "pack": "packing",

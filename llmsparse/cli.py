@@ -15,6 +15,7 @@ from llmsparse import __version__, cli_recipes, cli_run
 from llmsparse.cli_exit import exit_code_of
 from llmsparse.cli_options import Debug, Json, Model, Quiet, Revision, TrustRemoteCode, Verbose, verb
 from llmsparse.errors import RecipeError
+from llmsparse.factorization.keys import KEYS as FACTORIZATION
 from llmsparse.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -107,6 +108,47 @@ def plan(
     from llmsparse.planning import make_plan
 
     terminal.show(make_plan(chosen), json)
+
+
+@verb(app, recipe_flags=True, keys=FACTORIZATION)
+def factorize(
+    terminal: Terminal,
+    model: Model,
+    assignments: Assignments = None,
+    recipe: RecipeName = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Take up an interrupted run.", rich_help_panel="Output", show_default=False)
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel="Output", show_default=False)
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only show what would be done.", rich_help_panel="Output", show_default=False),
+    ] = False,
+    json: Json = False,
+    **flags: Any,
+) -> None:
+    """Turn the FFNs of a dense MODEL into a mixture of experts, without training.
+
+    llmsparse factorize meta-llama/Llama-3.2-1B --recipe factorize-50
+    """
+    from llmsparse.factorization.recipe import FactorRecipe
+
+    given = {key: value for key, value in flags.items() if value is not None}
+    chosen = FactorRecipe.load(recipe, {"model": model, **given}, assignments or ())
+    if resume and overwrite:
+        raise RecipeError("--resume goes on with an unfinished run and --overwrite starts anew: choose one")
+    terminal.calm_libraries()
+    if dry_run:
+        from llmsparse.factorization.planning import make_plan
+
+        return terminal.show(make_plan(chosen), json)
+    terminal.partial = chosen.output_folder.with_name(chosen.output_folder.name + ".partial")
+    from llmsparse.factorization import pipeline
+
+    report = pipeline.factorize(chosen, resume=resume, overwrite=overwrite, progress=terminal.progress())
+    return terminal.show(report, json)
 
 
 @verb(app, "eval")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -26,10 +26,16 @@ TrustRemoteCode = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", show_default=False)]
 
 
-def verb(app: typer.Typer, name: str | None = None, *, recipe_flags: bool = False) -> Callable[[Verb], Verb]:
+def verb(
+    app: typer.Typer,
+    name: str | None = None,
+    *,
+    recipe_flags: bool = False,
+    keys: Mapping[str, Mapping[str, Key]] = KEYS,
+) -> Callable[[Verb], Verb]:
     """Register a function as a command. It gets the Terminal first, then its own options.
 
-    -q, -v and --debug are added to these, and with `recipe_flags` the keys of a recipe, which it gets as `**flags`,
+    -q, -v and --debug are added to these, and with `recipe_flags` the `keys` of a recipe, which it gets as `**flags`,
     None where a flag was not given.
     """
 
@@ -47,7 +53,7 @@ def verb(app: typer.Typer, name: str | None = None, *, recipe_flags: bool = Fals
         parameters = [
             inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
             *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own),
-            *(_recipe_flags() if recipe_flags else []),
+            *(_recipe_flags(keys) if recipe_flags else []),
             *(_flag(key, kind, False) for key, kind in (("quiet", Quiet), ("verbose", Verbose), ("debug", Debug))),
         ]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -59,8 +65,8 @@ def verb(app: typer.Typer, name: str | None = None, *, recipe_flags: bool = Fals
     return register
 
 
-def _recipe_flags() -> list[inspect.Parameter]:
-    return [_recipe_flag(name, key, panel) for panel, keys in KEYS.items() for name, key in keys.items()]
+def _recipe_flags(keys: Mapping[str, Mapping[str, Key]]) -> list[inspect.Parameter]:
+    return [_recipe_flag(name, key, panel) for panel, group in keys.items() for name, key in group.items()]
 
 
 def _recipe_flag(name: str, key: Key, panel: str) -> inspect.Parameter:

@@ -44,7 +44,8 @@ def list_recipes(terminal: Terminal, json: Json = False) -> None:
     """List the recipes that come with llmsparse, and what each is for."""
     from llmsparse import recipe_file
 
-    terminal.show(RecipeList({name: purpose(path) for name, path in recipe_file.shipped().items()}), json)
+    known = recipe_file.shipped() | recipe_file.shipped("factorize")
+    terminal.show(RecipeList({name: purpose(path) for name, path in known.items()}), json)
 
 
 @verb(app)
@@ -79,11 +80,14 @@ def validate(
 ) -> None:
     """Check a recipe: keys, values, method options, patterns. Prints it with every default spelled out."""
     from llmsparse import recipe_file
+    from llmsparse.factorization.recipe import FactorRecipe
     from llmsparse.recipe import Recipe
 
-    path = recipe_file.find(file)
+    path = recipe_file.shipped("factorize").get(file) or recipe_file.find(file)
     data, _ = recipe_file.read(path)
-    recipe = Recipe.load(path, None if "model" in data else {"model": "MODEL"})
+    factorizes = any(key in FactorRecipe.model_fields and key not in Recipe.model_fields for key in data)
+    kind = FactorRecipe if factorizes else Recipe
+    recipe = kind.load(path, None if "model" in data else {"model": "MODEL"})
     print(recipe.dump({"valid": path}), end="")
 
 
@@ -95,7 +99,7 @@ def purpose(path: Path) -> str:
 def _shipped(name: str) -> Path:
     from llmsparse import recipe_file
 
-    known = recipe_file.shipped()
+    known = recipe_file.shipped() | recipe_file.shipped("factorize")
     if name not in known:
         raise RecipeError(f"no shipped recipe {name!r}{did_you_mean(name, list(known))}")
     return known[name]

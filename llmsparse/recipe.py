@@ -86,6 +86,10 @@ Sparsity = Annotated[float, PlainValidator(parse_sparsity)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 Globs = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
 Method = Annotated[MethodSpec, PlainValidator(_method)]
+Length = Annotated[int, BeforeValidator(_no_bool), Field(ge=2)]
+Device = Annotated[str, PlainValidator(_device)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**63)]
 
 
 class Rule(BaseModel):
@@ -119,11 +123,11 @@ class Recipe(BaseModel):
     calibration: Annotated[str, Field(min_length=1)] = "c4"
     text_field: str | None = None
     calibration_samples: Count = 128
-    seq_len: Annotated[int, BeforeValidator(_no_bool), Field(ge=2)] | None = None
+    seq_len: Length | None = None
     batch_size: Count | None = None
-    device: Annotated[str, PlainValidator(_device)] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    seed: Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**63)] = 0
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    seed: Seed = 0
     format: Literal["dense", "packed"] = "dense"
     max_shard_size: Annotated[str, BeforeValidator(str)] = "5GB"
     revision: str | None = None

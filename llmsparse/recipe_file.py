@@ -24,21 +24,24 @@ _INT = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 
-def shipped() -> dict[str, Path]:
-    """The recipes that come with llmsparse, by name: in the wheel, or beside the package in a source checkout."""
+def shipped(kind: str = "") -> dict[str, Path]:
+    """The recipes that come with llmsparse, by name: in the wheel, or beside the package in a source checkout.
+
+    Those of `prune` lie in the folder itself, others in one named after their verb, `kind`.
+    """
     from importlib.resources import files
 
     inside = Path(str(files("llmsparse").joinpath("recipes")))
     folder = inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted((folder / kind).glob("*.yaml"))}
 
 
-def find(recipe: str | Path) -> Path:
-    """The file of a recipe given as a path or as a shipped name. RecipeError if there is neither."""
+def find(recipe: str | Path, kind: str = "") -> Path:
+    """The file of a recipe given as a path or as the name of a shipped one of `kind`. RecipeError if there is neither."""
     path = Path(recipe)
     if path.is_file():
         return path
-    known = shipped()
+    known = shipped(kind)
     if str(recipe) in known:
         return known[str(recipe)]
     if path.is_dir():

@@ -86,7 +86,7 @@ def test_a_kernel_keeps_a_dense_copy_for_speed_only() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the backend can run")
 def test_a_named_backend_runs_or_says_why_not() -> None:
     assert chosen(backend="dense-lowmem").because == "asked for"
-    with pytest.raises(MachineError, match="backend bitmask cannot run up: needs an NVIDIA GPU.*use auto or dense"):
+    with pytest.raises(MachineError, match=r"backend bitmask cannot run up: needs an NVIDIA GPU.*use auto or dense"):
         chosen(backend="bitmask")
 
 

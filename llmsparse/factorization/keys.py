@@ -1,0 +1,27 @@
+"""The keys of a factorization recipe as the command line shows them; `recipe.py` checks values, and takes longer to load."""
+
+from __future__ import annotations
+
+from llmsparse.recipe_keys import KEYS as PRUNING
+from llmsparse.recipe_keys import Key
+
+KEYS = {  # of every key but model, by group
+    "Experts": {
+        "experts": Key("Parts that each FFN is split into.", "16", "N"),
+        "shared": Key("Of these, how many run for every token.", "4", "N"),
+        "active": Key("Of the others, how many run for a token.", "4", "N"),
+        "split": Key("clustered, contiguous or random: which neurons go together.", "clustered", "HOW"),
+        "router": Key("linear, gate-mean, prior-approximate or random.", "linear", "HOW"),
+        "router_steps": Key("Steps to train a router with.", "300", "N"),
+        "scale": Key("fitted, ratio (experts over active) or none: a factor on each expert.", "fitted", "HOW"),
+        "refit": Key("Fit the down projection to the dense output.", "refit", kind=bool),
+        "container": Key("auto, glm4_moe, mixtral, qwen3_moe or qwen2_moe: what it is written as.", "auto", "NAME"),
+        "keep_dense": Key("Blocks to leave as they are: none, or numbers such as 0,-1.", "none", "BLOCKS"),
+    },
+    "Calibration": PRUNING["Calibration"],
+    "Machine and model": {name: PRUNING["Machine and model"][name] for name in ("device", "dtype", "revision")},
+    "Output": {
+        "output": Key("Folder to write; ./NAME-factorize-PERCENT if not given.", None, "DIR"),
+        "max_shard_size": PRUNING["Output"]["max_shard_size"],
+    },
+}

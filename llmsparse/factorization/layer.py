@@ -1,0 +1,119 @@
+"""One block: what enters its FFN is recorded, the neurons are split, the router made, the experts fitted, all measured."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+import time
+import zlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsparse.errors import CheckpointError, NumericalError
+from llmsparse.factorization import export
+from llmsparse.factorization.ffn import FFN
+from llmsparse.factorization.oracle import Routing, measure
+from llmsparse.factorization.planning import FactorPlan, Target
+from llmsparse.factorization.refit import SCALES, refit, scaled
+from llmsparse.factorization.router import ROUTERS, Lesson, shipped
+from llmsparse.factorization.split import SPLITS
+from llmsparse.model import Activations, Block
+from llmsparse.model import Slot as InputSlot
+from llmsparse.tap import Tap
+
+PROFILE_TOKENS = 4096  # that neurons are clustered by
+ROUTER_TOKENS = 2**16  # that a router is trained on
+MEASURED_TOKENS = 2**14
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What the journal keeps of a finished block."""
+
+    name: str
+    routing: Routing
+    measured_on: str  # held-out or calibration
+    notes: dict[str, Any]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> LayerRecord:
+        routing = Routing(**(entry["routing"] | {"load": tuple(entry["routing"]["load"])}))
+        return cls(entry["name"], routing, entry["measured_on"], entry["notes"], entry["seconds"])
+
+
+@torch.no_grad()
+def factorize_block(
+    block: Block, acts: Activations, held_out: Activations | None, plan: FactorPlan
+) -> tuple[dict[str, Tensor], LayerRecord]:
+    """The on-disk tensors that take the place of the block's FFN, and what is to be said of them.
+
+    `block` is dense; `acts` and `held_out` are what enters it behind the blocks factorized so far.
+    """
+    started = time.perf_counter()
+    target, layout, recipe = plan.targets[block.name], plan.layout, plan.recipe
+    generator = torch.Generator().manual_seed(recipe.seed * 2**32 + zlib.crc32(block.name.encode()))
+    dense = load_ffn(block, target, plan)
+    inputs = ffn_inputs(block, acts)
+
+    some = draw(inputs, PROFILE_TOKENS, generator).to(plan.device)
+    split = SPLITS[recipe.split](layout, dense.loudness(some).T.contiguous(), generator)
+    x = draw(inputs, ROUTER_TOKENS, generator).to(plan.device)
+    affine = plan.container.bias is not None
+    scores = ROUTERS[recipe.router](Lesson(dense, split, x, layout.active, affine, recipe.router_steps, generator))
+    router = shipped(scores, x, plan.container.formula, layout.active, target.dtype)
+    notes: dict[str, Any] = {}
+    written = scaled(dense, split, SCALES[recipe.scale](dense, split, router, inputs))
+    if recipe.refit:
+        written, notes = refit(dense, written, split, router, inputs)
+
+    seen = [draw(ffn_inputs(block, held_out) if held_out else inputs, MEASURED_TOKENS, generator)]
+    routing = measure(dense, written, split, router, seen)
+    tensors = export.tensors(plan.container, layout, target.prefix, written, split, router, target.dtype)
+    where = "held-out" if held_out else "calibration"
+    return tensors, LayerRecord(block.name, routing, where, notes, time.perf_counter() - started)
+
+
+def load_ffn(block: Block, target: Target, plan: FactorPlan) -> FFN:
+    """The FFN in fp32 on the device that computes. CheckpointError for NaN or Inf in it."""
+    matrices: list[Tensor] = []
+    for weight in (target.gate, target.up, target.down):
+        matrix = block.view(weight)
+        if not torch.isfinite(matrix).all():
+            raise CheckpointError(f"{weight.name} in {plan.folder} holds NaN or Inf; repair the checkpoint")
+        matrices.append(matrix.to(plan.device, torch.float32))
+    return FFN(*matrices)
+
+
+def ffn_inputs(block: Block, acts: Activations) -> list[Tensor]:
+    """What enters the FFN, one (tokens, width) a batch, on the device of the activations."""
+    inputs: list[Tensor] = []
+
+    def note(slot: InputSlot, x: Tensor) -> None:
+        if slot[0] == "mlp.gate_proj.weight":
+            inputs.append(x.to(acts.hidden[0].device, copy=True))
+
+    block.run(acts, Tap(block, note))
+    if not all(torch.isfinite(x).all() for x in inputs):
+        raise NumericalError(
+            f"the activations that enter the FFN of {block.name} are NaN or Inf; try --dtype float32, or check the model"
+        )
+    return inputs
+
+
+def draw(inputs: list[Tensor], count: int, generator: torch.Generator) -> Tensor:
+    """At most `count` tokens of all, drawn by the generator, in order: (tokens, width) fp32."""
+    total = sum(map(len, inputs))
+    rows = torch.randperm(total, generator=generator)[:count].sort().values
+    found: list[Tensor] = []
+    start = 0
+    for x in inputs:
+        inside = rows[(rows >= start) & (rows < start + len(x))] - start
+        found.append(x[inside.to(x.device)].float())
+        start += len(x)
+    return torch.cat(found)

@@ -1,0 +1,160 @@
+"""Factorize a checkpoint, block by block: the sibling of `llmsparse.pipeline`.
+
+Each block is calibrated on the blocks factorized before it, which are run by transformers' own code for the container,
+from what was written. So a run that is resumed does what one that was never interrupted does.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmsparse import source
+from llmsparse.checkpoint import CheckpointReader, CheckpointWriter, parse_size
+from llmsparse.disk import disk_error
+from llmsparse.errors import MachineError
+from llmsparse.evaluation import negative_log_likelihood
+from llmsparse.factorization.layer import LayerRecord, factorize_block
+from llmsparse.factorization.planning import FactorPlan, describe, make_plan, spell
+from llmsparse.factorization.recipe import FactorRecipe
+from llmsparse.factorization.report import FactorReport
+from llmsparse.memory import PeakMemory, release_freed
+from llmsparse.model import StreamedModel
+from llmsparse.output import PartialOutput
+from llmsparse.pipeline import OUTSIDE
+from llmsparse.planning import versions
+from llmsparse.progress import Progress, Silent
+
+
+def factorize(
+    recipe: FactorRecipe | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **keys: Any,
+) -> FactorReport:
+    """Write a dense model as a mixture of experts, as a recipe says, or its keys: `factorize(model="…", experts=16)`.
+
+    The run writes `<output>.partial`, renamed when all is done; `resume` takes up one that was interrupted and gives
+    the same bytes. Raises a LlmsparseError of one line.
+    """
+    progress = progress or Silent()
+    torch.backends.cuda.matmul.allow_tf32 = False  # the equations of the refit need the full fp32 mantissa
+    started = time.perf_counter()
+    plan = make_plan(recipe or FactorRecipe(**keys), resume=resume, overwrite=overwrite)
+    with (
+        PeakMemory(plan.device) as memory,
+        PartialOutput(
+            plan.output, source=plan.folder, fingerprint=plan.fingerprint, resume=resume, overwrite=overwrite
+        ) as partial,
+        progress,
+    ):
+        source.copy_side_files(plan.folder, partial.folder)
+        _write_config(plan, partial.folder)
+        writer = CheckpointWriter(partial.folder, plan.tensors, parse_size(plan.recipe.max_shard_size))
+        if OUTSIDE not in partial.finished:
+            writer.copy(plan.reader, plan.copied)
+            writer.write({key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in plan.zeros.items()})
+            writer.sync()
+            partial.journal(OUTSIDE, {})
+
+        report = FactorReport(
+            plan.name,
+            str(plan.output),
+            plan.recipe.resolved(),
+            plan.windows.protocol,
+            versions(),
+            describe(plan.layout),
+            spell(plan.layout),
+            plan.container.name,
+        )
+        factorize_blocks(plan, report, partial, writer, progress)
+        writer.finish()
+
+        report.warn()
+        report.seconds = time.perf_counter() - started
+        report.peak_memory_bytes = memory.read()
+        recipe_text = plan.recipe.dump(versions() | {"calibration sha256": plan.windows.fingerprint})
+        source.write_side_files(partial.folder, recipe=recipe_text, report=report.stored(), card=report.card())
+        _check_written(plan, partial.folder, writer)
+        partial.publish()
+    return report
+
+
+@torch.no_grad()
+def factorize_blocks(
+    plan: FactorPlan, report: FactorReport, partial: PartialOutput, writer: CheckpointWriter, progress: Progress
+) -> None:
+    """Carry activations through the factorized blocks, and held-out windows through these and the dense ones."""
+    dense = plan.model
+    made = StreamedModel(CheckpointReader(partial.folder), device=plan.device, dtype=plan.dtype)
+    acts, made_acts = dense.embed(plan.batches), made.embed(plan.batches)  # the same, but for how blocks are called
+    held = made_held = before = None
+    if plan.held_out:
+        held, made_held = dense.embed(plan.held_out), made.embed(plan.held_out)
+        before = held
+    progress.start(len(dense.block_names))
+    for index, name in enumerate(dense.block_names):
+        progress.block(name)
+        done = name in partial.finished
+        if name in plan.targets and done:
+            report.blocks.append(LayerRecord.from_json(partial.finished[name]))
+        if before or (name in plan.targets and not done):
+            block = dense.block(index)
+            if before:
+                before = block.run(before)
+            if name in plan.targets and not done:
+                tensors, record = factorize_block(block, acts, held, plan)
+                writer.write(tensors)
+                writer.sync()
+                partial.journal(name, record.to_json())
+                report.blocks.append(record)
+            block.evict()
+
+        block = made.block(index)
+        acts = acts.like(block.run(made_acts.like(acts.hidden)).hidden)
+        if held and made_held:
+            held = held.like(block.run(made_held.like(held.hidden)).hidden)
+        block.evict()
+        release_freed()
+    if before and held:
+        report.perplexity = {
+            "before": _perplexity(dense, before, plan),
+            "after": _perplexity(made, held, plan),
+            "windows": sum(ids.shape[0] for ids in plan.held_out),
+            "seq_len": plan.held_out[0].shape[1],
+            "tokens": _tokens(plan),
+        }
+
+
+def _perplexity(model: StreamedModel, acts: Any, plan: FactorPlan) -> float:
+    return math.exp(min(negative_log_likelihood(model, acts, plan.held_out) / _tokens(plan), 700.0))
+
+
+def _tokens(plan: FactorPlan) -> int:
+    return sum(ids.shape[0] * (ids.shape[1] - 1) for ids in plan.held_out)
+
+
+def _write_config(plan: FactorPlan, folder: Path) -> None:
+    try:
+        plan.config.save_pretrained(folder)
+    except OSError as error:
+        raise disk_error(folder / "config.json", error) from error
+
+
+def _check_written(plan: FactorPlan, folder: Path, writer: CheckpointWriter) -> None:
+    """Open the finished folder as any reader would and hold one block's tensors against what was written."""
+    reader = CheckpointReader(folder)
+    prefix = list(plan.targets.values())[-1].prefix
+    keys = [key for key in reader.keys() if key.startswith(prefix)]
+    written = writer.read(keys)
+    for key, tensor in reader.read(keys).items():
+        if not torch.equal(tensor.view(torch.uint8), written[key].view(torch.uint8)):
+            raise MachineError(f"{folder}: {key} does not read back as it was written; check the disk, then --resume")
+    missing = set(plan.tensors) ^ set(reader.keys())
+    assert not missing, f"tensors missing or added: {sorted(missing)[:3]}"

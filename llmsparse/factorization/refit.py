@@ -1,0 +1,136 @@
+"""The down projection of a routed FFN, fitted in closed form to the output of the dense one.
+
+With gates g(x) the FFN computes ŷ = W̃ (g ⊙ h). `fit_scales` finds one factor per expert, `refit` the whole of W̃:
+argmin Σ ‖y − W̃ (g ⊙ h)‖² + λ‖W̃ − W‖², from normal equations that are summed up over tokens, so that calibration can
+be as long as it likes. How strongly W̃ is held to W is decided on tokens held back: where text is short and neurons are
+many, fitting closely is worse than not fitting at all.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsparse.errors import NumericalError
+from llmsparse.factorization.ffn import FFN
+from llmsparse.factorization.router import Router, expert_outputs, tokens_at_once
+from llmsparse.factorization.split import Split
+
+SCALE_DAMP = 0.01  # λ of the scales, as a fraction of the mean of the diagonal
+DAMPS = (0.001, 0.01, 0.1, 1.0)  # the same of the refit, in the order tried until one is worse than the one before
+HELD_BACK = 8  # of so many tokens one judges them …
+JUDGES = 2**14  # … up to this number
+
+
+def routed_hidden(ffn: FFN, split: Split, router: Router, x: Tensor) -> Tensor:
+    """g ⊙ h: what the down projection of the mixture sees, (tokens, neurons); shared neurons always, routed gated."""
+    gates = router.gates(x)
+    always = gates.new_ones(len(gates), 1)
+    return ffn.hidden(x) * torch.cat([gates, always], 1)[:, split.owner.to(x.device)]
+
+
+def scaled(ffn: FFN, split: Split, factors: Tensor) -> FFN:
+    """The FFN with the down projection of expert i times factors[i]; the last factor is that of the shared neurons."""
+    return FFN(ffn.gate, ffn.up, ffn.down * factors.to(ffn.down)[split.owner.to(ffn.down.device)])
+
+
+def no_scales(ffn: FFN, split: Split, router: Router, inputs: Iterable[Tensor]) -> Tensor:
+    """Every expert adds what it added before."""
+    return torch.ones(len(split.routed) + 1)
+
+
+def ratio_scales(ffn: FFN, split: Split, router: Router, inputs: Iterable[Tensor]) -> Tensor:
+    """FactorLLM's: the number of experts over the number that run, rounded down."""
+    return torch.tensor([*[float(len(split.routed) // router.active)] * len(split.routed), 1.0])
+
+
+def fit_scales(ffn: FFN, split: Split, router: Router, inputs: Iterable[Tensor]) -> Tensor:
+    """The factor of each routed expert, and of the shared neurons, with the least output error: (routed + 1,)."""
+    count = len(split.routed) + 1
+    products = torch.zeros(count, count, dtype=torch.float64)
+    targets = torch.zeros(count, dtype=torch.float64)
+    for x in _chunks(ffn, split, inputs):
+        shared = ffn.hidden(x)[:, split.shared] @ ffn.down[:, split.shared].T
+        outputs = expert_outputs(ffn, split, x)
+        parts = torch.cat([outputs * router.gates(x)[..., None], shared[:, None]], 1)  # (tokens, routed + 1, width)
+        products += torch.einsum("tid,tjd->ij", parts, parts).double().cpu()
+        targets += torch.einsum("tid,td->i", parts, shared + outputs.sum(1)).double().cpu()
+    damping = SCALE_DAMP * products.diagonal().mean() * torch.eye(count, dtype=torch.float64)
+    return torch.linalg.solve(products + damping, targets + damping.diagonal()).float()  # λ pulls towards 1
+
+
+Scaling = Callable[[FFN, Split, Router, Iterable[Tensor]], Tensor]
+SCALES: dict[str, Scaling] = {"fitted": fit_scales, "ratio": ratio_scales, "none": no_scales}
+
+
+def refit(dense: FFN, start: FFN, split: Split, router: Router, inputs: Iterable[Tensor]) -> tuple[FFN, dict[str, Any]]:
+    """`start` with the down projection that brings the routed output closest to that of `dense`; notes say how.
+
+    `inputs` are (tokens, width) each. Neurons that never run on them keep their column, and all of them do where no
+    fit is better on the tokens held back. NumericalError where no damping makes the equations solvable.
+    """
+    device = start.down.device
+    gram = torch.zeros(start.neurons, start.neurons, device=device)
+    targets = torch.zeros(start.neurons, len(start.down), device=device)
+    held_back: list[Tensor] = []
+    for x in _chunks(dense, split, inputs):
+        judge = torch.arange(len(x), device=device) % HELD_BACK == HELD_BACK - 1
+        if sum(map(len, held_back)) < JUDGES:
+            held_back.append(x[judge])
+        hidden = routed_hidden(start, split, router, x[~judge])  # (tokens, neurons)
+        gram += hidden.T @ hidden
+        targets += hidden.T @ dense(x[~judge])
+
+    if not gram.any():
+        return start, {"refit": "no neuron that runs says anything on the calibration text"}
+    best, least = start, _error(dense, start, split, router, held_back)
+    solved, notes = 0, {"refit": "no fit is better on the tokens held back"}
+    for damp in DAMPS:
+        down = solve(gram, targets, start.down, damp)
+        if down is None:
+            continue
+        solved += 1
+        fitted = FFN(start.gate, start.up, down)
+        error = _error(dense, fitted, split, router, held_back)
+        if error < least:
+            best, least, notes = fitted, error, {"damp": damp}
+        elif "damp" in notes:
+            break
+    if not solved:
+        raise NumericalError(
+            f"the equations of the refit are not positive definite, even with a damping of {DAMPS[-1]:g}; use --no-refit"
+        )
+    return best, notes
+
+
+def solve(gram: Tensor, targets: Tensor, down: Tensor, damp: float) -> Tensor | None:
+    """argmin ‖Y − H W̃ᵀ‖² + λ‖W̃ − W‖² for gram HᵀH, targets HᵀY and `down` W (width, neurons); None if singular.
+
+    λ is `damp` times the mean of the diagonal of the gram matrix.
+    """
+    damping = damp * gram.diagonal().mean()
+    regular = gram.clone()
+    regular.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(regular)
+    if failed or not torch.isfinite(factor.diagonal()).all():
+        return None
+    return torch.cholesky_solve(targets + damping * down.T, factor).T.contiguous()
+
+
+def _error(dense: FFN, written: FFN, split: Split, router: Router, inputs: Iterable[Tensor]) -> float:
+    """Σ ‖y − ŷ‖² over some tokens."""
+    total = 0.0
+    for x in inputs:
+        total += (dense(x) - routed_hidden(written, split, router, x) @ written.down.T).square().sum().item()
+    return total
+
+
+def _chunks(ffn: FFN, split: Split, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The inputs in fp32 on the FFN's device, a few tokens at a time."""
+    for x in inputs:
+        for part in x.split(tokens_at_once(ffn, split)):
+            yield part.to(ffn.down.device, torch.float32)

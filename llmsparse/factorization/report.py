@@ -1,0 +1,174 @@
+"""What a factorization did: a row for every block, totals, perplexities. As JSON, as a table, as a model card."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from llmsparse.factorization.layer import LayerRecord
+from llmsparse.report import LARGE_LOSS, SCHEMA_VERSION
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+WASTE = 1.1  # neurons that run, padding included, over those asked for: worth a warning
+
+
+@dataclass
+class FactorReport:
+    """The outcome of `factorize`; written as llmsparse_report.json."""
+
+    model: str
+    output: str
+    recipe: dict[str, Any]
+    protocol: dict[str, Any]  # of the calibration windows
+    versions: dict[str, str]
+    layout: dict[str, Any]  # numbers of experts, their width, the share of the neurons that runs
+    experts: str  # the same in words
+    container: str
+    blocks: list[LayerRecord] = field(default_factory=list[LayerRecord])
+    perplexity: dict[str, Any] | None = None  # {"before", "after", …} on held-out windows
+    warnings: list[str] = field(default_factory=list[str])
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    @property
+    def active_share(self) -> float:
+        """Neurons that run for a token, padding included, over those of the dense FFN."""
+        return self.layout["active_share"]
+
+    def mean(self, energy: str) -> float:
+        """Of `captured`, `unfitted`, `oracle` or `entropy` over the blocks."""
+        return sum(getattr(block.routing, energy) for block in self.blocks) / len(self.blocks)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `factorize --json` prints: the stored report, and time and memory where a reader looks first."""
+        return self.stored() | {"seconds": self.seconds, "peak_memory_bytes": self.peak_memory_bytes}
+
+    def stored(self) -> dict[str, Any]:
+        """llmsparse_report.json; everything that time decides stands under `timings`."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model,
+            "output": self.output,
+            "container": self.container,
+            "layout": self.layout,
+            "perplexity": self.perplexity,
+            "calibration": self.protocol,
+            "blocks": [
+                {"name": block.name, "measured_on": block.measured_on}
+                | asdict(block.routing)
+                | {"entropy": block.routing.entropy, "dead": block.routing.dead}
+                | block.notes
+                for block in self.blocks
+            ],
+            "warnings": self.warnings,
+            "recipe": self.recipe,
+            "versions": self.versions,
+            "timings": {
+                "seconds": self.seconds,
+                "peak_memory_bytes": self.peak_memory_bytes,
+                "blocks": {block.name: block.seconds for block in self.blocks},
+            },
+        }
+
+    def summary(self) -> list[tuple[str, str]]:
+        """What a person wants to know, as (label, text) pairs."""
+        where = self.blocks[0].measured_on
+        dead = sum(block.routing.dead for block in self.blocks)
+        lines = [
+            ("output", self.output),
+            ("experts", self.experts),
+            ("container", self.container),
+            (
+                "output energy",
+                f"{self.mean('captured'):.3f} captured, {self.mean('unfitted'):.3f} before scale and refit; "
+                f"a greedy oracle's choice {self.mean('oracle'):.3f} ({where} tokens, mean of {len(self.blocks)} blocks)",
+            ),
+            ("load", f"entropy {self.mean('entropy'):.3f} of 1, {dead} dead experts"),
+        ]
+        if self.perplexity:
+            before, after = self.perplexity["before"], self.perplexity["after"]
+            windows, length = self.perplexity["windows"], self.perplexity["seq_len"]
+            lines.append(
+                (
+                    "perplexity",
+                    f"{before:.4g} → {after:.4g} on {windows} held-out windows of {length} tokens, per token",
+                )
+            )
+        lines.append(("took", f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 1e9:.2f} GB"))
+        lines += [("warning", warning) for warning in self.warnings]
+        return lines
+
+    def table(self) -> RenderableType:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        rows = Table("block", "captured", "unfitted", "oracle", "entropy", "dead", box=None, pad_edge=False)
+        for block in self.blocks:
+            routing = block.routing
+            figures = (routing.captured, routing.unfitted, routing.oracle, routing.entropy)
+            rows.add_row(block.name, *(f"{figure:.4f}" for figure in figures), str(routing.dead))
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for label, text in self.summary():
+            style = "yellow" if label == "warning" else ""
+            table.add_row(Text(label, style="bold " + style), Text(text, style=style))
+        return Group(rows, table)
+
+    def warn(self) -> None:
+        """Say plainly what a user should know: padding, dead experts, text that ran short, a large loss."""
+        asked = (self.layout["shared"] + self.layout["active"]) / self.layout["experts"]
+        if self.active_share > WASTE * asked:
+            self.warnings.append(
+                f"experts are padded to {self.layout['width']} neurons, so {self.active_share:.0%} of the FFN runs where "
+                f"{asked:.0%} was asked for; a number of experts that divides the FFN into such widths wastes less"
+            )
+        dead = [block.name for block in self.blocks if block.routing.dead]
+        if dead:
+            self.warnings.append(f"{len(dead)} blocks have experts that no {self.blocks[0].measured_on} token chose")
+        if "note" in self.protocol:
+            self.warnings.append(f"calibration: {self.protocol['note']}")
+        if not self.perplexity:
+            return
+        before, after = self.perplexity["before"], self.perplexity["after"]
+        if not after < LARGE_LOSS * before:
+            self.warnings.append(
+                f"perplexity rose {after / before:.1f}-fold with {self.active_share:.0%} of the FFN active; use more "
+                "active experts, more calibration text, or tune the result before using it"
+            )
+
+    def card(self) -> str:
+        """The model card, README.md of the output folder."""
+        lines = [
+            "---",
+            f"base_model: {self.model}",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            "tags:",
+            *(f"- {tag}" for tag in ("llmsparse", "moe", "mixture-of-experts", self.container)),
+            "---",
+            "",
+            f"# {self.model} as a mixture of experts, {self.active_share:.0%} of its FFN active",
+            "",
+            f"Made with llmsparse from the dense model, without training it. An ordinary {self.container} checkpoint: it",
+            "loads in transformers and vLLM with nothing else installed.",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {label} | {text} |" for label, text in self.summary() if label not in ("output", "took")),
+            f"| calibration | {', '.join(f'{key} {value}' for key, value in self.protocol.items())} |",
+            "",
+            "| block | output energy captured | before scale and refit | greedy oracle | load entropy | dead experts |",
+            "|---|---|---|---|---|---|",
+            *(
+                f"| {block.name} | {routing.captured:.4f} | {routing.unfitted:.4f} | {routing.oracle:.4f} "
+                f"| {routing.entropy:.4f} | {routing.dead} |"
+                for block in self.blocks
+                for routing in (block.routing,)
+            ),
+            "",
+            "The resolved recipe is in `llmsparse_recipe.yaml`, the load of every expert in `llmsparse_report.json`.",
+            "",
+        ]
+        return "\n".join(lines)

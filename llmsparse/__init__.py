@@ -14,6 +14,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from llmsparse import import_hook
 from llmsparse.errors import (
     CalibrationError,
     CheckpointError,
@@ -26,21 +27,28 @@ from llmsparse.errors import (
 
 if TYPE_CHECKING:
     from llmsparse.evaluation import Perplexity, perplexity
+    from llmsparse.explanation import Explanation, explain
+    from llmsparse.footprint import Packing
+    from llmsparse.hf import SparseConfig
     from llmsparse.inspection import Inspection, inspect
+    from llmsparse.packing import pack
     from llmsparse.pipeline import prune
     from llmsparse.planning import Plan, plan
     from llmsparse.recipe import Recipe, Rule
     from llmsparse.report import Report
+    from llmsparse.unpacking import Unpacking, unpack
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CalibrationError",
     "CheckpointError",
+    "Explanation",
     "Inspection",
     "LlmsparseError",
     "MachineError",
     "NumericalError",
+    "Packing",
     "PatternError",
     "Perplexity",
     "Plan",
@@ -48,24 +56,36 @@ __all__ = [
     "RecipeError",
     "Report",
     "Rule",
+    "SparseConfig",
+    "Unpacking",
     "__version__",
+    "explain",
     "inspect",
+    "pack",
     "perplexity",
     "plan",
     "prune",
+    "unpack",
 ]
 
 _MODULES = {
+    "Explanation": "explanation",
     "Inspection": "inspection",
+    "Packing": "footprint",
     "Perplexity": "evaluation",
     "Plan": "planning",
     "Recipe": "recipe",
     "Report": "report",
     "Rule": "recipe",
+    "SparseConfig": "hf",
+    "Unpacking": "unpacking",
+    "explain": "explanation",
     "inspect": "inspection",
+    "pack": "packing",
     "perplexity": "evaluation",
     "plan": "planning",
     "prune": "pipeline",
+    "unpack": "unpacking",
 }
 
 
@@ -77,3 +97,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+import_hook.install()

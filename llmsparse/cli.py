@@ -36,6 +36,13 @@ Revision = Annotated[
     str | None, typer.Option(metavar="R", help="Branch, tag or commit on the hub.", show_default=False)
 ]
 
+Output = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.", show_default=False)]
+MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest file to write.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.", show_default=False)
+]
+
 
 @app.callback(invoke_without_command=True)
 def root(
@@ -155,12 +162,66 @@ def evaluate(
 
 
 @verb(app)
-def inspect(terminal: Terminal, model: Model, revision: Revision = None, json: Json = False) -> None:
-    """Show sparsity, pattern and size of every weight of MODEL, and totals."""
+def inspect(
+    terminal: Terminal,
+    model: Model,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check a packed checkpoint's masks and checksums.", show_default=False)
+    ] = False,
+    revision: Revision = None,
+    json: Json = False,
+) -> None:
+    """Show sparsity, pattern and size of every weight of MODEL, dense or packed, and totals."""
     terminal.calm_libraries()
     from llmsparse import inspection
 
-    terminal.show(inspection.inspect(model, revision=revision), json)
+    terminal.show(inspection.inspect(model, revision=revision, verify=verify), json)
+
+
+@verb(app)
+def pack(
+    terminal: Terminal,
+    model: Model,
+    output: Output,
+    overwrite: Overwrite = False,
+    max_shard_size: MaxShardSize = "5GB",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Store a pruned MODEL without its zeros; `unpack` gives it back bit for bit.
+
+    llmsparse pack ./pruned -o ./packed
+    """
+    terminal.calm_libraries()
+    from llmsparse import packing
+
+    options: dict[str, Any] = {"revision": revision, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
+    options |= {"max_shard_size": max_shard_size, "progress": terminal.progress()}
+    terminal.show(packing.pack(model, output, **options), json)
+
+
+@verb(app)
+def unpack(
+    terminal: Terminal,
+    model: Model,
+    output: Output,
+    overwrite: Overwrite = False,
+    max_shard_size: MaxShardSize = "5GB",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Give a packed MODEL its zeros back: an ordinary checkpoint. Opens compressed-tensors' sparse formats too.
+
+    llmsparse unpack ./packed -o ./pruned
+    """
+    terminal.calm_libraries()
+    from llmsparse import unpacking
+
+    options: dict[str, Any] = {"revision": revision, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
+    options |= {"max_shard_size": max_shard_size, "progress": terminal.progress()}
+    terminal.show(unpacking.unpack(model, output, **options), json)
 
 
 @verb(app)

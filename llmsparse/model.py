@@ -10,7 +10,7 @@ model's own forward is used for everything, with blocks replaced by recorders (`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -22,7 +22,7 @@ from llmsparse.activations import Activations, Recorder
 from llmsparse.block import Block, Head
 from llmsparse.checkpoint import CheckpointReader
 from llmsparse.errors import CheckpointError
-from llmsparse.naming import Naming, in_block
+from llmsparse.naming import Group, Naming, in_block
 from llmsparse.outline import outline
 from llmsparse.skeleton import assign, build, find_blocks, quiet, replaced
 from llmsparse.weight import Slot, Weight, list_weights
@@ -52,11 +52,11 @@ class StreamedModel:
         self.block_names = [f"{path}.{index}" for index in range(len(self._blocks))]
 
         keys = reader.keys()
-        self._naming = Naming(self._model, keys)
+        self.naming = Naming(self._model, keys)
         self.outside_keys: list[str] = []
         self._block_keys: list[list[str]] = [[] for _ in self._blocks]
         for key in keys:
-            index = in_block(self._naming.target(key) or "", path)
+            index = in_block(self.naming.target(key) or "", path)
             (self.outside_keys if index is None else self._block_keys[index]).append(key)
         self._input, self._embedding = self._named(self._model.get_input_embeddings())
         self._output, self._head = self._named(self._model.get_output_embeddings())
@@ -81,15 +81,25 @@ class StreamedModel:
     def weights(self, index: int) -> list[Weight]:
         """Every matrix that a block multiplies activations with. Reads nothing."""
         prefix = self.block_names[index] + "."
-        groups = [group for name, group in self._naming.groups.items() if name.startswith(prefix)]
+        groups = [group for name, group in self.naming.groups.items() if name.startswith(prefix)]
         return list_weights(self._reader, groups, self._blocks[index], prefix, self._outline.transposed)
 
     def head_weights(self) -> list[Weight]:
         """The untied output head, which is not pruned by default; nothing where it is tied to the input embedding."""
         if self._output in self._model.all_tied_weights_keys:
             return []
-        prefix, group = self._output.removesuffix("weight"), self._naming.groups[self._output]
+        prefix, group = self._output.removesuffix("weight"), self.naming.groups[self._output]
         return list_weights(self._reader, [group], self._head, prefix, self._outline.transposed, {"weight": HEAD})
+
+    def matrices(self) -> Iterator[tuple[Group, dict[str, bool]]]:
+        """Tensors on disk that become linear weights, experts or the untied head, group by group, and which module
+        tensors these are: name → laid out (in, out). Reads nothing."""
+        blocks = [weight for index in range(len(self._blocks)) for weight in self.weights(index) if weight.prunable]
+        keys = {weight.key for weight in [*blocks, *self.head_weights()]}
+        for group in self.naming.groups.values():
+            if keys.intersection(group.keys):
+                laid_out = self._outline.transposed
+                yield group, {name: laid_out[name] for name in group.targets if name in laid_out}
 
     @torch.no_grad()
     def embed(self, batches: Sequence[Tensor]) -> Activations:
@@ -127,7 +137,7 @@ class StreamedModel:
             self._blocks[index],
             self.weights(index),
             self._reader.read(self._block_keys[index]),
-            naming=self._naming,
+            naming=self.naming,
             prefix=name + ".",
             device=self._device,
             fill=self._fill,
@@ -155,7 +165,7 @@ class StreamedModel:
             self._head,
             weights,
             self._reader.read([weights[0].key]),
-            naming=self._naming,
+            naming=self.naming,
             prefix=self._output.removesuffix("weight"),
             device=self._device,
             fill=self._fill,
@@ -198,7 +208,7 @@ class StreamedModel:
 
     def _check_complete(self) -> dict[str, str]:
         """Tied parameters that are not on disk → the one that is. Raises CheckpointError if any other is missing."""
-        on_disk = {name for group in self._naming.groups.values() for name in group.targets}
+        on_disk = {name for group in self.naming.groups.values() for name in group.targets}
         tied: dict[str, str] = {}
         for target, origin in self._model.all_tied_weights_keys.items():
             if target not in on_disk:
@@ -212,7 +222,7 @@ class StreamedModel:
                 f"{self._reader.folder}: {len(missing)} of the tensors that config.json asks for are not on disk, "
                 f"{missing[0]!r} among them; download the checkpoint again"
             )
-        for group in self._naming.groups.values():
+        for group in self.naming.groups.values():
             held = sum(math.prod(self._reader.spec(key).shape) for key in group.keys)
             wanted = sum(self._model.get_parameter_or_buffer(name).numel() for name in group.targets)
             if held != wanted:
@@ -229,13 +239,13 @@ class StreamedModel:
         rest = [
             key
             for key in self.outside_keys
-            if (target := self._naming.target(key)) and target not in large and not self._loaded
+            if (target := self.naming.target(key)) and target not in large and not self._loaded
         ]
         if rest:
             self._fill(self._reader.read(rest))
         self._loaded = True
         if self._model.get_parameter(part).is_meta:
-            self._fill(self._reader.read(self._naming.groups[self._tied.get(part, part)].keys))
+            self._fill(self._reader.read(self.naming.groups[self._tied.get(part, part)].keys))
 
     def _drop(self, part: str) -> None:
         """Let go of an embedding, and of what is tied to it."""
@@ -249,7 +259,7 @@ class StreamedModel:
         def prepare(target: str, tensor: Tensor) -> Tensor:
             return tensor.to(self._device, self._dtypes[target], copy=True)
 
-        for name, tensor in self._naming.to_module(tensors, prepare):
+        for name, tensor in self.naming.to_module(tensors, prepare):
             wanted = self._model.get_parameter_or_buffer(name).shape
             if tensor.shape != wanted:
                 raise CheckpointError(

@@ -98,6 +98,10 @@ class Naming:
         group = self._group_of.get(key)
         return group.target if group else None
 
+    def is_own(self, name: str) -> bool:
+        """Whether loading leaves `name` as it is, as it should a name of the module's."""
+        return self._place(name)[0] == name
+
     def to_module(
         self, tensors: Mapping[str, Tensor], prepare: Callable[[str, Tensor], Tensor] = lambda target, tensor: tensor
     ) -> Iterator[tuple[str, Tensor]]:

@@ -1,9 +1,9 @@
 """A run's output folder: invisible under its final name until it is complete.
 
 The run writes `OUT.partial`, which holds its own state in `.llmsparse/`: `run.json` (fingerprint of everything the
-result depends on), `journal.jsonl` (one line a finished block) and, while a folder is being replaced, `replaced/`. A
-crash at any moment leaves no OUT, the old OUT or the new one, each complete, and a folder to resume from. A lock that
-the system drops when the process dies, `OUT.lock`, keeps a second run away.
+result depends on), `journal.jsonl` (one line a finished block), whatever else the run needs to go on and, while a
+folder is being replaced, `replaced/`. A crash at any moment leaves no OUT, the old OUT or the new one, each complete,
+and a folder to resume from. A lock that the system drops when the process dies, `OUT.lock`, keeps a second run away.
 """
 
 from __future__ import annotations
@@ -28,16 +28,25 @@ class PartialOutput:
 
     `fingerprint` is JSON-able; a resume with a different one is refused, naming the top-level keys that differ.
     `overwrite` allows an existing OUT, if it is a checkpoint, to be replaced by `publish`, and starts anew where an
-    unfinished run is found. `source` is the model's folder, which OUT may neither be nor hold nor lie in.
+    unfinished run is found. `source` is the model's folder, which OUT may neither be nor hold nor lie in. What is not
+    `resumable` is removed if it fails.
 
     Raises RecipeError for what the user must decide, MachineError for a locked, unwritable or full place.
     """
 
     def __init__(
-        self, out: Path, *, fingerprint: dict[str, Any], resume: bool, overwrite: bool, source: Path | None = None
+        self,
+        out: Path,
+        *,
+        fingerprint: dict[str, Any],
+        resume: bool,
+        overwrite: bool,
+        source: Path | None = None,
+        resumable: bool = True,
     ) -> None:
         self._place = place = _Place(out, source)
-        self.out, self.folder = place.out, place.folder
+        self._resumable = resumable
+        self.out, self.folder, self.state = place.out, place.folder, place.state
         self.finished: dict[str, Any] = {}
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +60,7 @@ class PartialOutput:
                     _check_fingerprint(self.folder, run["fingerprint"], now)
                     self.finished = _read_journal(place.journal)
                 else:
-                    place.start(now, overwrite)
+                    place.start(now, overwrite, resumable)
             except BaseException:
                 self._lock.release()
                 raise
@@ -64,6 +73,9 @@ class PartialOutput:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is not None and not self._resumable:
+            self._place.recover()  # an old OUT that was being replaced lies in the folder
+            shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
 
     def journal(self, block: str, entry: dict[str, Any]) -> None:
@@ -138,9 +150,8 @@ class _Place:
             raise RecipeError(f"{reason}, nothing to resume; leave out --resume")
         self.check_existing(overwrite or bool(run and run["overwrite"]))
         if run is not None and not resume and not overwrite:
-            raise RecipeError(
-                f"{self.folder}: an unfinished run is there; go on with --resume, or start anew with --overwrite"
-            )
+            way_out = "go on with --resume, or start anew" if run["resumable"] else "start anew"
+            raise RecipeError(f"{self.folder}: an unfinished run is there; {way_out} with --overwrite")
         return run
 
     def check_existing(self, overwrite: bool) -> None:
@@ -161,18 +172,19 @@ class _Place:
         if (self.out / STATE).is_dir():
             shutil.rmtree(self.out / STATE)
 
-    def start(self, fingerprint: dict[str, Any], overwrite: bool) -> None:
+    def start(self, fingerprint: dict[str, Any], overwrite: bool, resumable: bool) -> None:
         """Empty OUT.partial, the journal first, so that a crash leaves nothing to trust, and note this run."""
         self.journal.unlink(missing_ok=True)
-        for path in [*self.folder.glob("*"), *self.folder.glob(".*")]:
-            if path == self.state:
+        kept = (self.state, self.state / "run.json", self.replaced)
+        for path in [*self.folder.glob("*"), *self.folder.glob(".*"), *self.state.glob("*")]:
+            if path in kept:
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
         self.state.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"fingerprint": fingerprint, "overwrite": overwrite}, indent=2) + "\n"
+        text = json.dumps({"fingerprint": fingerprint, "overwrite": overwrite, "resumable": resumable}, indent=2) + "\n"
         replace_file(self.state / "run.json", text)
         for folder in (self.state, self.folder, self.out.parent):
             fsync(folder)
@@ -182,7 +194,7 @@ class _Place:
         if file.is_file():
             try:
                 run: Any = json.loads(file.read_bytes())
-                return {"fingerprint": run["fingerprint"], "overwrite": run["overwrite"]}
+                return {key: run[key] for key in ("fingerprint", "overwrite", "resumable")}
             except (ValueError, KeyError, TypeError) as error:
                 raise RecipeError(f"{file}: corrupt; delete {self.folder} and start anew") from error
         if self.folder.exists() and any(path.name != STATE for path in self.folder.iterdir()):

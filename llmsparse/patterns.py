@@ -22,6 +22,7 @@ from llmsparse.errors import NumericalError, PatternError
 
 Scope = Literal["row", "matrix"]
 
+PATTERNS = ((1, 8), (1, 4), (2, 8), (2, 4), (4, 8))  # N:M that is looked for in a weight, the narrowest first
 PAIRED = 4  # up to this M comparing every pair of a group is faster than partitioning it (CPU, 2048 × 8192)
 
 

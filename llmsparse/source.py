@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from llmsparse import demo
 from llmsparse.disk import disk_error
 from llmsparse.errors import CheckpointError, MachineError, RecipeError
+from llmsparse.formats import compressed_tensors
 
 BUILTIN = "builtin"  # the embedded model
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
@@ -37,6 +39,7 @@ WEIGHTS = (
     ".npz",
 )
 WRITTEN = ("README.md", "llmsparse_recipe.yaml", "llmsparse_report.json")
+PACKED = "llmsparse"  # the quant_method of a packed checkpoint
 CHAT_TEMPLATES = "additional_chat_templates"
 
 
@@ -68,6 +71,28 @@ def resolve(model: str, revision: str | None = None) -> Path:
     return folder
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """What `config.json` says, as it stands there; CheckpointError where it is missing or no JSON object."""
+    file = folder / "config.json"
+    try:
+        content: Any = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: no config.json, so this is no model") from error
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not JSON: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: not a JSON object")
+    return content
+
+
+def is_packed(config: Mapping[str, Any]) -> bool:
+    """Whether a config is that of a checkpoint packed by llmsparse."""
+    block = config.get("quantization_config")
+    return isinstance(block, dict) and block.get("quant_method") == PACKED
+
+
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """The transformers config of a causal language model that can be handled, else CheckpointError."""
     import transformers
@@ -75,17 +100,13 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     file = folder / "config.json"
-    raw = _read_json(file)
+    raw = read_config(folder)
     kind, architectures, remote = raw.get("model_type"), raw.get("architectures"), raw.get("auto_map")
     if not isinstance(kind, str) or not kind:
         raise CheckpointError(f"{file}: has no model_type, so nothing says what this model is")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise CheckpointError(f'{file}: has no architectures; name the model\'s class there, e.g. ["LlamaForCausalLM"]')
-    text = raw.get("text_config")
-    quantized = raw.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
-    if quantized:
-        method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else quantized
-        raise CheckpointError(f"{file}: already quantized ({method}); start from the unquantized checkpoint")
+    _refuse_compressed(file, raw)
     if kind not in CONFIG_MAPPING and not remote:
         close = get_close_matches(kind, list(CONFIG_MAPPING), n=1)
         raise CheckpointError(
@@ -129,12 +150,13 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         raise CheckpointError(f"{folder}: tokenizer cannot be loaded: {_one_line(error)}{hint}") from error
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy whatever belongs to a model but is not weights: configs, tokenizer, chat templates, code, licence."""
+def copy_side_files(source: Path, target: Path, leaving: Collection[str] = WRITTEN) -> None:
+    """Copy whatever belongs to a model but is not weights: configs, tokenizer, chat templates, code, licence; not the
+    files named in `leaving`."""
     for path in sorted([*source.glob("*"), *source.glob(f"{CHAT_TEMPLATES}/*")]):
         name = path.name
         weights = name.endswith(WEIGHTS) or name.endswith((".safetensors.index.json", ".bin.index.json"))
-        if weights or name.startswith(".") or name in WRITTEN or not path.is_file():
+        if weights or name.startswith(".") or name in leaving or not path.is_file():
             continue
         copy = target / path.relative_to(source)
         try:
@@ -152,6 +174,22 @@ def write_side_files(target: Path, *, recipe: str, report: dict[str, Any], card:
             (target / name).write_text(text, encoding="utf-8")
         except OSError as error:
             raise disk_error(target / name, error, len(text)) from error
+
+
+def _refuse_compressed(file: Path, config: Mapping[str, Any]) -> None:
+    """CheckpointError for weights that are not there as they are, naming the way back if there is one."""
+    way_back = f"restore it first: llmsparse unpack {file.parent} -o DIR"
+    if is_packed(config):
+        raise CheckpointError(f"{file}: packed by llmsparse; {way_back}")
+    orphaned = compressed_tensors.format_of(config)
+    if orphaned:
+        raise CheckpointError(f"{file}: compressed by compressed-tensors ({orphaned}); {way_back}")
+    text = config.get("text_config")
+    inner = text.get("quantization_config") if isinstance(text, dict) else None
+    quantized = config.get("quantization_config") or inner
+    if quantized:
+        method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else quantized
+        raise CheckpointError(f"{file}: already quantized ({method}); start from the unquantized checkpoint")
 
 
 def _download(model: str, revision: str | None) -> Path:
@@ -194,20 +232,6 @@ def _unreachable(what: str, error: OSError) -> MachineError:
         return MachineError(f"{what}: {found} while offline (HF_HUB_OFFLINE=1); name a local folder, or go online once")
     cause = _one_line(error.__cause__ or error)
     return MachineError(f"{what}: {found}, and {constants.ENDPOINT} is out of reach ({cause}); name a local folder")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content: Any = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file.parent}: no config.json, so this is no model") from error
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not JSON: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: not a JSON object")
-    return content
 
 
 def _one_line(error: BaseException) -> str:

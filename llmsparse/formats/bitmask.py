@@ -8,13 +8,15 @@ One layout for every pattern: at 2:4 a bit per weight is what indices would cost
 place is *kept*, which comes from the pruner's mask or from the bit pattern of the weight and never from comparing with
 zero: a kept weight may be zero, and -0.0 must come back as -0.0. In an N:M weight every group stores exactly N values;
 one with fewer survivors keeps its lowest free places too, with the zeros that are there.
+
+docs/packed-format.md specifies it, and the folder around it, for whoever writes a reader.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -23,10 +25,13 @@ import torch
 from torch import Tensor
 
 from llmsparse.errors import CheckpointError, PatternError
-from llmsparse.patterns import NofM, parse_pattern
+from llmsparse.patterns import PATTERNS, NofM, parse_pattern
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes an element → dtype of its bit pattern
 SUFFIXES = ("", "_mask", "_offsets")  # values keep the weight's own name, so that other software fails on their shape
+CHUNK = 2**22  # elements packed at once: temporaries stay small beside the weight
+
+SET_BITS = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8)  # of each byte
 
 
 @dataclass(frozen=True)
@@ -43,34 +48,35 @@ class Bitmask:
     def pack(cls, weight: Tensor, pattern: str = "unstructured", keep: Tensor | None = None) -> Self:
         """Pack a weight (..., out, in) on the CPU. Raises PatternError where it does not obey `pattern`, or where
         `keep` would lose a value."""
-        weight = weight.contiguous()
-        stored = weight.view(BITS[weight.element_size()]) != 0  # every place whose bits are not all 0
-        if keep is None:
-            keep = stored
-        elif (stored & ~keep).any():
-            raise PatternError("the keep-mask leaves out a weight that is not zero")
         group = nofm(pattern)
-        rows, width = math.prod(weight.shape[:-1]), weight.shape[-1]
+        given = None if keep is None else keep.reshape(-1, weight.shape[-1])
+        values: list[Any] = []
+        masks: list[Any] = []
+        counts: list[Any] = []
+        for start, part in _chunks(weight):  # part (rows of the chunk, in), bit patterns
+            kept = part != 0
+            if given is not None:
+                if bool((kept & ~given[start : start + len(part)]).any()):
+                    raise PatternError("the keep-mask leaves out a weight that is not zero")
+                kept = given[start : start + len(part)]
+            if group is not None:
+                kept = _exactly(kept, group, start)
+            places: Any = kept.numpy()
+            values.append(part.numpy()[places])
+            masks.append(np.packbits(places, axis=1, bitorder="little"))
+            counts.append(np.count_nonzero(places, axis=1))
+        stored = torch.from_numpy(np.concatenate(values)).view(weight.dtype)
+        mask = torch.from_numpy(np.concatenate(masks)).view(*weight.shape[:-1], -(-weight.shape[-1] // 8))
         if group is not None:
-            keep = _exactly(keep.reshape(rows, width), group)
-        keep = keep.reshape(rows, width)
-        bits = torch.from_numpy(np.packbits(keep.numpy(), axis=1, bitorder="little"))
-        values = weight.view(rows, width)[keep]
-        offsets = None
-        if group is None:
-            counts = torch.from_numpy(np.count_nonzero(keep.numpy(), axis=1))
-            ends = counts.cumsum(0)  # int64
-            offsets = torch.cat((ends.new_zeros(1), ends))
-            offsets = offsets.to(torch.int32) if values.numel() < 2**31 else offsets
-        else:
-            values = values.view(rows, width * group.n // group.m)
-        return cls(values, bits.view(*weight.shape[:-1], -1), offsets, tuple(weight.shape), pattern)
+            width = weight.shape[-1] * group.n // group.m
+            return cls(stored.view(-1, width), mask, None, tuple(weight.shape), pattern)
+        offsets = torch.from_numpy(np.concatenate([[0], *counts])).cumsum(0)  # int64
+        offsets = offsets.to(torch.int32) if stored.numel() < 2**31 else offsets
+        return cls(stored, mask, offsets, tuple(weight.shape), pattern)
 
     def keep(self) -> Tensor:
         """The keep-mask, bool of the weight's shape, on the device of `mask`."""
-        places = torch.arange(8, dtype=torch.uint8, device=self.mask.device)
-        bits = (self.mask.unsqueeze(-1) >> places) & 1  # (..., out, ⌈in/8⌉, 8)
-        return bits.flatten(-2)[..., : self.shape[-1]].bool()
+        return _places(self.mask, self.shape[-1])
 
     def unpack(self) -> Tensor:
         """The weight, (..., out, in) in its dtype, on the device of `mask`."""
@@ -90,6 +96,10 @@ class Bitmask:
     def restore(cls, name: str, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """What `describe()` and `tensors()` gave. CheckpointError where shapes, dtype, counts or offsets disagree, so
         that nothing that comes after can read outside of `values`."""
+        check_description(name, described)
+        absent = [suffix for suffix in SUFFIXES[:2] if suffix not in tensors]
+        if absent:
+            raise CheckpointError(f"{name}: {name}{absent[0]} is missing; the packed file is damaged")
         pattern, shape = str(described["pattern"]), tuple(described["shape"])
         packed = cls(tensors[""], tensors["_mask"], tensors.get("_offsets"), shape, pattern)
         problem = packed.problem(described)
@@ -104,25 +114,42 @@ class Bitmask:
             if suffix not in wanted:
                 return f"unexpected tensor {suffix}"
             if (tuple(tensor.shape), tensor.dtype) != wanted[suffix]:
-                return f"{suffix or 'values'} is {list(tensor.shape)} {tensor.dtype}, wanted {list(wanted[suffix][0])} {wanted[suffix][1]}"
+                shape, dtype = wanted[suffix]
+                return f"{suffix or 'values'} is {list(tensor.shape)} {tensor.dtype}, wanted {list(shape)} {dtype}"
         if len(self.tensors()) != len(wanted):
             return "offsets are missing"
-        if self.mask.is_meta:
-            return None
-        rows, width = math.prod(self.shape[:-1]), self.shape[-1]
-        keep = self.keep().view(rows, width)
-        padding = np.unpackbits(self.mask.cpu().reshape(rows, -1).numpy(), axis=1, bitorder="little")[:, width:]
-        if padding.any():
+        return None if self.mask.is_meta else self._miscounted()
+
+    def _miscounted(self) -> str | None:
+        width, group = self.shape[-1], nofm(self.pattern)
+        mask = self.mask.reshape(-1, -(-width // 8))  # (rows, bytes)
+        if width % 8 and bool((mask[:, -1] >> (width % 8)).any()):
             return "mask has bits beyond the last column"
-        group = nofm(self.pattern)
         if group is not None:
-            counts = keep.view(rows, -1, group.m).sum(-1)
-            return None if bool((counts == group.n).all()) else f"mask has a group that does not keep {self.pattern}"
+            whole = bool((_survivors(mask, width, group.m) == group.n).all())
+            return None if whole else f"mask has a group that does not keep {self.pattern}"
         assert self.offsets is not None
-        counts = keep.sum(-1).cumsum(0)  # (rows,)
-        if int(self.offsets[0]) != 0 or not torch.equal(self.offsets[1:].to(counts.dtype), counts):
+        ends = _lookup(SET_BITS, mask).sum(-1, dtype=torch.int64).cumsum(0)  # (rows,)
+        if int(self.offsets[0]) != 0 or not torch.equal(self.offsets[1:].to(torch.int64), ends):
             return "mask and offsets disagree"
         return None
+
+
+def measure(weight: Tensor) -> dict[str, Any]:
+    """What `describe()` would say of a weight (..., out, in) on the CPU, packed in the narrowest pattern that it obeys:
+    N:M where every group of consecutive inputs does, else unstructured. Packs nothing."""
+    width, nnz = weight.shape[-1], 0
+    obeyed = [NofM(n, m) for n, m in PATTERNS if width % m == 0]
+    for _, part in _chunks(weight):
+        kept: Any = (part != 0).numpy()
+        nnz += int(np.count_nonzero(kept))
+        mask = torch.from_numpy(np.packbits(kept, axis=1, bitorder="little"))
+        obeyed = [group for group in obeyed if not bool((_survivors(mask, width, group.m) > group.n).any())]
+    if obeyed:
+        nnz = weight.numel() * obeyed[0].n // obeyed[0].m
+    dtype = str(weight.dtype).removeprefix("torch.")
+    pattern = str(obeyed[0]) if obeyed else "unstructured"
+    return {"shape": list(weight.shape), "dtype": dtype, "nnz": nnz, "pattern": pattern}
 
 
 def layout(described: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -140,6 +167,28 @@ def layout(described: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], tor
     return stored
 
 
+def stored_bytes(described: Mapping[str, Any]) -> int:
+    """Bytes of all tensors that store a weight."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout(described).values())
+
+
+def check_description(name: str, described: Mapping[str, Any]) -> None:
+    """CheckpointError naming `name` unless `layout` can be asked about it: what a stranger wrote into a config."""
+    shape, nnz = described.get("shape"), described.get("nnz")
+    whole: Any = isinstance(shape, list) and [*shape, nnz]
+    dtype = getattr(torch, str(described.get("dtype")), None)
+    if not whole or len(whole) < 3 or not all(type(number) is int and number >= 0 for number in whole):
+        raise CheckpointError(f"{name}: shape {shape!r}, nnz {nnz!r}: wanted two or more sizes and a count")
+    if not isinstance(dtype, torch.dtype) or dtype.itemsize not in BITS:
+        raise CheckpointError(f"{name}: dtype {described.get('dtype')!r} is not one that can be packed")
+    try:
+        group = nofm(str(described.get("pattern")))
+    except PatternError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    if group is not None and (whole[-2] % group.m or nnz != math.prod(whole[:-1]) * group.n // group.m):
+        raise CheckpointError(f"{name}: {group} of shape {shape} does not have nnz {nnz}")
+
+
 def nofm(pattern: str) -> NofM | None:
     """N and M of `N:M`, None for `unstructured`."""
     if pattern == "unstructured":
@@ -149,15 +198,50 @@ def nofm(pattern: str) -> NofM | None:
     return parsed
 
 
-def _exactly(keep: Tensor, group: NofM) -> Tensor:
-    """(rows, in) with N places kept in every group of M: the lowest free ones are added where there are fewer."""
+def _chunks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first row, bit patterns (rows, in)) for the rows of a weight (..., out, in), some at a time."""
+    bits = weight.contiguous().view(BITS[weight.element_size()])
+    bits = bits.view(math.prod(weight.shape[:-1]), weight.shape[-1])
+    step = max(1, CHUNK // max(1, weight.shape[-1]))
+    for start in range(0, max(1, len(bits)), step):
+        yield start, bits[start : start + step]
+
+
+def _lookup(table: Tensor, mask: Tensor) -> Tensor:
+    """table[byte] for every byte of a mask."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(table.numpy()[mask.numpy()])
+    return table.to(mask.device)[mask.int()]
+
+
+def _survivors(mask: Tensor, width: int, size: int) -> Tensor:
+    """How many places each group of `size` columns keeps, in a mask (rows, ⌈in/8⌉)."""
+    if size == 8:
+        return _lookup(SET_BITS, mask)
+    if size == 4:
+        halves = torch.stack((_lookup(SET_BITS, mask & 15), _lookup(SET_BITS, mask >> 4)), dim=-1)  # (rows, bytes, 2)
+        return halves.flatten(1)[:, : width // 4]
+    return _places(mask, width).view(torch.uint8).reshape(len(mask), -1, size).sum(-1)
+
+
+def _places(mask: Tensor, width: int) -> Tensor:
+    """Mask (..., ⌈in/8⌉) → bool (..., in)."""
+    bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+    return bits.view(torch.bool).flatten(-2)[..., :width]
+
+
+def _exactly(keep: Tensor, group: NofM, start: int) -> Tensor:
+    """(rows, in) with N places kept in every group of M: the lowest free ones are added where there are fewer.
+    `start` is the number of the first row."""
     rows, width = keep.shape
     if width % group.m:
         raise PatternError(f"in_features {width} is not a multiple of {group.m}, so {group} cannot cover it")
     groups = keep.reshape(-1, group.m)
-    missing = group.n - groups.sum(dim=1, keepdim=True)  # (groups, 1)
+    missing = group.n - torch.from_numpy(np.count_nonzero(groups.numpy(), axis=1))[:, None]  # (groups, 1)
+    if not missing.numel() or not bool(missing.any()):
+        return keep
     if bool((missing < 0).any()):
-        row = int((missing < 0).nonzero()[0, 0]) * group.m // width
+        row = start + int((missing < 0).nonzero()[0, 0]) * group.m // width
         raise PatternError(f"row {row} keeps more than {group.n} of {group.m}, so it is not {group}")
     free = ~groups
     return (groups | (free & (free.cumsum(dim=1) <= missing))).view(rows, width)

@@ -1,0 +1,23 @@
+"""How a packed weight is run: each backend is a kernel with a layout of its own, made from the neutral one at load.
+
+A backend is one file and one line in BACKENDS. `choice.py` says which of them runs a weight.
+"""
+
+from __future__ import annotations
+
+from llmsparse.backends.cusparselt import CuSparseLt
+from llmsparse.backends.dense import Dense, DenseLowMemory
+from llmsparse.backends.protocol import Backend, WeightSpec
+from llmsparse.backends.triton import TritonOp
+
+__all__ = ["BACKENDS", "Backend", "WeightSpec"]
+
+BACKENDS: dict[str, Backend] = {
+    "dense": Dense(),
+    "dense-lowmem": DenseLowMemory(),
+    "mma24": TritonOp("mma24", tokens=32, pattern="2:4"),
+    "split24": TritonOp("split24", tokens=32),
+    "select24": TritonOp("select24", tokens=1, pattern="2:4"),
+    "bitmask": TritonOp("bitmask", tokens=32, pattern="unstructured"),
+    "cusparselt": CuSparseLt(),
+}

@@ -1,0 +1,90 @@
+"""Dense products: `dense` unpacks once and keeps the weight, `dense-lowmem` keeps it packed and unpacks at every call.
+
+`dense` gives the bits that the zero-filled model gives, at its speed and in its memory. `dense-lowmem` needs the memory
+of the packed weight and of one block of rows, and is slow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from llmsparse.backends.protocol import WeightSpec
+from llmsparse.formats.bitmask import Bitmask
+from llmsparse.formats.slicing import repacked, rows_of
+
+BLOCK = 2**22  # weights unpacked at a time: 8 MB in bf16, which stays in most caches
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A weight, and which of its places are stored: a kept zero must be found again when the model is saved."""
+
+    weight: Tensor  # (..., out, in)
+    mask: Tensor  # as Bitmask.mask
+    pattern: str
+
+
+class Dense:
+    name = "dense"
+    tokens: int | None = None
+    compiles = True
+
+    def why_not(self, spec: WeightSpec) -> str | None:
+        return None
+
+    def prepare(self, packed: Bitmask, spec: WeightSpec) -> DenseWeight:
+        return DenseWeight(laid_out(packed.unpack(), spec.transposed), packed.mask, packed.pattern)
+
+    def run(self, prepared: DenseWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.linear(x, prepared.weight, bias)
+
+    def dense(self, prepared: DenseWeight) -> Tensor:
+        return prepared.weight
+
+    def restore(self, prepared: DenseWeight) -> Bitmask:
+        return repacked(prepared.weight, prepared.mask, prepared.pattern)
+
+
+@dataclass(frozen=True)
+class KeptPacked:
+    """A packed weight as it is."""
+
+    packed: Bitmask
+    transposed: bool
+
+
+class DenseLowMemory:
+    name = "dense-lowmem"
+    tokens: int | None = None
+    compiles = False  # where a block of rows begins is read from a tensor
+
+    def why_not(self, spec: WeightSpec) -> str | None:
+        return None
+
+    def prepare(self, packed: Bitmask, spec: WeightSpec) -> KeptPacked:
+        return KeptPacked(packed, spec.transposed)
+
+    def run(self, prepared: KeptPacked, x: Tensor, bias: Tensor | None) -> Tensor:
+        out, width = prepared.packed.shape
+        step = max(1, BLOCK // width)
+        parts: list[Tensor] = []
+        for start in range(0, out, step):
+            stop = min(start + step, out)
+            block = rows_of(prepared.packed, start, stop).unpack()
+            parts.append(functional.linear(x, block, None if bias is None else bias[start:stop]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def dense(self, prepared: KeptPacked) -> Tensor:
+        return laid_out(prepared.packed.unpack(), prepared.transposed)
+
+    def restore(self, prepared: KeptPacked) -> Bitmask:
+        return prepared.packed
+
+
+def laid_out(weight: Tensor, transposed: bool) -> Tensor:
+    """(..., out, in), in memory as the module keeps it: the bits of a product depend on the order of its operands."""
+    return weight.transpose(-1, -2).contiguous().transpose(-1, -2) if transposed else weight

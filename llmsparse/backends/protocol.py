@@ -1,0 +1,75 @@
+"""What a backend is: a way to multiply activations with a packed weight."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llmsparse.formats.bitmask import Bitmask
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """A packed weight, and where it is to run: all that a choice of backend may depend on."""
+
+    shape: tuple[int, ...]  # (out, in), or (experts, out, in)
+    pattern: str  # unstructured, or N:M
+    nnz: int
+    dtype: torch.dtype
+    device: torch.device
+    transposed: bool = False  # the module that it stands for keeps (in, out)
+    whole: bool = False  # the module multiplies with it in a way of its own: it must be handed over unpacked
+
+    @classmethod
+    def of(cls, packed: Bitmask, transposed: bool = False, whole: bool = False) -> WeightSpec:
+        values = packed.values
+        return cls(packed.shape, packed.pattern, values.numel(), values.dtype, values.device, transposed, whole)
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.nnz / max(1, math.prod(self.shape))
+
+    @property
+    def dense_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Backend(Protocol):
+    """A kernel and the layout that it wants. What `prepare` returns is its own affair; nobody else looks into it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tokens(self) -> int | None:
+        """The most rows of activations that `run` takes at once; None: any number."""
+        ...
+
+    @property
+    def compiles(self) -> bool:
+        """`torch.compile` traces through `run`; otherwise the graph breaks around it."""
+        ...
+
+    def why_not(self, spec: WeightSpec) -> str | None:
+        """Why this weight cannot run here, in a few words; None if it can."""
+        ...
+
+    def prepare(self, packed: Bitmask, spec: WeightSpec) -> Any:
+        """Repack for the kernel. The neutral tensors may be dropped afterwards."""
+        ...
+
+    def run(self, prepared: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., in) → x · Wᵀ + bias (..., out), in the dtype of x, which is the weight's."""
+        ...
+
+    def dense(self, prepared: Any) -> Tensor:
+        """The weight itself (..., out, in), bit for bit."""
+        ...
+
+    def restore(self, prepared: Any) -> Bitmask:
+        """What `prepare` was given: equal tensors, which is what is saved."""
+        ...

@@ -1,0 +1,94 @@
+"""The C library: loaded once in a process, or the reason why it cannot be."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_char_p, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from llmsparse.cpu.build import BuildError, load, openmp_runtime
+from llmsparse.errors import MachineError, RecipeError
+
+HERE = Path(__file__).parent
+SOURCES = (HERE / "bitmask.c", HERE / "tiles.h", HERE / "x86.h")
+DTYPES = {torch.bfloat16: 2, torch.float32: 4}  # as enum { BF16, FP32 } of tiles.h
+ROWS, COLUMNS, SLACK, MOST = 4, 32, 32, 4  # as in tiles.h and bitmask.c
+
+
+class Matrix(ctypes.Structure):
+    """`struct weight` of tiles.h: one matrix in tiles."""
+
+    _fields_ = (
+        ("values", c_void_p),
+        ("masks", c_void_p),
+        ("starts", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("dtype", c_int32),
+    )
+
+
+SIGNATURES = {
+    "use_team": (None, (c_void_p, c_void_p, c_void_p)),
+    "first_tile": (c_int64, (c_void_p, c_int64, c_int64)),
+    "first_bad_row": (c_int64, (c_void_p, c_void_p, c_int64, c_int64, c_int64)),
+    "repack": (None, (c_void_p, c_void_p, c_void_p, c_void_p, c_int32)),
+    "restore": (None, (c_void_p, c_void_p, c_void_p, c_void_p, c_int32)),
+    "kernel_name": (c_char_p, (c_int32,)),
+    "kernel_fits": (c_int32, (c_int32, c_int32, c_int32)),
+    "matvec": (
+        c_int32,
+        (c_void_p, c_int32, c_void_p, c_int32, c_int32, c_void_p, c_int32, c_void_p, c_int32),
+    ),
+    "expand": (None, (c_void_p, c_int32, c_void_p, c_int32)),
+}
+
+
+def why_not() -> str | None:
+    """Why the CPU kernels cannot run here, in one line; None if they can. Builds them at the first call."""
+    found = _load_once()
+    return found if isinstance(found, str) else None
+
+
+def library() -> ctypes.CDLL:
+    """The library. MachineError with the reason where there is none."""
+    found = _load_once()
+    if isinstance(found, str):
+        raise MachineError(f"the CPU kernels cannot run here: {found}")
+    return found
+
+
+@cache
+def kernels(dtype: torch.dtype, x_dtype: torch.dtype) -> dict[str, int]:
+    """Name → number of the kernels that this CPU can run on a weight of `dtype` and x of `x_dtype`, the fastest first.
+
+    RecipeError for any other dtype than bfloat16 and float32.
+    """
+    for name, given in (("weight", dtype), ("x", x_dtype)):
+        if given not in DTYPES:
+            raise RecipeError(f"the CPU kernels take a {name} of bfloat16 or float32, not {given}")
+    c, found, number = library(), dict[str, int](), 0
+    while name := c.kernel_name(number):
+        if c.kernel_fits(number, DTYPES[dtype], DTYPES[x_dtype]):
+            found[name.decode()] = number
+        number += 1
+    return found
+
+
+@cache
+def _load_once() -> ctypes.CDLL | str:
+    try:
+        c = load(*SOURCES)
+    except BuildError as error:
+        return str(error)
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(c, name)
+        function.restype, function.argtypes = result, arguments
+    runtime = openmp_runtime()
+    if runtime is not None:  # else one thread
+        team = (runtime.GOMP_parallel, runtime.omp_get_thread_num, runtime.omp_get_num_threads)
+        c.use_team(*(ctypes.cast(function, c_void_p) for function in team))
+    return c

@@ -1,0 +1,130 @@
+/* How a weight lies in memory for the kernels, how its tiles are shared out to threads, and the way from the neutral
+ * format and back. */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { ROWS = 4, COLUMNS = 32, SLACK = 32 };
+enum { BF16 = 2, FP32 = 4 }; /* a dtype is named by its bytes */
+enum { WORD_COST = 12 }; /* a mask word takes as long as 12 values, on Zen 5 */
+
+struct weight {
+    void *values;          /* (nnz + SLACK,) bf16 or fp32 */
+    uint32_t *masks;       /* (tiles, groups, ROWS), bit c of a word is column c of the group; rows behind the last are 0 */
+    const int64_t *starts; /* (tiles + 1,) first value of every tile */
+    int64_t rows, columns;
+    int32_t dtype;
+};
+
+static int64_t tiles_of(const struct weight *w) { return (w->rows + ROWS - 1) / ROWS; }
+static int64_t groups_of(const struct weight *w) { return (w->columns + COLUMNS - 1) / COLUMNS; }
+static int64_t rows_of(const struct weight *w, int64_t tile) {
+    int64_t left = w->rows - tile * ROWS;
+    return left < ROWS ? left : ROWS;
+}
+
+typedef void team_parallel(void (*)(void *), void *, unsigned threads, unsigned flags); /* GOMP_parallel */
+static team_parallel *parallel;
+static int (*team_rank)(void), (*team_size)(void);
+
+void use_team(team_parallel *run, int (*rank)(void), int (*size)(void)) {
+    parallel = run, team_rank = rank, team_size = size;
+}
+
+struct share {
+    const struct weight *w;
+    void (*run)(const void *job, int64_t first, int64_t last);
+    const void *job;
+};
+
+/* The tile where the share of thread `rank` of `size` begins: shares cost the same, however values are spread over rows. */
+int64_t first_tile(const struct weight *w, int64_t rank, int64_t size) {
+    int64_t tiles = tiles_of(w), tile_cost = groups_of(w) * ROWS * WORD_COST, low = 0, high = tiles;
+    double whole = (double)(w->starts[tiles] - w->starts[0]) + (double)tiles * (double)tile_cost;
+    while (low < high) {
+        int64_t middle = low + (high - low) / 2;
+        double before = (double)(w->starts[middle] - w->starts[0]) + (double)middle * (double)tile_cost;
+        if (before * (double)size < whole * (double)rank) low = middle + 1;
+        else high = middle;
+    }
+    return rank == size ? tiles : low;
+}
+
+static void run_share(void *data) {
+    const struct share *s = data;
+    int64_t rank = team_rank(), size = team_size();
+    s->run(s->job, first_tile(s->w, rank, size), first_tile(s->w, rank + 1, size));
+}
+
+static void share_out(const struct weight *w, void (*run)(const void *, int64_t, int64_t), const void *job, int32_t threads) {
+    struct share s = {w, run, job};
+    if (threads > 1 && parallel && tiles_of(w) > 1) parallel(run_share, &s, (unsigned)threads, 0);
+    else run(job, 0, tiles_of(w));
+}
+
+/* The first row that disagrees with the mask or the offsets, or -1: after this nothing can be read out of bounds. */
+int64_t first_bad_row(const uint8_t *mask, const int64_t *offsets, int64_t rows, int64_t columns, int64_t nnz) {
+    int64_t width = (columns + 7) / 8;
+    if (offsets[0] != 0) return 0;
+    for (int64_t row = 0; row < rows; row++, mask += width) {
+        int64_t count = 0, b = 0;
+        for (; b + 8 <= width; b += 8) {
+            uint64_t word;
+            memcpy(&word, mask + b, 8);
+            count += __builtin_popcountll(word);
+        }
+        for (; b < width; b++) count += __builtin_popcount(mask[b]);
+        if (offsets[row + 1] - offsets[row] != count || offsets[row + 1] > nnz) return row;
+        if (columns % 8 && mask[width - 1] >> columns % 8) return row;
+    }
+    return offsets[rows] == nnz ? -1 : rows - 1;
+}
+
+struct moving {
+    const struct weight *w;
+    char *values;     /* neutral, of the whole tensor: (nnz,) */
+    uint8_t *mask;    /* (rows, ⌈columns / 8⌉) */
+    int64_t *offsets; /* (rows + 1,), where in the values */
+    int back;
+};
+
+static void move(const void *job, int64_t first, int64_t last) {
+    const struct moving *v = job;
+    const struct weight *w = v->w;
+    int64_t groups = groups_of(w), width = (w->columns + 7) / 8;
+    for (int64_t tile = first; tile < last; tile++) {
+        char *tiled = (char *)w->values + w->starts[tile] * w->dtype;
+        uint32_t *masks = w->masks + tile * groups * ROWS;
+        int64_t rows = rows_of(w, tile), at[ROWS], *offsets = v->offsets + tile * ROWS;
+        for (int64_t i = 0, begin = w->starts[tile]; i < rows; i++) {
+            at[i] = v->back ? begin : offsets[i];
+            for (int64_t g = 0; v->back && g < groups; g++) begin += __builtin_popcount(masks[g * ROWS + i]);
+            if (v->back) offsets[i] = at[i];
+            if (v->back && tile * ROWS + i + 1 == w->rows) offsets[i + 1] = begin;
+        }
+        for (int64_t g = 0; g < groups; g++)
+            for (int64_t i = 0; i < rows; i++) {
+                uint32_t *word = &masks[g * ROWS + i];
+                uint8_t *bytes = v->mask + (tile * ROWS + i) * width + g * 4;
+                int64_t some = width - g * 4 < 4 ? width - g * 4 : 4;
+                if (v->back) memcpy(bytes, word, (size_t)some); /* little-endian, as every CPU that this is built for */
+                else memcpy(word, bytes, (size_t)some);
+                int64_t count = __builtin_popcount(*word);
+                char *neutral = v->values + at[i] * w->dtype;
+                if (count) memcpy(v->back ? neutral : tiled, v->back ? tiled : neutral, (size_t)(count * w->dtype));
+                tiled += count * w->dtype, at[i] += count;
+            }
+    }
+}
+
+/* Fill the tiles of w, whose masks are zero and whose starts are set, from a matrix that first_bad_row has passed. */
+void repack(const struct weight *w, const void *values, const uint8_t *mask, const int64_t *offsets, int32_t threads) {
+    struct moving v = {w, (char *)values, (uint8_t *)mask, (int64_t *)offsets, 0};
+    share_out(w, move, &v, threads);
+}
+
+/* The inverse: fills values, mask and offsets from the tiles. */
+void restore(const struct weight *w, void *values, uint8_t *mask, int64_t *offsets, int32_t threads) {
+    struct moving v = {w, values, mask, offsets, 1};
+    share_out(w, move, &v, threads);
+}

@@ -1,0 +1,148 @@
+"""Packed experts: the fused weights of a mixture of experts, each expert's matrix in the hands of a backend.
+
+The module stays the model's own, with its activation and biases; its class becomes a subclass of it that hands out the
+large parameters unpacked, so that any implementation of experts computes what it should. `sparse_experts` is the
+implementation that runs each expert's packed matrices on the tokens routed to it. Experts that it does not reach
+(Llama 4's), and linear layers with a forward of their own (Falcon's), multiply with what they are handed.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llmsparse.backends.choice import AUTO, Choice
+from llmsparse.formats.bitmask import Bitmask
+from llmsparse.formats.slicing import joined, rows_of
+from llmsparse.linear import PackedMatrix, SparseLinear, carried, chosen, take
+
+
+class PackedStack:
+    """The matrices of all experts, (experts, out, in), packed: one by one, or together where the backend is `dense` or
+    the module wants the whole."""
+
+    def __init__(self, packed: Bitmask, choice: Choice, transposed: bool = False) -> None:
+        self.choice = choice
+        self.transposed = transposed
+        self.described = packed.describe() | ({"transposed": True} if transposed else {})
+        self.together = choice.whole or choice.backend == "dense"
+        experts, out = packed.shape[0], packed.shape[-2]
+        parts = [packed] if self.together else [rows_of(packed, e * out, (e + 1) * out) for e in range(experts)]
+        self.matrices = [PackedMatrix(part, choice, transposed) for part in parts]
+        self.device, self.dtype = self.matrices[0].device, self.matrices[0].dtype
+
+    def run(self, expert: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (tokens, in) → (tokens, out)."""
+        if self.together:
+            return functional.linear(x, self.matrices[0].dense()[expert], bias)
+        return self.matrices[expert](x, bias)
+
+    def dense(self) -> Tensor:
+        """The whole weight, unpacked, as the module would hold it."""
+        weight = self.matrices[0].dense() if self.together else torch.stack([part.dense() for part in self.matrices])
+        return weight.transpose(-1, -2) if self.transposed else weight
+
+    def packed(self) -> Bitmask:
+        """The neutral tensors, as they were loaded."""
+        parts = [matrix.packed() for matrix in self.matrices]
+        return parts[0] if self.together else joined(parts)
+
+
+class SparseExperts(nn.Module):
+    """Mixed into the class of a model's experts by `prepare_experts`."""
+
+    stacks: dict[str, PackedStack]
+
+    def __getattr__(self, name: str) -> Any:
+        stack = self.__dict__["stacks"].get(name)
+        return super().__getattr__(name) if stack is None else stack.dense()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseExperts:
+        super()._apply(fn, recurse)
+        self.stacks = {name: carried(stack, fn) for name, stack in self.stacks.items()}
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, stack in self.stacks.items():
+            destination.update({f"{prefix}{name}{end}": held for end, held in stack.packed().tensors().items()})
+
+
+def prepare_experts(
+    module: nn.Module,
+    name: str,
+    described: Mapping[str, Mapping[str, Any]],
+    backend: str = AUTO,
+    optimize: str = "memory",
+) -> None:
+    """Hand the loaded weights of an experts module called `name` to a backend; `described`: parameter → description.
+
+    CheckpointError where one is damaged, MachineError for a named backend that cannot run it.
+    """
+    whole = not hasattr(module, "is_transposed")  # `sparse_experts` will not be asked to run it
+    stacks: dict[str, PackedStack] = {}
+    for leaf, what in described.items():
+        packed = take(module, leaf, f"{name}.{leaf}", what)
+        transposed = bool(what.get("transposed"))
+        choice = chosen(
+            f"{name}.{leaf}", packed, transposed=transposed, whole=whole, backend=backend, optimize=optimize
+        )
+        stacks[leaf] = PackedStack(packed, choice, transposed)
+    module.__dict__["stacks"] = stacks
+    module.__class__ = _sparse(type(module))
+
+
+@torch.compiler.disable
+def sparse_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The implementation of experts called `llmsparse`.
+
+    hidden_states (tokens, width); top_k_index and top_k_weights (tokens, k): the experts of each token, and their
+    shares → (tokens, width). An index that is no expert of this module adds nothing.
+    """
+    k = top_k_index.shape[1]
+    order = top_k_index.flatten().argsort(stable=True)  # pairs of token and expert, expert by expert
+    counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
+    entering = hidden_states[order // k]
+    out = torch.zeros_like(entering)
+    start = 0
+    for expert, count in enumerate(counts[: self.num_experts]):
+        if count:
+            pairs = slice(start, start + count)
+            up = _product(self, "gate_up_proj" if self.has_gate else "up_proj", expert, entering[pairs])
+            inner = self._apply_gate(up) if self.has_gate else self.act_fn(up)
+            down = _product(self, "down_proj", expert, inner)
+            out[pairs] = self.post_expert_norm(down) if self.has_post_expert_norm else down
+        start += count
+    weighted = torch.empty_like(out, dtype=torch.promote_types(out.dtype, top_k_weights.dtype))
+    weighted[order] = out * top_k_weights.flatten()[order, None]  # (pairs, width), back in the order of the tokens
+    return weighted.view(-1, k, weighted.shape[-1]).sum(dim=1).to(hidden_states.dtype)
+
+
+def _product(self: Any, name: str, expert: int, x: Tensor) -> Tensor:
+    bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
+    stack = getattr(self, "stacks", {}).get(name)
+    if stack is not None:
+        return stack.run(expert, x, bias)
+    weight = getattr(self, name)[expert]  # these experts are not packed
+    return functional.linear(x, weight.T if self.is_transposed else weight, bias)
+
+
+@cache
+def _sparse(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Sparse{kind.__name__}", (SparseExperts, kind), {})
+
+
+def packed_weights(model: nn.Module) -> Iterator[tuple[str, PackedMatrix | PackedStack]]:
+    """Every packed weight of a loaded model, under the name that it is saved with."""
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear) and module.matrix is not None:
+            yield f"{name}.weight", module.matrix
+        elif isinstance(module, SparseExperts):
+            for leaf, stack in module.stacks.items():
+                yield f"{name}.{leaf}", stack

@@ -1,0 +1,59 @@
+"""What runs each packed weight of a loaded model, why, and why each other backend does not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmsparse.backends.choice import Choice
+from llmsparse.experts import packed_weights
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One choice a weight, in the order of the model. Bytes are those of the weights listed."""
+
+    choices: list[Choice]
+
+    @property
+    def packed_bytes(self) -> int:
+        """What the weights take packed."""
+        return sum(choice.packed_bytes for choice in self.choices)
+
+    @property
+    def dense_bytes(self) -> int:
+        """What they would take dense: the cost of `dense`, and on top of the packed ones of `optimize="speed"`."""
+        return sum(choice.dense_bytes for choice in self.choices)
+
+    @property
+    def backends(self) -> dict[str, int]:
+        """Backend → how many weights it runs."""
+        return dict(Counter(choice.backend for choice in self.choices))
+
+    def to_json(self) -> dict[str, Any]:
+        totals = {"packed_bytes": self.packed_bytes, "dense_bytes": self.dense_bytes, "backends": self.backends}
+        return {**totals, "choices": [asdict(choice) for choice in self.choices]}
+
+    def table(self) -> RenderableType:
+        from rich.table import Table
+
+        table = Table("weight", "backend", "up to", "MB", "dense MB", "why", box=None, pad_edge=False)
+        for choice in self.choices:
+            limit = "any" if choice.tokens is None else f"{choice.tokens} tokens"
+            sizes = (f"{choice.packed_bytes / 1e6:.2f}", f"{choice.dense_bytes / 1e6:.2f}")
+            table.add_row(choice.weight, choice.backend, limit, *sizes, choice.because)
+        refused = {name: reason for choice in self.choices for name, reason in choice.refused.items()}
+        lines = [f"{self.packed_bytes / 1e6:.1f} MB packed, {self.dense_bytes / 1e6:.1f} MB dense"]
+        lines += [f"not {name}: {reason}" for name, reason in refused.items()]
+        table.caption, table.caption_justify = "\n".join(lines), "left"
+        return table
+
+
+def explain(model: nn.Module) -> Explanation:
+    """What runs the packed weights of a model that `from_pretrained` gave."""
+    return Explanation([weight.choice for _, weight in packed_weights(model)])

@@ -1,0 +1,260 @@
+"""Packed checkpoints in transformers: the quantizer "llmsparse", registered when this module is imported.
+
+    AutoModelForCausalLM.from_pretrained(packed_folder)
+    AutoModelForCausalLM.from_pretrained(pruned_folder, quantization_config=SparseConfig(backend="auto"))
+
+The second packs each weight as it is read. Either way a model is left that runs through backends, and that
+`save_pretrained` writes as a packed folder under the names of the module's own tensors.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateUsage=false
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.integrations.moe import ExpertsInterface
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llmsparse.backends import BACKENDS
+from llmsparse.backends.choice import AUTO, check_names
+from llmsparse.errors import CheckpointError, RecipeError
+from llmsparse.experts import PackedStack, packed_weights, prepare_experts, sparse_experts
+from llmsparse.formats.bitmask import Bitmask, layout, measure, stored_bytes
+from llmsparse.formats.slicing import moved
+from llmsparse.linear import SparseLinear, fill, place
+from llmsparse.packed import quantization_config, read_layers
+from llmsparse.shard import read_header
+from llmsparse.source import PACKED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOADING = ("backend", "optimize")  # what a user may choose when a model is loaded; not part of the checkpoint
+VARIABLE = "LLMSPARSE_BACKEND"  # what runs where nobody chooses: for programs that load a model by its name alone
+
+
+class SparseConfig(QuantizationConfigMixin):
+    """How packed weights are run. `backend`: `auto`, or a name that must be able to run every weight; by default what
+    the variable LLMSPARSE_BACKEND says, else `auto`. `optimize`: what to do with more tokens at once than a kernel
+    takes: `memory` unpacks the weight at every call, `speed` keeps a dense copy beside it. Raises RecipeError for a
+    name that is not known.
+
+    `layers` is what config.json says of the packed weights; leave it out.
+    """
+
+    def __init__(
+        self,
+        backend: str | None = None,
+        optimize: str = "memory",
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.quant_method: Any = PACKED
+        self.backend = backend or os.environ.get(VARIABLE) or AUTO
+        self.optimize = optimize
+        check_names(self.backend, optimize)
+        self.layers = {name: dict(described) for name, described in (layers or {}).items()}
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The `quantization_config` of a config.json. CheckpointError for one that this version cannot read."""
+        layers = read_layers(Path("config.json"), {"quantization_config": config_dict})
+        config = cls(layers=layers, **{key: config_dict[key] for key in LOADING if key in config_dict})
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return quantization_config(self.layers)
+
+    def get_loading_attributes(self) -> dict[str, str]:
+        """What of the caller's config holds for a checkpoint that has its own."""
+        return {key: getattr(self, key) for key in LOADING}
+
+
+auto.register_quantization_config(PACKED)(SparseConfig)
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, SparseConfig)
+# transformers warns that a packed folder has a config of its own; that is why only LOADING is taken from the caller's
+warnings.filterwarnings("ignore", message=r"You passed `quantization_config`.*\['backend', 'optimize'\]")
+
+
+class SparseQuantizer(HfQuantizer):
+    """Loads packed weights, or packs weights as they are loaded."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: SparseConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.config = quantization_config
+        self.candidates: dict[str, bool] = {}  # module tensor that may be packed while loading → laid out (in, out)
+        self.layers: dict[str, dict[str, Any]] = {}  # module tensor that is packed → description
+        self.compiles = False
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise RecipeError("packed weights cannot be split over processes: load with a device_map, not a tp_plan")
+        if not self.pre_quantized:
+            dense = set(self.get_modules_to_not_convert(model))  # the head, and what is tied
+            self.candidates = {
+                name: transposed for name, transposed in matrices(model) if name.rpartition(".")[0] not in dense
+            }
+            return
+        check_headers(self.config.layers, checkpoint_files or ())
+        for name, described in self.config.layers.items():
+            self.hold(model, name_in(model, name), described)
+
+    def hold(self, model: PreTrainedModel, name: str, described: Mapping[str, Any]) -> None:
+        """Make room for the packed tensors of a weight, on meta. CheckpointError where they do not fit the model."""
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        parameter = module._parameters.get(leaf)
+        shape = list(described["shape"])
+        if described.get("transposed"):
+            shape[-2:] = shape[:-3:-1]
+        if parameter is None or list(parameter.shape) != shape:
+            wanted = "no such weight" if parameter is None else f"{list(parameter.shape)}"
+            raise CheckpointError(f"{name}: packed as {shape}, the model has {wanted}; they do not belong together")
+        if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+            model.set_submodule(path, SparseLinear(described, module.bias, parameter.dtype))
+        elif isinstance(module, nn.Linear) or parameter.dim() == 3:
+            place(module, leaf, described, parameter.dtype)
+        else:
+            raise CheckpointError(f"{name}: a {type(module).__name__} cannot be packed, only linear layers and experts")
+        self.layers[name] = dict(described)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self.candidates
+
+    def get_quantize_ops(self) -> PackWhileLoading:
+        return PackWhileLoading(self)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self.layers:
+            raise CheckpointError(
+                f"{model.config.name_or_path}: no weight has enough zeros to be smaller packed; prune the model first, "
+                "or load it without quantization_config"
+            )
+        options = {"backend": self.config.backend, "optimize": self.config.optimize}
+        modules: dict[str, dict[str, dict[str, Any]]] = {}
+        for name, described in self.layers.items():
+            path, _, leaf = name.rpartition(".")
+            modules.setdefault(path, {})[leaf] = described
+        for path, leaves in modules.items():
+            module = model.get_submodule(path)
+            if any(module.get_parameter(leaf).is_meta for leaf in leaves):
+                raise RecipeError(f"device_map offloads {path}: packed weights stay on one device; give it more room")
+            if isinstance(module, SparseLinear):
+                module.prepare(f"{path}.weight", leaves["weight"], **options)
+            else:
+                prepare_experts(module, path, leaves, **options)
+        packed = [weight for _, weight in packed_weights(model)]
+        self.compiles = all(BACKENDS[weight.choice.backend].compiles for weight in packed)
+        if any(isinstance(weight, PackedStack) and not weight.together for weight in packed):
+            model.set_experts_implementation(PACKED)
+            self.compiles = False
+        vars(model)["_weight_conversions"] = []  # it is saved under the module's names, whatever they were on disk
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Called before config and weights are saved."""
+        self.config.layers = {name: weight.described for name, weight in packed_weights(model)}
+        return None, {}
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Bytes to plan for an element of a tensor that is loaded; the backend `dense` will unpack it."""
+        described = self.layers.get(param_name)
+        if described is None or self.config.backend not in (AUTO, "dense"):
+            return param.element_size()
+        return param.element_size() * math.prod(described["shape"]) / max(1, described["nnz"])
+
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return True
+
+    @property
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return self.compiles
+
+
+class PackWhileLoading(ConversionOps):
+    """Packs one weight as soon as it is read, if that makes it smaller; else it stays what it is."""
+
+    def __init__(self, quantizer: SparseQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        """Tensors under their module's names → those that stay dense; the others go to where they belong."""
+        model, missing = kwargs["model"], kwargs["missing_keys"]
+        left: dict[str, Any] = {}
+        for name, value in input_dict.items():
+            weight: Tensor = value[0] if isinstance(value, list) else value
+            transposed = self.quantizer.candidates[name]
+            outputs_first = (weight.mT if transposed else weight).cpu()
+            described = measure(outputs_first)
+            if stored_bytes(described) >= weight.nbytes:
+                left[name] = value
+                continue
+            packed = moved(Bitmask.pack(outputs_first, described["pattern"]), weight.device)
+            self.quantizer.hold(model, name, described | ({"transposed": True} if transposed else {}))
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            fill(module, leaf, packed)
+            for tensor in (module.get_parameter(leaf), *module.buffers(recurse=False)):
+                vars(tensor)["_is_hf_initialized"] = True  # else the model's initialization would fill it anew
+            missing.discard(name)
+        return left
+
+
+auto.register_quantizer(PACKED)(SparseQuantizer)
+ExpertsInterface.register(PACKED, sparse_experts)
+
+
+def matrices(model: nn.Module) -> Iterator[tuple[str, bool]]:
+    """Every weight that can be packed while it loads: its name, and whether it is laid out (in, out).
+
+    Of experts, those that transformers runs through its experts interface: the others do not say how they are laid out.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            yield f"{path}.weight", isinstance(module, Conv1D)
+        elif hasattr(module, "is_transposed"):
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3:
+                    yield f"{path}.{leaf}", bool(module.is_transposed)
+
+
+def name_in(model: PreTrainedModel, name: str) -> str:
+    """A name of the packed folder's in this model, which may be the folder's without its head."""
+    prefix = f"{model.base_model_prefix}."
+    short = name.removeprefix(prefix)
+    return short if model.base_model is model and name.startswith(prefix) else name
+
+
+def check_headers(layers: Mapping[str, Mapping[str, Any]], files: Sequence[str]) -> None:
+    """Hold the files' headers against the config before a tensor is read. CheckpointError naming what does not fit."""
+    stored = {name: spec for file in files for name, spec in read_header(Path(file)).specs.items()}
+    for name, described in layers.items():
+        for suffix, (shape, dtype) in layout(described).items():
+            spec = stored.get(name + suffix)
+            if files and spec is None:
+                raise CheckpointError(f"{name}: {name + suffix} is not in the files; the packed folder is incomplete")
+            if spec is not None and (spec.shape, spec.dtype) != (shape, dtype):
+                raise CheckpointError(
+                    f"{spec.file}: {name + suffix} is {list(spec.shape)} {spec.dtype}, config.json wants "
+                    f"{list(shape)} {dtype}; the packed folder is damaged, pack the checkpoint again"
+                )

@@ -1,0 +1,171 @@
+"""The modules that a packed checkpoint loads into.
+
+They pass through two states. While a checkpoint loads they hold the neutral tensors under the names that are on disk,
+on meta at first, in their exact shapes. `prepare` then hands each weight to a backend, and the neutral tensors are
+dropped; saving rebuilds them, equal. Inference only: packed weights are not trained.
+"""
+
+# pyright: reportUnknownMemberType=false, reportPrivateUsage=false
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llmsparse.backends import BACKENDS, WeightSpec
+from llmsparse.backends.choice import AUTO, Choice, choose
+from llmsparse.formats.bitmask import SUFFIXES, Bitmask, layout
+from llmsparse.formats.slicing import moved
+
+
+class Packed(Protocol):
+    """A packed weight in the hands of a backend, one matrix or many."""
+
+    choice: Choice
+    transposed: bool
+    device: torch.device
+    dtype: torch.dtype
+    described: dict[str, Any]  # for config.json
+
+    def __init__(self, packed: Bitmask, choice: Choice, transposed: bool = False) -> None: ...
+
+    def packed(self) -> Bitmask: ...
+
+
+Held = TypeVar("Held", bound=Packed)
+
+
+class PackedMatrix:
+    """A packed weight in the hands of a backend: (out, in), or all experts of a stack (experts, out, in)."""
+
+    def __init__(self, packed: Bitmask, choice: Choice, transposed: bool = False) -> None:
+        spec = WeightSpec.of(packed, transposed, choice.whole)
+        self.choice = choice
+        self.backend = BACKENDS[choice.backend]
+        self.transposed = transposed
+        self.device, self.dtype = spec.device, spec.dtype
+        self.described = packed.describe() | ({"transposed": True} if transposed else {})  # for config.json
+        self.prepared: Any = self.backend.prepare(packed, spec)
+        self.copy = self.backend.dense(self.prepared) if choice.dense_copy else None
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., in) → x · Wᵀ + bias (..., out)."""
+        limit = self.choice.tokens
+        if limit is None or x.numel() <= limit * x.shape[-1]:
+            return self.backend.run(self.prepared, x, bias)
+        return functional.linear(x, self.dense(), bias)
+
+    def dense(self) -> Tensor:
+        """The weight, unpacked."""
+        return self.backend.dense(self.prepared) if self.copy is None else self.copy
+
+    def packed(self) -> Bitmask:
+        """The neutral tensors, as they were loaded."""
+        return self.backend.restore(self.prepared)
+
+
+class SparseLinear(nn.Module):
+    """A linear layer, or transformers' Conv1D, whose weight is packed.
+
+    `weight` stays readable: models that use the matrix itself get it unpacked.
+    """
+
+    def __init__(self, described: Mapping[str, Any], bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = (int(size) for size in described["shape"])
+        self.matrix: PackedMatrix | None = None
+        self.bias = bias
+        place(self, "weight", described, dtype)
+
+    def prepare(self, name: str, described: Mapping[str, Any], backend: str = AUTO, optimize: str = "memory") -> None:
+        """Hand the loaded weight to a backend. CheckpointError where it is damaged, MachineError for a named backend
+        that cannot run it."""
+        packed = take(self, "weight", name, described)
+        transposed = bool(described.get("transposed"))
+        choice = chosen(name, packed, transposed=transposed, backend=backend, optimize=optimize)
+        self.matrix = PackedMatrix(packed, choice, transposed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) → (..., out)."""
+        assert self.matrix is not None
+        return self.matrix(x, self.bias)
+
+    def __getattr__(self, name: str) -> Any:
+        matrix = self.__dict__.get("matrix")
+        if name == "weight" and matrix is not None:
+            return matrix.dense().transpose(-1, -2) if matrix.transposed else matrix.dense()
+        return super().__getattr__(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        super()._apply(fn, recurse)
+        if self.matrix is not None:
+            self.matrix = carried(self.matrix, fn)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.matrix is not None:
+            destination.update({f"{prefix}weight{end}": held for end, held in self.matrix.packed().tensors().items()})
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return shape if self.matrix is None else f"{shape}, backend={self.matrix.choice.backend}"
+
+
+def place(module: nn.Module, leaf: str, described: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Give a module empty neutral tensors, on meta, in place of its parameter `leaf`; values in `dtype`."""
+    module._parameters.pop(leaf, None)
+    for suffix, (shape, stored) in layout(described).items():
+        if suffix:
+            module.register_buffer(leaf + suffix, torch.empty(shape, dtype=stored, device="meta"))
+        else:
+            values = torch.empty(shape, dtype=dtype, device="meta")
+            module.register_parameter(leaf, nn.Parameter(values, requires_grad=False))
+
+
+def fill(module: nn.Module, leaf: str, packed: Bitmask) -> None:
+    """Put the tensors of `packed` into the places made by `place`."""
+    for suffix, tensor in packed.tensors().items():
+        if suffix:
+            module._buffers[leaf + suffix] = tensor
+        else:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def take(module: nn.Module, leaf: str, name: str, described: Mapping[str, Any]) -> Bitmask:
+    """The neutral tensors of a module, checked, and no longer the module's. CheckpointError where they are damaged."""
+    tensors: dict[str, Tensor] = {}
+    for suffix in SUFFIXES:
+        held = module._buffers.pop(leaf + suffix, None) if suffix else module._parameters.pop(leaf)
+        if held is not None:
+            tensors[suffix] = held.detach()
+    dtype = str(tensors[""].dtype).removeprefix("torch.")  # a model may be loaded in another one than is stored
+    return Bitmask.restore(name, {**described, "dtype": dtype}, tensors)
+
+
+def chosen(
+    name: str, packed: Bitmask, *, transposed: bool = False, whole: bool = False, backend: str, optimize: str
+) -> Choice:
+    """The choice for a packed weight."""
+    size = sum(tensor.nbytes for tensor in packed.tensors().values())
+    return choose(name, WeightSpec.of(packed, transposed, whole), size, backend=backend, optimize=optimize)
+
+
+def carried(held: Held, fn: Callable[[Tensor], Tensor]) -> Held:
+    """A packed weight after `model.to(...)`: chosen and prepared anew where device or dtype change."""
+    target = fn(torch.empty(0, dtype=held.dtype, device=held.device))
+    if (target.device, target.dtype) == (held.device, held.dtype):
+        return held
+    packed, before = moved(held.packed(), target.device, target.dtype), held.choice
+    choice = chosen(
+        before.weight,
+        packed,
+        transposed=held.transposed,
+        whole=before.whole,
+        backend=before.asked,
+        optimize=before.optimize,
+    )
+    return type(held)(packed, choice, held.transposed)

@@ -1,0 +1,240 @@
+"""Pack a checkpoint: every weight whose zeros make it worth it is stored without them.
+
+Two passes over the weights, one tensor (or stack of experts) at a time: the first counts, since shards are laid out
+before they are filled, the second packs and takes each weight apart again, back to the very tensors it was made of.
+What is packed is what the module multiplies activations with: linear weights, experts, an untied head. Embeddings,
+tied weights, norms and routers stay as they are, and so does a weight that would be larger packed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from llmsparse import __version__, source
+from llmsparse.checkpoint import CheckpointReader, CheckpointWriter, parse_size
+from llmsparse.disk import disk_error
+from llmsparse.errors import CheckpointError
+from llmsparse.footprint import Footprint, Packing
+from llmsparse.formats import FORMATS
+from llmsparse.formats.bitmask import SUFFIXES, layout, measure, stored_bytes
+from llmsparse.memory import release_freed
+from llmsparse.model import StreamedModel
+from llmsparse.naming import Group, Naming
+from llmsparse.output import PartialOutput, check_output
+from llmsparse.packed import FORMAT, RECORD, PackedCheckpoint, Record, quantization_config, sha256
+from llmsparse.progress import Progress, Silent
+from llmsparse.shard import DTYPE_NAMES
+
+Spec = tuple[tuple[int, ...], torch.dtype]
+REPLACED = ("config.json", "README.md")  # files of the source that a packed folder has in a version of its own
+
+
+def pack(
+    model: str,
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Packing:
+    """Pack `model` (folder or hub id) into the new folder `output`; `unpack` gives it back bit for bit.
+
+    Raises CheckpointError for a checkpoint that is packed already or has no weight that gains by it, RecipeError and
+    MachineError for an output that cannot be. A run that fails leaves nothing behind.
+    """
+    progress = progress or Silent()
+    folder, shard_bytes = source.resolve(model, revision), parse_size(max_shard_size)
+    if source.is_packed(source.read_config(folder)):
+        raise CheckpointError(f"{folder}: already packed, by llmsparse; `llmsparse unpack` makes it dense again")
+    out = Path(output)
+    check_output(out, resume=False, overwrite=overwrite, source=folder)
+    with progress:
+        selection = select(folder, trust_remote_code, progress)
+        with PartialOutput(
+            out, source=folder, fingerprint={"pack": str(folder)}, resume=False, overwrite=overwrite, resumable=False
+        ) as partial:
+            name = Path(model).resolve().name if Path(model).exists() else model
+            packing = selection.write(partial.folder, shard_bytes, progress, model=name, output=str(output))
+            partial.publish()
+    return packing
+
+
+@dataclass(frozen=True)
+class Packable:
+    """Tensors on disk that are stored as the module's, at least one of these packed."""
+
+    group: Group
+    layers: dict[str, dict[str, Any]]  # module tensor → what the config will say of it
+    dense: dict[str, Spec]  # the others that the group fills
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What will be packed, measured."""
+
+    folder: Path
+    reader: CheckpointReader
+    naming: Naming
+    packables: list[Packable]
+    weights: list[Footprint]
+    left_dense: list[Footprint]
+
+    @property
+    def layers(self) -> dict[str, dict[str, Any]]:
+        return {name: described for part in self.packables for name, described in part.layers.items()}
+
+    def specs(self) -> dict[str, Spec]:
+        """Shape and dtype of all tensors that will be stored, each group where its first tensor stood."""
+        owner = {key: part for part in self.packables for key in part.group.keys}
+        specs: dict[str, Spec] = {}
+        for key in self.reader.keys():
+            part = owner.get(key)
+            if part is None:
+                spec = self.reader.spec(key)
+                specs[key] = (spec.shape, spec.dtype)
+                continue
+            specs |= part.dense
+            for name, described in part.layers.items():
+                specs |= {name + suffix: spec for suffix, spec in layout(described).items()}
+        return specs
+
+    def write(self, target: Path, shard_bytes: int, progress: Progress, *, model: str, output: str) -> Packing:
+        """Write the packed checkpoint into the folder `target`, side files included."""
+        writer = CheckpointWriter(target, self.specs(), shard_bytes)
+        packed_keys = {key for part in self.packables for key in part.group.keys}
+        writer.copy(self.reader, [key for key in self.reader.keys() if key not in packed_keys])
+        progress.start(len(self.packables))
+        for part in self.packables:
+            progress.block(part.group.target)
+            writer.write(self._pack(part))
+            release_freed()
+        writer.finish()
+        sizes = [sum(spec.end - spec.begin for spec in map(file.spec, file.keys())) for file in (writer, self.reader)]
+        packing = Packing(model, output, self.weights, self.left_dense, sizes[0], sizes[1])
+        self._write_side_files(target, packing, {writer.spec(key).file for key in writer.keys()})
+        return packing
+
+    def _pack(self, part: Packable) -> dict[str, Tensor]:
+        """The tensors to store, after they have been taken apart again and compared with those on disk."""
+        on_disk = self.reader.read(part.group.keys)
+        stored: dict[str, Tensor] = {}
+        back: dict[str, Tensor] = {}
+        for name, tensor in self.naming.to_module(on_disk):
+            described = part.layers.get(name)
+            if described is None:
+                stored[name] = back[name] = tensor
+                continue
+            packed = FORMATS[FORMAT].pack(_outputs_first(tensor, described), described["pattern"])
+            stored |= {name + suffix: part for suffix, part in packed.tensors().items()}
+            back[name] = _outputs_first(packed.unpack(), described)
+        restored = self.naming.to_disk(back)
+        for key, tensor in on_disk.items():
+            if not torch.equal(_bytes(tensor), _bytes(restored[key])):
+                raise CheckpointError(
+                    f"{self.folder}: {key} would not come back from {part.group.target} bit for bit; "
+                    f"transformers {transformers.__version__} converts it with a loss"
+                )
+        return stored
+
+    def _write_side_files(self, target: Path, packing: Packing, files: set[Path]) -> None:
+        source.copy_side_files(self.folder, target, leaving=(*REPLACED, RECORD))
+        present = [self.folder / name for name in REPLACED if (self.folder / name).is_file()]
+        replaced = {path.name: path.read_bytes().decode("utf-8", "surrogateescape") for path in present}
+        config = source.read_config(self.folder) | {"quantization_config": quantization_config(self.layers)}
+        record = Record(
+            versions={"llmsparse": __version__, "transformers": transformers.__version__},
+            checksums={file.name: sha256(file) for file in sorted(files)},
+            files=replaced,
+            tensors={
+                key: {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape)}
+                for key in self.reader.keys()
+                for spec in [self.reader.spec(key)]
+            },
+        )
+        texts = {
+            "config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+            "README.md": packing.card(replaced.get("README.md", "")),
+            RECORD: json.dumps(record.to_json(), indent=1) + "\n",
+        }
+        for name, text in texts.items():
+            write_text(target / name, text)
+        PackedCheckpoint(target)  # what was written must be what a reader wants
+
+
+def select(folder: Path, trust_remote_code: bool, progress: Progress) -> Selection:
+    """Measure every weight that could be packed. CheckpointError where none would become smaller."""
+    reader = CheckpointReader(folder)
+    model = StreamedModel(reader, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=trust_remote_code)
+    packables: list[Packable] = []
+    footprints: list[Footprint] = []
+    groups = list(model.matrices())
+    progress.start(len(groups))
+    for group, transposed in groups:
+        progress.block(group.target)
+        layers: dict[str, dict[str, Any]] = {}
+        dense: dict[str, Spec] = {}
+        for name, tensor in model.naming.to_module(reader.read(group.keys)):
+            dense[name] = (tuple(tensor.shape), tensor.dtype)
+            if not _can_be_packed(model.naming, name, tensor):
+                continue
+            described = {"transposed": True} if transposed.get(name) else {}
+            described = measure(_outputs_first(tensor, described)) | described
+            footprint = _footprint(name, described, tensor)
+            footprints.append(footprint)
+            if footprint.pays:
+                layers[name] = described
+                del dense[name]
+        if layers:
+            packables.append(Packable(group, layers, dense))
+        release_freed()
+    weights = [footprint for footprint in footprints if footprint.pays]
+    if not weights:
+        sparsest = max(footprints, key=lambda footprint: footprint.sparsity, default=None)
+        found = f"its sparsest weight, {sparsest.name}, has {sparsest.sparsity:.1%} zeros" if sparsest else "no weights"
+        raise CheckpointError(
+            f"{folder}: a dense checkpoint, nothing in it would become smaller ({found}); prune it first"
+        )
+    left_dense = [footprint for footprint in footprints if not footprint.pays]
+    return Selection(folder, reader, model.naming, packables, weights, left_dense)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text to the byte as it was read with `surrogateescape`."""
+    try:
+        file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    except OSError as error:
+        raise disk_error(file, error, len(text)) from error
+
+
+def _can_be_packed(naming: Naming, name: str, tensor: Tensor) -> bool:
+    """A linear weight or a stack of experts, whose names transformers leaves alone when it loads them."""
+    matrix = tensor.dim() == 3 or (tensor.dim() == 2 and name.endswith(".weight"))
+    return matrix and all(naming.is_own(name + suffix) for suffix in SUFFIXES)
+
+
+def _outputs_first(tensor: Tensor, described: Mapping[str, Any]) -> Tensor:
+    """(..., out, in) of a module tensor, and back."""
+    return tensor.mT if described.get("transposed") else tensor
+
+
+def _footprint(name: str, described: Mapping[str, Any], tensor: Tensor) -> Footprint:
+    shape, nnz = tuple(described["shape"]), described["nnz"]
+    sparsity = 1 - nnz / max(1, tensor.numel())
+    plain = name.removesuffix(".weight")
+    return Footprint(
+        plain, shape, described["dtype"], described["pattern"], sparsity, stored_bytes(described), tensor.nbytes
+    )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)

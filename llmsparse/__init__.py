@@ -26,9 +26,11 @@ from llmsparse.errors import (
 )
 
 if TYPE_CHECKING:
+    from llmsparse.doctor import Diagnosis, diagnose
     from llmsparse.evaluation import Perplexity, perplexity
     from llmsparse.explanation import Explanation, explain
     from llmsparse.footprint import Packing
+    from llmsparse.generation import Generation, generate
     from llmsparse.hf import SparseConfig
     from llmsparse.inspection import Inspection, inspect
     from llmsparse.packing import pack
@@ -43,7 +45,9 @@ __version__ = "0.1.0"
 __all__ = [
     "CalibrationError",
     "CheckpointError",
+    "Diagnosis",
     "Explanation",
+    "Generation",
     "Inspection",
     "LlmsparseError",
     "MachineError",
@@ -59,7 +63,9 @@ __all__ = [
     "SparseConfig",
     "Unpacking",
     "__version__",
+    "diagnose",
     "explain",
+    "generate",
     "inspect",
     "pack",
     "perplexity",
@@ -69,7 +75,9 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Diagnosis": "doctor",
     "Explanation": "explanation",
+    "Generation": "generation",
     "Inspection": "inspection",
     "Packing": "footprint",
     "Perplexity": "evaluation",
@@ -79,7 +87,9 @@ _MODULES = {
     "Rule": "recipe",
     "SparseConfig": "hf",
     "Unpacking": "unpacking",
+    "diagnose": "doctor",
     "explain": "explanation",
+    "generate": "generation",
     "inspect": "inspection",
     "pack": "packing",
     "perplexity": "evaluation",

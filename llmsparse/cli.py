@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmsparse import __version__, cli_recipes
+from llmsparse import __version__, cli_recipes, cli_run
 from llmsparse.cli_exit import exit_code_of
-from llmsparse.cli_options import Debug, Json, Quiet, Verbose, verb
+from llmsparse.cli_options import Debug, Json, Model, Quiet, Revision, TrustRemoteCode, Verbose, verb
 from llmsparse.errors import RecipeError
 from llmsparse.terminal import Terminal
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 app.add_typer(cli_recipes.app, name="recipes", help="Look at the shipped recipes, copy one, check a file.")
 
-Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or builtin.", show_default=False)]
 Assignments = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Any key of a recipe, such as method.damp=0.1.", show_default=False),
@@ -32,16 +31,9 @@ RecipeName = Annotated[
     str | None,
     typer.Option("--recipe", metavar="FILE|NAME", help="Start from a recipe; flags override it.", show_default=False),
 ]
-Revision = Annotated[
-    str | None, typer.Option(metavar="R", help="Branch, tag or commit on the hub.", show_default=False)
-]
-
 Output = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.", show_default=False)]
 MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest file to write.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.", show_default=False)
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -231,6 +223,9 @@ def demo(terminal: Terminal, json: Json = False) -> None:
     from llmsparse import demo
 
     terminal.show(demo.run(terminal.progress()), json)
+
+
+app.add_typer(cli_run.app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

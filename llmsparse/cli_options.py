@@ -16,6 +16,13 @@ Verb = TypeVar("Verb", bound=Callable[..., None])
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.", show_default=False)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries log.", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)]
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or builtin.", show_default=False)]
+Revision = Annotated[
+    str | None, typer.Option(metavar="R", help="Branch, tag or commit on the hub.", show_default=False)
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", show_default=False)]
 
 

@@ -116,7 +116,7 @@ class SparseQuantizer(HfQuantizer):
     def hold(self, model: PreTrainedModel, name: str, described: Mapping[str, Any]) -> None:
         """Make room for the packed tensors of a weight, on meta. CheckpointError where they do not fit the model."""
         path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
+        module: Any = model.get_submodule(path)
         parameter = module._parameters.get(leaf)
         shape = list(described["shape"])
         if described.get("transposed"):

@@ -91,7 +91,8 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) → (..., out)."""
         assert self.matrix is not None
-        return self.matrix(x, self.bias)
+        run = product if self.matrix.backend.compiles else uncompiled_product
+        return run(self.matrix, x, self.bias)
 
     def __getattr__(self, name: str) -> Any:
         matrix = self.__dict__.get("matrix")
@@ -113,6 +114,17 @@ class SparseLinear(nn.Module):
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return shape if self.matrix is None else f"{shape}, backend={self.matrix.choice.backend}"
+
+
+def product(matrix: PackedMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x · Wᵀ + bias."""
+    return matrix(x, bias)
+
+
+disable: Any = torch.compiler.disable
+uncompiled_product: Callable[[PackedMatrix, Tensor, Tensor | None], Tensor] = disable(
+    product
+)  # a compiled graph breaks around it, and says nothing
 
 
 def place(module: nn.Module, leaf: str, described: Mapping[str, Any], dtype: torch.dtype) -> None:

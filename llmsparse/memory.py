@@ -28,6 +28,23 @@ def anonymous_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
+def used_bytes(device: torch.device) -> int:
+    """What this process holds now: GPU memory that torch has allocated, or on a CPU the proportional set size, which
+    counts mapped pages too, shared ones in part (all resident memory where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/self/smaps_rollup", encoding="ascii") as rollup:
+            for line in rollup:
+                if line.startswith("Pss:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
 def available_bytes(device: torch.device) -> int:
     """Memory that can still be taken: free GPU memory, or the smaller of free RAM and the cgroup's rest."""
     if device.type == "cuda":

@@ -5,6 +5,7 @@ A backend is one file and one line in BACKENDS. `choice.py` says which of them r
 
 from __future__ import annotations
 
+from llmsparse.backends.cpu import CpuBitmask
 from llmsparse.backends.cusparselt import CuSparseLt
 from llmsparse.backends.dense import Dense, DenseLowMemory
 from llmsparse.backends.protocol import Backend, WeightSpec
@@ -15,6 +16,7 @@ __all__ = ["BACKENDS", "Backend", "WeightSpec"]
 BACKENDS: dict[str, Backend] = {
     "dense": Dense(),
     "dense-lowmem": DenseLowMemory(),
+    "cpu-bitmask": CpuBitmask(),
     "mma24": TritonOp("mma24", tokens=32, pattern="2:4"),
     "split24": TritonOp("split24", tokens=32),
     "select24": TritonOp("select24", tokens=1, pattern="2:4"),

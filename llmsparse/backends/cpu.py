@@ -10,19 +10,18 @@ from torch import Tensor
 
 from llmsparse import cpu
 from llmsparse.backends.protocol import WeightSpec
+from llmsparse.cpu.library import DTYPES
 from llmsparse.formats.bitmask import Bitmask
-
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 class CpuBitmask:
     name = "cpu-bitmask"
-    tokens: int | None = 4
+    tokens: int | None = cpu.MOST
     compiles = False
 
     def why_not(self, spec: WeightSpec) -> str | None:
         if spec.device.type != "cpu":
-            return f"runs on the CPU, this weight is on {spec.device}"
+            return f"runs on the CPU; the device is {spec.device}"
         if spec.dtype not in DTYPES:
             return f"for float32 and bfloat16, this weight is {str(spec.dtype).removeprefix('torch.')}"
         return cpu.why_not()
@@ -30,13 +29,13 @@ class CpuBitmask:
     def prepare(self, packed: Bitmask, spec: WeightSpec) -> cpu.CpuWeight:
         return cpu.prepare(packed)
 
-    @torch.compiler.disable
     def run(self, prepared: cpu.CpuWeight, x: Tensor, bias: Tensor | None) -> Tensor:
-        y = cpu.matvec(prepared, x.reshape(-1, x.shape[-1]).contiguous(), bias)
-        return y.view(*x.shape[:-1], -1)
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], prepared.shape[-2])
+        return cpu.matvec(prepared, x, bias)
 
     def dense(self, prepared: cpu.CpuWeight) -> Tensor:
-        return prepared.packed().unpack()
+        return cpu.expand(prepared, torch.empty(prepared.shape, dtype=prepared.dtype))
 
     def restore(self, prepared: cpu.CpuWeight) -> Bitmask:
         return prepared.packed()

@@ -34,7 +34,7 @@ class CuSparseLt:
 
     def why_not(self, spec: WeightSpec) -> str | None:
         if spec.device.type != "cuda":
-            return f"needs an NVIDIA GPU, this weight is on {spec.device}"
+            return f"needs an NVIDIA GPU; the device is {spec.device}"
         if spec.pattern != "2:4":
             return f"for 2:4 weights, this one is {spec.pattern}"
         if not torch.backends.cusparselt.is_available():

@@ -54,11 +54,15 @@ class Row:
 def matching(spec: WeightSpec) -> list[Row]:
     """Rows that cover a weight: the user's first, then by the device they name, the most specific first."""
     kinds = device_kinds(spec.device)
-    own, shipped = (
-        sorted((row for row in rows if row.covers(spec, kinds)), key=lambda row: kinds.index(row.device))
-        for rows in (read(user_file()), read(SHIPPED))
-    )
-    return own + shipped
+    tables = (read(user_file()), shipped())
+    covering = [[row for row in rows if row.covers(spec, kinds)] for rows in tables]
+    return [row for rows in covering for row in sorted(rows, key=lambda row: kinds.index(row.device))]
+
+
+@cache
+def shipped() -> list[Row]:
+    """The table that comes with llmsparse."""
+    return read(SHIPPED)
 
 
 def user_file() -> Path:
@@ -107,22 +111,19 @@ def device_kinds(device: torch.device) -> tuple[str, ...]:
         major, minor = torch.cuda.get_device_capability(device)
         return torch.cuda.get_device_name(device), f"sm_{major}{minor}"
     if device.type == "cpu":
-        flags = cpu_flags()
+        flags = next((line for line in cpu_info() if line.startswith("flags")), "").split()
         level = next((name for name in ("avx512_vbmi2", "avx512f", "avx2") if name in flags), "portable")
         return f"cpu {level}", "cpu"
     return (device.type,)
 
 
 @cache
-def cpu_flags() -> frozenset[str]:
-    """Instruction sets of the CPU, as Linux names them; empty where it does not say."""
+def cpu_info() -> tuple[str, ...]:
+    """The lines of /proc/cpuinfo; none where there is no such file."""
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith(("flags", "Features")):
-                return frozenset(line.partition(":")[2].split())
+        return tuple(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines())
     except OSError:
-        pass
-    return frozenset()
+        return ()
 
 
 def _place(row: Row) -> tuple[Any, ...]:

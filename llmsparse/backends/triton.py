@@ -28,7 +28,7 @@ class TritonOp:
 
     def why_not(self, spec: WeightSpec) -> str | None:
         if spec.device.type != "cuda":
-            return f"needs an NVIDIA GPU, this weight is on {spec.device}"
+            return f"needs an NVIDIA GPU; the device is {spec.device}"
         if self.pattern is not None and spec.pattern != self.pattern:
             return f"for {self.pattern} weights, this one is {spec.pattern}"
         for package in ("triton", "triton_ops"):

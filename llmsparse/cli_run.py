@@ -1,0 +1,70 @@
+"""The verbs that run a model, and the one that says what can run here."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from llmsparse.cli_options import Json, Model, Revision, TrustRemoteCode, verb
+from llmsparse.terminal import Terminal
+
+app = typer.Typer()
+
+
+@verb(app)
+def generate(
+    terminal: Terminal,
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="The text to continue.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most as many tokens.")] = 64,
+    backend: Annotated[
+        str,
+        typer.Option(metavar="auto|NAME", help="What runs packed weights; a name packs a pruned MODEL as it loads."),
+    ] = "auto",
+    optimize: Annotated[
+        str, typer.Option(metavar="memory|speed", help="memory, or a dense copy for prompts.")
+    ] = "memory",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Continue a text with MODEL, dense, pruned or packed; tokens per second and memory go to stderr.
+
+    llmsparse generate ./packed --prompt "Once upon a time"
+    """
+    terminal.calm_libraries()
+    from llmsparse import generation
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    result = generation.generate(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        backend=backend,
+        optimize=optimize,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        write=None if json else write,
+    )
+    if json:
+        return terminal.show(result, True)
+    print()
+    if not terminal.quiet:
+        print(result.summary(), file=sys.stderr)
+
+
+@verb(app)
+def doctor(terminal: Terminal, json: Json = False) -> None:
+    """Show versions, devices, and each backend: usable here, or why not."""
+    terminal.calm_libraries()
+    from llmsparse.doctor import diagnose
+
+    terminal.show(diagnose(), json)

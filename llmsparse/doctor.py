@@ -1,0 +1,120 @@
+"""What this machine can run: versions, devices, and each backend, usable or why not. Loads no model."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmsparse import __version__, cpu
+from llmsparse.backends import BACKENDS, WeightSpec
+from llmsparse.backends.table import SHIPPED, cpu_info, device_kinds, read, shipped, user_file
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+PACKAGES = ("torch", "transformers", "triton", "safetensors", "accelerate")
+CPU = torch.device("cpu")
+SHAPE = (4096, 4096)  # of the weight that backends are asked about, in bfloat16
+
+
+@dataclass(frozen=True)
+class Device:
+    """A CPU or a GPU."""
+
+    name: str
+    kinds: tuple[str, ...]  # as the table of backends calls it
+    memory_bytes: int
+    details: str
+
+
+@dataclass(frozen=True)
+class Usable:
+    """A backend here."""
+
+    name: str
+    device: str
+    refused: str | None  # why it cannot run; None: usable
+    details: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `llmsparse doctor` shows."""
+
+    versions: dict[str, str | None]
+    devices: list[Device]
+    backends: list[Usable]
+    measured: dict[str, int]  # file of measured speeds → rows
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def table(self) -> RenderableType:
+        from rich.console import Group
+        from rich.table import Table
+
+        devices = Table("device", "table name", "GB", "details", box=None, pad_edge=False)
+        for device in self.devices:
+            size = f"{device.memory_bytes / 1e9:.1f}"
+            devices.add_row(device.name, " or ".join(device.kinds), size, device.details)
+        backends = Table("backend", "on", "", "", box=None, pad_edge=False)
+        for backend in self.backends:
+            usable = ("usable", backend.details) if backend.refused is None else ("no", backend.refused)
+            backends.add_row(backend.name, backend.device, *usable)
+        installed = ", ".join(f"{name} {number or 'missing'}" for name, number in self.versions.items())
+        speeds = "\n".join(f"{rows} measured speeds in {file}" for file, rows in self.measured.items())
+        return Group(installed, "", devices, "", backends, "", speeds)
+
+
+def diagnose() -> Diagnosis:
+    """Look at this machine. The CPU kernels are compiled if they have never been."""
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    versions = {"llmsparse": __version__, "python": platform.python_version()}
+    measured = {str(file): len(rows) for file, rows in ((SHIPPED, shipped()), (user_file(), read(user_file())))}
+    return Diagnosis(
+        versions | {name: _version(name) for name in PACKAGES},
+        [_cpu(), *map(_gpu, gpus)],
+        [_usable(name, (gpus or [CPU])[0]) for name in BACKENDS],
+        measured,
+    )
+
+
+def _usable(name: str, device: torch.device) -> Usable:
+    backend = BACKENDS[name]
+    pattern = getattr(backend, "pattern", None) or ("2:4" if name == "cusparselt" else "unstructured")
+    place = CPU if name == "cpu-bitmask" else device
+    spec = WeightSpec(SHAPE, pattern, SHAPE[0] * SHAPE[1] // 2, torch.bfloat16, place)
+    refused = backend.why_not(spec)
+    details = ""
+    if refused is None and name == "cpu-bitmask":
+        details = f"kernels: {', '.join(cpu.kernels(torch.bfloat16, torch.bfloat16))}"
+    return Usable(name, str(place), refused, details)
+
+
+def _cpu() -> Device:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    names = (line.partition(":")[2].strip() for line in cpu_info() if line.startswith("model name"))
+    return Device(
+        next(names, platform.processor() or platform.machine()),
+        device_kinds(CPU),
+        memory,
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads",
+    )
+
+
+def _gpu(device: torch.device) -> Device:
+    about: Any = torch.cuda.get_device_properties(device)
+    details = f"CUDA {torch.version.cuda}, {about.multi_processor_count} multiprocessors"
+    return Device(str(device), device_kinds(device), about.total_memory, details)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,163 @@
+"""Continue a text with a model, dense or packed, and say how fast that was and what memory it took.
+
+Greedy: the same model and prompt give the same text. The first token is timed by itself, since it reads the prompt;
+tokens per second are those after it.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TextStreamer
+
+from llmsparse import source
+from llmsparse.backends.choice import AUTO
+from llmsparse.device import choose_device
+from llmsparse.errors import RecipeError
+from llmsparse.explanation import explain
+from llmsparse.loading import load_model
+from llmsparse.memory import PeakMemory, used_bytes
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A continuation and its cost. Memory is the process's: on a CPU its proportional set size, on a GPU what torch
+    has allocated."""
+
+    model: str
+    prompt: str
+    text: str  # what came after the prompt
+    prompt_tokens: int
+    new_tokens: int
+    device: str
+    dtype: str
+    threads: int
+    backends: dict[str, int]  # backend → packed weights that it runs; empty for a model that runs as it is
+    load_seconds: float
+    first_token_seconds: float
+    tokens_per_second: float | None  # None where there is one token
+    memory_bytes: int  # after the first token
+    peak_memory_bytes: int  # while loading or generating
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def summary(self) -> str:
+        """One line."""
+        runs = ", ".join(f"{name} runs {count} weights" for name, count in self.backends.items()) or "nothing is packed"
+        speed = "" if self.tokens_per_second is None else f", then {self.tokens_per_second:.1f} tokens/s"
+        return (
+            f"{self.new_tokens} tokens: the first after {self.first_token_seconds:.2f} s{speed}; loaded in "
+            f"{self.load_seconds:.1f} s; memory {self.memory_bytes / 1e9:.2f} GB, peak {self.peak_memory_bytes / 1e9:.2f} "
+            f"GB; {self.device}, {self.dtype}, {self.threads} threads; {runs}"
+        )
+
+    def table(self) -> RenderableType:
+        from rich.text import Text
+
+        return Text(self.prompt + self.text)
+
+
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    backend: str = AUTO,
+    optimize: str = "memory",
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    write: Callable[[str], None] | None = None,
+) -> Generation:
+    """Continue `prompt` by at most `max_new_tokens` tokens; `write` is given the text piece by piece as it comes.
+
+    `model` is a folder, a hub id or `builtin`, `backend` as in `load_model`. Raises a LlmsparseError of one line.
+    """
+    if max_new_tokens < 1:
+        raise RecipeError(f"max_new_tokens {max_new_tokens}: wanted 1 or more")
+    place, folder = choose_device(device), source.resolve(model, revision)
+    with PeakMemory(place) as memory:
+        started = time.perf_counter()
+        tokenizer = source.load_tokenizer(folder, trust_remote_code)
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]  # (1, tokens)
+        loaded = load_model(
+            folder, backend=backend, optimize=optimize, device=place, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        _check_length(loaded, ids.shape[1], max_new_tokens)
+        load_seconds = time.perf_counter() - started
+        clock = Clock(tokenizer, place, write)
+        ids = ids.to(place)
+        output = loaded.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=clock,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+        new = output[0, ids.shape[1] :]
+        return Generation(
+            model=model,
+            prompt=prompt,
+            text=tokenizer.decode(new, skip_special_tokens=True),
+            prompt_tokens=ids.shape[1],
+            new_tokens=len(new),
+            device=str(place),
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+            backends=explain(loaded).backends,
+            load_seconds=load_seconds,
+            first_token_seconds=clock.times[1] - clock.times[0],
+            tokens_per_second=clock.tokens_per_second(),
+            memory_bytes=clock.memory_bytes,
+            peak_memory_bytes=memory.read(),
+        )
+
+
+class Clock(TextStreamer):
+    """Hands the text on as it comes, and notes when each token did."""
+
+    def __init__(self, tokenizer: Any, device: torch.device, write: Callable[[str], None] | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.times: list[float] = []  # of the start, then of each token
+        self.memory_bytes = 0
+        self._device, self._write = device, write
+
+    def put(self, value: Any) -> None:
+        """The prompt, then token after token."""
+        self.times.append(time.perf_counter())
+        if len(self.times) == 2:
+            self.memory_bytes = used_bytes(self._device)
+            self.times[-1] = time.perf_counter()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self._write is not None:
+            self._write(text)
+
+    def tokens_per_second(self) -> float | None:
+        """After the first token."""
+        tokens = len(self.times) - 2
+        return tokens / (self.times[-1] - self.times[1]) if tokens > 0 else None
+
+
+def _check_length(model: Any, prompt_tokens: int, max_new_tokens: int) -> None:
+    """RecipeError for a prompt without tokens, or one that leaves no room in the model's positions."""
+    if prompt_tokens == 0:
+        raise RecipeError("the prompt has no tokens: give --prompt some text")
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and prompt_tokens + max_new_tokens > longest:
+        raise RecipeError(
+            f"the prompt's {prompt_tokens} tokens and {max_new_tokens} new ones are more than the model's {longest} "
+            "positions; shorten the prompt or lower --max-new-tokens"
+        )

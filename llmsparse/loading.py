@@ -1,0 +1,57 @@
+"""From what the user calls a model to one that runs, whether its folder is dense, pruned or packed."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmsparse import source
+from llmsparse.backends.choice import AUTO, check_names
+from llmsparse.checkpoint import CheckpointReader
+from llmsparse.device import DTYPES
+from llmsparse.errors import CheckpointError, RecipeError, did_you_mean
+
+
+def load_model(
+    folder: Path,
+    *,
+    backend: str = AUTO,
+    optimize: str = "memory",
+    device: torch.device,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Any:
+    """The causal LM in `folder`, by transformers, on `device`; `dtype` `auto` is that of the checkpoint.
+
+    A packed folder runs on `backend`. Any other runs as it is where `backend` is `auto`, and is packed while it loads
+    where one is named. Raises CheckpointError for a folder that cannot be loaded whole, RecipeError for an unknown
+    backend, MachineError for one that cannot run here.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from llmsparse.hf import SparseConfig
+
+    check_names(backend, optimize)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise RecipeError(f"dtype {dtype!r} is not known{did_you_mean(dtype, ['auto', *DTYPES])}")
+    packed = source.is_packed(source.read_config(folder))
+    if not packed:
+        source.load_config(folder, trust_remote_code)  # refuses, in a line, what is no causal language model
+    CheckpointReader(folder)  # and what is truncated or lacks a shard
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    if packed or backend != AUTO:
+        options["quantization_config"] = SparseConfig(backend=backend, optimize=optimize)
+    if device.type != "cpu":
+        options["device_map"] = {"": device}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of the tensors that config.json asks for are not on disk, {missing[0]!r} among "
+            "them; download or pack the checkpoint again"
+        )
+    return model

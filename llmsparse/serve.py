@@ -1,0 +1,243 @@
+"""Serve a model, dense, pruned or packed, as OpenAI's API.
+
+transformers' own server runs in this process, where packed checkpoints load, with continuous batching; `gate.py` stands
+before it. transformers documents its command, not its parts: all that is touched of them is in `TransformersServer`.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateUsage=false
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from llmsparse import source
+from llmsparse.api_request import Served
+from llmsparse.backends.choice import AUTO, check_names
+from llmsparse.device import choose_device
+from llmsparse.errors import MachineError, RecipeError
+from llmsparse.gate import Gate
+from llmsparse.loading import load_model
+from llmsparse.memory import available_bytes
+
+EXTRA = ("fastapi", "uvicorn", "openai")
+LOOPBACK = ("127.", "::1")
+GRACE_SECONDS = 10  # to hang up on clients, once generation has stopped
+PAGE = 256  # tokens that the cache of keys and values is divided into
+
+
+def serve(
+    model: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    backend: str = AUTO,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serve `model` (folder, hub id or `builtin`) until SIGTERM or Ctrl-C; port 0 takes a free one.
+
+    `say` gets the address once requests are answered. Raises MachineError without the extra `serve` or where the port
+    is taken, else what loading the model raises.
+    """
+    missing = [name for name in EXTRA if find_spec(name) is None]
+    if missing:
+        raise MachineError(f"serving needs {', '.join(missing)}: pip install 'llmsparse[serve]'")
+    check_names(backend, "memory")
+    place, folder = choose_device(device), source.resolve(model, revision)
+    bound = _bind(host, port)  # before the model is read: a port in use shows at once
+    try:
+        tokenizer = source.load_tokenizer(folder, trust_remote_code)
+        loaded = load_model(folder, backend=backend, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
+        engine = TransformersServer(model, loaded, tokenizer)
+        address = bound.getsockname()
+        shown = f"[{address[0]}]" if ":" in address[0] else address[0]
+        if api_key is None and not address[0].startswith(LOOPBACK):
+            say(f"no --api-key: whoever reaches port {address[1]} of this machine can use the model")
+        say(f"serving {model} at http://{shown}:{address[1]}/v1")
+        engine.run(Gate(engine, api_key), bound)
+    finally:
+        bound.close()
+
+
+class TransformersServer:
+    """transformers' server with a model that is loaded already, in which each request samples as it asks.
+
+    Left alone, it would run all requests with the sampling of the first.
+    """
+
+    def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+        from transformers.cli.serve import Serve
+        from transformers.cli.serving.model_manager import TimedModel
+        from transformers.utils import logging
+
+        class Held(Serve):
+            def start_server(self) -> None:
+                """`run` does, behind the gate."""
+
+        level = logging.get_verbosity()
+        held = Held(non_blocking=True, continuous_batching=True, log_level="error")
+        logging.set_verbosity(level)
+        manager: Any = held._model_manager
+        manager.force_model = name
+        manager.process_model_name = str  # answers name the model without a revision
+        manager.loaded_models[name] = TimedModel(model, timeout_seconds=-1, processor=tokenizer)
+
+        own = model.generation_config
+        shared = GenerationConfig(  # not neutral, so that what requests may set is there
+            do_sample=True,
+            temperature=0.5,
+            top_p=0.5,
+            top_k=(own.top_k or 0) if own.do_sample else 0,
+            eos_token_id=own.eos_token_id,
+            pad_token_id=own.pad_token_id,
+        )
+        config = ContinuousBatchingConfig(
+            per_request_processors=True,
+            auto_switch_to_flash=find_spec("flash_attn") is not None,  # else it would ask the hub for kernels
+            **(_cache_on_cpu(model) if model.device.type == "cpu" else {}),
+        )
+        state = held._generation_state
+        state._cb_config = config
+        batches: Any = state.get_manager(name, use_cb=True)
+        batches.init_cb(model, shared)
+        self.batching = batches._cb
+        self._sampling: dict[str, dict[str, Any]] = {}
+        self._sample_as_asked()
+        self.app: Any = held.server.config.app
+        self.app.add_exception_handler(RuntimeError, _failed)
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        room = self._cache_tokens()
+        handler = held._chat_handler
+
+        def count_chat(body: Mapping[str, Any]) -> int:
+            messages = handler.get_processor_inputs_from_messages(
+                body["messages"], manager.get_model_modality(model, tokenizer)
+            )
+            options = body.get("chat_template_kwargs") or {}
+            return len(
+                tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tools=body.get("tools"), return_dict=True, **options
+                )["input_ids"]
+            )
+
+        self.served = Served(
+            name,
+            min(longest or room, room),
+            model.config.get_text_config().vocab_size,
+            count_chat,
+            lambda text: len(tokenizer(text)["input_ids"]),
+            bool(getattr(tokenizer, "chat_template", None)),
+            {key: getattr(own, key) for key in ("temperature", "top_p", "top_k") if getattr(own, key) is not None}
+            if own.do_sample
+            else {},
+        )
+
+    def expect(self, request_id: str, sampling: dict[str, Any]) -> None:
+        self._sampling[request_id] = sampling
+
+    def health(self) -> tuple[str | None, int]:
+        error = self.batching.background_thread_status.fatal_error
+        processor = self.batching.batch_processor
+        running = (
+            len(processor.scheduler.active_requests) + len(processor.scheduler.waiting_requests) if processor else 0
+        )
+        return None if error is None else f"generation has died: {error}; start the server again", running
+
+    def run(self, app: Any, bound: socket.socket) -> None:
+        """Answer on a bound socket until a signal comes; requests that are then running end with an error."""
+        import uvicorn
+
+        stop = self.stop
+
+        class Server(uvicorn.Server):
+            def handle_exit(self, sig: int, frame: Any) -> None:
+                self.force_exit = self.should_exit  # the second time
+                self.should_exit = True
+
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                stop()
+                await super().shutdown(sockets)
+
+        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=GRACE_SECONDS)
+        try:
+            Server(config).run(sockets=[bound])
+        except OSError as error:
+            host, port = bound.getsockname()[:2]
+            raise _cannot_listen(host, port, error) from error
+        finally:
+            self.stop()
+            self.batching.join(time.perf_counter())
+
+    def stop(self) -> None:
+        """Let generation end after the step that it is at."""
+        status = self.batching.background_thread_status
+        status.request_stop(status.HARD_STOP, 0)
+
+    def _sample_as_asked(self) -> None:
+        add = self.batching.add_request
+
+        def add_request(*arguments: Any, request_id: str, **options: Any) -> Any:
+            return add(*arguments, request_id=request_id, **options, **self._sampling.pop(request_id))
+
+        self.batching.add_request = add_request
+
+    def _cache_tokens(self) -> int:
+        """Tokens that the cache of keys and values holds, once generation is up. MachineError where it does not come up."""
+        status = self.batching.background_thread_status
+        while self.batching.batch_processor is None:
+            if status.fatal_error is not None:
+                raise MachineError(f"no room for keys and values beside the model: {status.fatal_error}")
+            time.sleep(0.01)
+        return int(self.batching.batch_processor.cache.max_tokens_read)
+
+
+def _cache_on_cpu(model: Any) -> dict[str, Any]:
+    """Room for eight conversations of full length, up to 65536 tokens or a fifth of the free memory. transformers would
+    take most of the machine's."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    pairs = config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads)
+    page_bytes = PAGE * 2 * pairs * width * model.dtype.itemsize
+    pages = -(-getattr(config, "max_position_embeddings", 65536) // PAGE)
+    affordable = available_bytes(model.device) // 5 // page_bytes
+    blocks = max(1, min(8 * pages, 65536 // PAGE, affordable))
+    return {"page_size": PAGE, "num_blocks": blocks, "max_batch_tokens": 512, "max_requests_per_batch": 64}
+
+
+async def _failed(request: Any, error: Exception) -> Any:
+    from fastapi.responses import JSONResponse
+
+    return JSONResponse({"error": {"message": str(error), "type": "server_error", "param": None, "code": 503}}, 503)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket of its own at that address. RecipeError for a host that is none, MachineError for a port that is taken."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError, OverflowError) as error:
+        raise RecipeError(f"--host {host}: no such address ({error})") from error
+    bound = socket.socket(family, kind, protocol)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise _cannot_listen(host, port, error) from error
+    return bound
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> MachineError:
+    if error.errno == errno.EADDRINUSE:
+        return MachineError(f"port {port} of {host} is in use; choose another with --port, or 0 for a free one")
+    return MachineError(f"cannot listen on port {port} of {host}: {error.strerror}; choose another --port or --host")

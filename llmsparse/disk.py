@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from llmsparse.errors import MachineError
+from llmsparse.errors import MachineError, RecipeError
 
 
 def disk_error(path: Path, error: OSError, needed: int = 0) -> MachineError:
@@ -25,6 +25,20 @@ def disk_error(path: Path, error: OSError, needed: int = 0) -> MachineError:
             f"{path}: a file of this size is not allowed here ({error.strerror}); lower --max-shard-size"
         )
     return MachineError(f"{path}: cannot be written ({error.strerror or error})")
+
+
+def check_room(output: Path, size: int) -> None:
+    """MachineError unless the nearest existing parent of `output` has room for `size` bytes."""
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise RecipeError(f"--output {output}: {parent} is not a folder")
+    free = shutil.disk_usage(parent).free
+    if free < size:
+        raise MachineError(
+            f"--output {output} needs {size / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; choose another --output"
+        )
 
 
 def write_all(descriptor: int, data: memoryview | bytes, offset: int) -> None:

@@ -6,7 +6,7 @@ import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -108,7 +108,7 @@ def _cpu() -> Device:
 
 
 def _gpu(device: torch.device) -> Device:
-    about: Any = torch.cuda.get_device_properties(device)
+    about = cast(Any, torch.cuda).get_device_properties(device)
     details = f"CUDA {torch.version.cuda}, {about.multi_processor_count} multiprocessors"
     return Device(str(device), device_kinds(device), about.total_memory, details)
 

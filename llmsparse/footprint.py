@@ -26,6 +26,7 @@ class Footprint:
     sparsity: float  # fraction of places that are not kept
     bytes: int  # packed
     dense_bytes: int
+    negative_zeros: int = 0  # places that hold -0.0, which are kept
 
     @property
     def pays(self) -> bool:
@@ -77,6 +78,15 @@ class Packing:
             names = ", ".join(weight.name for weight in self.left_dense[:3])
             more = f" and {len(self.left_dense) - 3} more" if len(self.left_dense) > 3 else ""
             lines.append(("left dense", f"{names}{more}: packed they would be larger"))
+        negative = sum(weight.negative_zeros for weight in [*self.weights, *self.left_dense])
+        if negative:
+            lines.append(
+                (
+                    "negative zeros",
+                    f"{negative:,} places hold -0.0 and are stored as values, since every bit comes back; "
+                    "with 0.0 there it would be smaller",
+                )
+            )
         if any(weight.shape[-1] < WIDE for weight in self.weights):
             lines.append(("narrow rows", NARROW))
         return lines

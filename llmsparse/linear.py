@@ -9,7 +9,7 @@ dropped; saving rebuilds them, equal. Inference only: packed weights are not tra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,10 +121,8 @@ def product(matrix: PackedMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
     return matrix(x, bias)
 
 
-disable: Any = torch.compiler.disable
-uncompiled_product: Callable[[PackedMatrix, Tensor, Tensor | None], Tensor] = disable(
-    product
-)  # a compiled graph breaks around it, and says nothing
+# a compiled graph breaks around it, and says nothing
+uncompiled_product: Callable[[PackedMatrix, Tensor, Tensor | None], Tensor] = cast(Any, torch.compiler).disable(product)
 
 
 def place(module: nn.Module, leaf: str, described: Mapping[str, Any], dtype: torch.dtype) -> None:

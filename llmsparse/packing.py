@@ -24,7 +24,7 @@ from llmsparse.disk import disk_error
 from llmsparse.errors import CheckpointError
 from llmsparse.footprint import Footprint, Packing
 from llmsparse.formats import FORMATS
-from llmsparse.formats.bitmask import SUFFIXES, layout, measure, stored_bytes
+from llmsparse.formats.bitmask import BITS, SUFFIXES, layout, measure, stored_bytes
 from llmsparse.memory import release_freed
 from llmsparse.model import StreamedModel
 from llmsparse.naming import Group, Naming
@@ -201,6 +201,8 @@ def select(folder: Path, trust_remote_code: bool, progress: Progress) -> Selecti
     if not weights:
         sparsest = max(footprints, key=lambda footprint: footprint.sparsity, default=None)
         found = f"its sparsest weight, {sparsest.name}, has {sparsest.sparsity:.1%} zeros" if sparsest else "no weights"
+        if sparsest and sparsest.negative_zeros:
+            found += f", and {sparsest.negative_zeros:,} places of -0.0, which are kept"
         raise CheckpointError(
             f"{folder}: a dense checkpoint, nothing in it would become smaller ({found}); prune it first"
         )
@@ -230,10 +232,24 @@ def _outputs_first(tensor: Tensor, described: Mapping[str, Any]) -> Tensor:
 def _footprint(name: str, described: Mapping[str, Any], tensor: Tensor) -> Footprint:
     shape, nnz = tuple(described["shape"]), described["nnz"]
     sparsity = 1 - nnz / max(1, tensor.numel())
-    plain = name.removesuffix(".weight")
     return Footprint(
-        plain, shape, described["dtype"], described["pattern"], sparsity, stored_bytes(described), tensor.nbytes
+        name.removesuffix(".weight"),
+        shape,
+        described["dtype"],
+        described["pattern"],
+        sparsity,
+        stored_bytes(described),
+        tensor.nbytes,
+        _negative_zeros(tensor),
     )
+
+
+def _negative_zeros(tensor: Tensor) -> int:
+    if not tensor.is_floating_point():
+        return 0
+    kind = BITS[tensor.element_size()]
+    sign = 128 if kind == torch.uint8 else torch.iinfo(kind).min  # the sign bit alone
+    return int(torch.count_nonzero(tensor.view(kind) == sign))
 
 
 def _bytes(tensor: Tensor) -> Tensor:

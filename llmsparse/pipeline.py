@@ -20,6 +20,7 @@ from llmsparse.evaluation import negative_log_likelihood
 from llmsparse.memory import PeakMemory, release_freed
 from llmsparse.model import Activations, Block
 from llmsparse.output import PartialOutput
+from llmsparse.packing import select
 from llmsparse.planning import HEAD, Plan, make_plan, versions
 from llmsparse.progress import Progress, Silent
 from llmsparse.pruning import prune_block
@@ -40,7 +41,8 @@ def prune(
     """Prune a checkpoint into a new folder, as a recipe says, or its keys: `prune(model="…", sparsity=0.7)`.
 
     The run writes `<output>.partial`, renamed when all is done; `resume` takes up one that was interrupted and gives
-    the same bytes. Raises a LlmsparseError of one line.
+    the same bytes. Format packed is made from the dense checkpoint, which lies in the run's state until then. Raises a
+    LlmsparseError of one line.
     """
     progress = progress or Silent()
     torch.backends.cuda.matmul.allow_tf32 = False  # Hessians need the full fp32 mantissa
@@ -53,7 +55,9 @@ def prune(
         ) as partial,
         progress,
     ):
-        writer = CheckpointWriter(partial.folder, plan.tensors, parse_size(plan.recipe.max_shard_size))
+        folder = partial.folder if plan.recipe.format == "dense" else partial.state / "dense"
+        shard_bytes = parse_size(plan.recipe.max_shard_size)
+        writer = CheckpointWriter(folder, plan.tensors, shard_bytes)
         if OUTSIDE not in partial.finished:
             writer.copy(plan.reader, [key for key in plan.reader.keys() if key not in plan.selected_keys])
             writer.sync()
@@ -68,9 +72,14 @@ def prune(
         report.seconds = time.perf_counter() - started
         report.peak_memory_bytes = memory.read()
         recipe_text = plan.recipe.dump(versions() | {"calibration sha256": plan.windows.fingerprint})
-        source.copy_side_files(plan.folder, partial.folder)
-        source.write_side_files(partial.folder, recipe=recipe_text, report=report.stored(), card=report.card())
-        check_written(plan, partial.folder, writer)
+        source.copy_side_files(plan.folder, folder)
+        source.write_side_files(folder, recipe=recipe_text, report=report.stored(), card=report.card())
+        check_written(plan, folder, writer)
+        if folder != partial.folder:
+            packable = select(folder, plan.recipe.trust_remote_code, progress)
+            names = {"model": plan.output.name, "output": str(plan.output)}
+            report.packing = packable.write(partial.folder, shard_bytes, progress, **names)
+            report.seconds = time.perf_counter() - started
         partial.publish()
     return report
 

@@ -6,7 +6,7 @@ window too long, a full disk. `llmsparse plan` prints the result; `prune` carrie
 
 from __future__ import annotations
 
-import shutil
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +20,9 @@ from torch import Tensor
 from llmsparse import __version__, calibration, source
 from llmsparse.checkpoint import CheckpointReader, parse_size
 from llmsparse.device import choose_device, choose_dtype, split_batches, window_length
-from llmsparse.errors import MachineError, RecipeError
+from llmsparse.disk import check_room
+from llmsparse.errors import RecipeError
+from llmsparse.formats.bitmask import stored_bytes
 from llmsparse.matching import LEARNING_RATES, batches_per_step, probe_steps
 from llmsparse.memory import available_bytes
 from llmsparse.model import StreamedModel, Weight
@@ -33,6 +35,7 @@ from llmsparse.selection import select
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+PACKED_LAST = "; the dense checkpoint stands beside it until the run is done"
 HEAD = "head"  # the pseudo-block of an untied output head
 MATCH_STEPS = (300, 150, 75)  # of block matching by default: the most that is affordable, or none
 MATCH_SECONDS_ON_CPU = 600
@@ -65,6 +68,7 @@ class Plan:
     device: torch.device
     dtype: torch.dtype
     match_steps: int
+    packed_bytes: int  # what will be written in that format, as far as patterns alone can tell
 
     @property
     def name(self) -> str:
@@ -153,7 +157,8 @@ class Plan:
                 c.weight.shape[0] * c.weight.shape[1] for cs in self.choices.values() for c in cs
             ),
             "bytes_to_read": self.bytes_to_write,
-            "bytes_to_write": self.bytes_to_write,
+            "bytes_to_write": self.bytes_to_write if self.recipe.format == "dense" else self.packed_bytes,
+            "format": self.recipe.format,
             "memory_bytes": self.memory_bytes(),
             "match_steps": self.match_steps,
             "device": str(self.device),
@@ -176,7 +181,8 @@ class Plan:
             "matching": f"{self.match_steps} steps a block" if self.match_steps else "off",
             "calibration": ", ".join(f"{key} {value}" for key, value in self.windows.protocol.items()),
             "compute": f"{plan['device']}, {plan['dtype']}, {plan['batch_size']} windows a batch",
-            "read, write": f"{plan['bytes_to_read'] / 1e9:.2f} GB each",
+            "read, write": f"{plan['bytes_to_read'] / 1e9:.2f} GB, {plan['bytes_to_write'] / 1e9:.2f} GB",
+            "format": f"{plan['format']}{PACKED_LAST if plan['format'] == 'packed' else ''}",
             "memory": f"about {plan['memory_bytes'] / 1e9:.2f} GB",
         }
         for label, text in rows.items():
@@ -202,7 +208,13 @@ def make_plan(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
     choices = choose(recipe, model)
     output = recipe.output_folder
     check_output(output, resume=resume, overwrite=overwrite, source=folder)
-    _check_disk(output, sum(spec.end - spec.begin for spec in map(reader.spec, reader.keys())))
+    needed = sum(spec.end - spec.begin for spec in map(reader.spec, reader.keys()))
+    packed = packed_bytes(reader, choices)
+    if recipe.format == "packed" and packed == needed:
+        raise RecipeError(
+            "--format packed: at this sparsity no weight would become smaller; prune more, or write dense"
+        )
+    check_room(output, needed + (packed if recipe.format == "packed" else 0))
     stored_tokens = recipe.calibration.endswith(calibration.TOKEN_FILE_SUFFIX)
     tokenizer = None if stored_tokens else source.load_tokenizer(folder, recipe.trust_remote_code)
     windows = calibration.load_windows(
@@ -216,7 +228,7 @@ def make_plan(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
         vocabulary=model.vocabulary,
     )
     window_length(config, windows.ids.shape[1], recipe.calibration)
-    draft = Plan(recipe, folder, output, reader, model, choices, windows, device, dtype, match_steps=0)
+    draft = Plan(recipe, folder, output, reader, model, choices, windows, device, dtype, 0, packed)
     return replace(
         draft, match_steps=default_match_steps(draft) if recipe.match_steps == "auto" else recipe.match_steps
     )
@@ -265,15 +277,13 @@ def versions() -> dict[str, str]:
     return {"llmsparse": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def _check_disk(output: Path, size: int) -> None:
-    """MachineError unless the nearest existing parent of `output` has room for `size` bytes."""
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise RecipeError(f"--output {output}: {parent} is not a folder")
-    free = shutil.disk_usage(parent).free
-    if free < size:
-        raise MachineError(
-            f"--output {output} needs {size / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; choose another --output"
-        )
+def packed_bytes(reader: CheckpointReader, choices: Mapping[str, list[Choice]]) -> int:
+    """Bytes of the whole checkpoint with every chosen weight packed that gains by it."""
+    total = sum(spec.end - spec.begin for spec in map(reader.spec, reader.keys()))
+    for choice in (choice for members in choices.values() for choice in members):
+        numel, dtype = math.prod(choice.weight.shape), reader.spec(choice.weight.key).dtype
+        nnz = numel - round(choice.pattern.sparsity * numel)
+        described = {"shape": choice.weight.shape, "nnz": nnz, "pattern": str(choice.pattern)}
+        packed = stored_bytes(described | {"dtype": str(dtype).removeprefix("torch.")})
+        total -= max(0, numel * dtype.itemsize - packed)
+    return total

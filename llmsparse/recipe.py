@@ -124,6 +124,7 @@ class Recipe(BaseModel):
     device: Annotated[str, PlainValidator(_device)] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**63)] = 0
+    format: Literal["dense", "packed"] = "dense"
     max_shard_size: Annotated[str, BeforeValidator(str)] = "5GB"
     revision: str | None = None
     trust_remote_code: bool = False
@@ -179,7 +180,7 @@ class Recipe(BaseModel):
 
     @property
     def output_folder(self) -> Path:
-        """`output`, or `./<name>-<method>-<percent>` (`-2of4` for N:M)."""
+        """`output`, or `./<name>-<method>-<percent>` (`-2of4` for N:M; `-packed` behind it for that format)."""
         if self.output is not None:
             return Path(self.output)
         name = Path(self.model).name or Path(self.model).resolve().name
@@ -189,7 +190,7 @@ class Recipe(BaseModel):
             if self.sparsity is None or ":" in self.pattern
             else f"{100 * self.sparsity:.4g}"
         )
-        return Path(f"{name}-{self.method_name}-{how_much}")
+        return Path(f"{name}-{self.method_name}-{how_much}{'-packed' if self.format == 'packed' else ''}")
 
     def rule_for(self, name: str) -> Rule | None:
         """The last rule that matches a weight; what it leaves out comes from the recipe's own keys."""

@@ -49,6 +49,7 @@ KEYS = {  # of every key but model and rules, by group
     },
     "Output": {
         "output": Key("Folder to write; ./NAME-METHOD-PERCENT if not given.", None, "DIR"),
+        "format": Key("dense: ordinary, loads anywhere; packed: without the zeros.", "dense", "FORMAT"),
         "max_shard_size": Key("Largest file to write.", "5GB", "SIZE"),
     },
 }

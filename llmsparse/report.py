@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from llmsparse.footprint import Packing
+
 SCHEMA_VERSION = 1
 LARGE_LOSS = 1.5  # a perplexity ratio worth a warning
 
@@ -60,6 +62,7 @@ class Report:
     versions: dict[str, str]
     blocks: list[BlockRecord] = field(default_factory=list[BlockRecord])
     perplexity: dict[str, Any] | None = None  # {"before", "after", "protocol"} on held-out windows
+    packing: Packing | None = None  # what the packed format saved
     warnings: list[str] = field(default_factory=list[str])
     total_parameters: int = 0
     seconds: float = 0.0
@@ -84,7 +87,8 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """What `prune --json` prints: the stored report, and time and memory where a reader looks first."""
-        return self.stored() | {"seconds": self.seconds, "peak_memory_bytes": self.peak_memory_bytes}
+        shown = {"seconds": self.seconds, "peak_memory_bytes": self.peak_memory_bytes}
+        return self.stored() | shown | ({"packing": self.packing.to_json()} if self.packing else {})
 
     def stored(self) -> dict[str, Any]:
         """llmsparse_report.json; everything that time decides stands under `timings`."""
@@ -125,6 +129,8 @@ class Report:
                     f"{before:.4g} → {after:.4g} on {windows} held-out windows of {length} tokens, per token",
                 )
             )
+        if self.packing:
+            lines += self.packing.summary()
         lines.append(("took", f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 1e9:.2f} GB"))
         lines += [("warning", warning) for warning in self.warnings]
         return lines

@@ -69,7 +69,7 @@ class Bitmask:
         mask = torch.from_numpy(np.concatenate(masks)).view(*weight.shape[:-1], -(-weight.shape[-1] // 8))
         if group is not None:
             width = weight.shape[-1] * group.n // group.m
-            return cls(stored.view(-1, width), mask, None, tuple(weight.shape), pattern)
+            return cls(stored.view(math.prod(weight.shape[:-1]), width), mask, None, tuple(weight.shape), pattern)
         offsets = torch.from_numpy(np.concatenate([[0], *counts])).cumsum(0)  # int64
         offsets = offsets.to(torch.int32) if stored.numel() < 2**31 else offsets
         return cls(stored, mask, offsets, tuple(weight.shape), pattern)
@@ -221,7 +221,7 @@ def _survivors(mask: Tensor, width: int, size: int) -> Tensor:
     if size == 4:
         halves = torch.stack((_lookup(SET_BITS, mask & 15), _lookup(SET_BITS, mask >> 4)), dim=-1)  # (rows, bytes, 2)
         return halves.flatten(1)[:, : width // 4]
-    return _places(mask, width).view(torch.uint8).reshape(len(mask), -1, size).sum(-1)
+    return _places(mask, width).view(torch.uint8).reshape(len(mask), width // size, size).sum(-1)
 
 
 def _places(mask: Tensor, width: int) -> Tensor:

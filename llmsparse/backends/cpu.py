@@ -1,9 +1,13 @@
 """`cpu-bitmask`: the C kernel of `llmsparse.cpu`, for a few tokens at a time in fp32 and bf16.
 
-Beyond that it is no faster than torch: the weight is unpacked, and torch multiplies.
+The kernel takes four tokens; up to sixteen it runs again for the next four, which beats unpacking. Beyond that the
+weight is unpacked into a scratch buffer, and torch multiplies.
 """
 
 from __future__ import annotations
+
+import math
+import threading
 
 import torch
 from torch import Tensor
@@ -14,9 +18,27 @@ from llmsparse.cpu.library import DTYPES
 from llmsparse.formats.bitmask import Bitmask
 
 
+class Scratch(threading.local):
+    """Memory of a thread, as large as the largest weight that it unpacked. What is allocated anew for each weight comes
+    as untouched pages, and touching these takes ten times as long as unpacking."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        if self.memory.numel() < size:
+            with torch.inference_mode(False):
+                self.memory = torch.empty(size, dtype=torch.uint8)
+        return self.memory[:size].view(dtype).view(shape)
+
+
+SCRATCH = Scratch()
+
+
 class CpuBitmask:
     name = "cpu-bitmask"
-    tokens: int | None = cpu.MOST
+    tokens: int | None = 4 * cpu.MOST
     compiles = False
 
     def why_not(self, spec: WeightSpec) -> str | None:
@@ -32,10 +54,20 @@ class CpuBitmask:
     def run(self, prepared: cpu.CpuWeight, x: Tensor, bias: Tensor | None) -> Tensor:
         if not x.numel():
             return x.new_empty(*x.shape[:-1], prepared.shape[-2])
-        return cpu.matvec(prepared, x, bias)
+        rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        if len(rows) <= cpu.MOST:
+            return cpu.matvec(prepared, x, bias)
+        starts = range(0, len(rows), cpu.MOST)
+        parts = [cpu.matvec(prepared, rows[start : start + cpu.MOST], bias) for start in starts]
+        return torch.cat(parts).view(*x.shape[:-1], -1)
 
     def dense(self, prepared: cpu.CpuWeight) -> Tensor:
         return cpu.expand(prepared, torch.empty(prepared.shape, dtype=prepared.dtype))
+
+    def borrow(self, prepared: cpu.CpuWeight) -> Tensor:
+        if torch.is_grad_enabled():  # autograd would keep it
+            return self.dense(prepared)
+        return cpu.expand(prepared, SCRATCH.tensor(prepared.shape, prepared.dtype))
 
     def restore(self, prepared: cpu.CpuWeight) -> Bitmask:
         return prepared.packed()

@@ -33,6 +33,10 @@ def serve(
     ] = "auto",
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of all conversations together; what fits a GPU, 16384 on a CPU.", show_default=False),
+    ] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -53,6 +57,7 @@ def serve(
         dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        cache_tokens=cache_tokens,
         say=lambda line: print(line, flush=True),
     )
 

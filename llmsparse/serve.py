@@ -27,7 +27,8 @@ from llmsparse.memory import available_bytes
 EXTRA = ("fastapi", "uvicorn", "openai")
 LOOPBACK = ("127.", "::1")
 GRACE_SECONDS = 10  # to hang up on clients, once generation has stopped
-PAGE = 256  # tokens that the cache of keys and values is divided into
+PAGE = 256  # tokens of keys and values that are kept together
+CPU_TOKENS = 16384
 
 
 def serve(
@@ -41,12 +42,14 @@ def serve(
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    cache_tokens: int | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Serve `model` (folder, hub id or `builtin`) until SIGTERM or Ctrl-C; port 0 takes a free one.
 
-    `say` gets the address once requests are answered. Raises MachineError without the extra `serve` or where the port
-    is taken, else what loading the model raises.
+    `cache_tokens`: keys and values that are held at once, of all requests together, and so the longest conversation; by
+    default what fits a GPU, and 16384 on a CPU. `say` gets the address once requests are answered. Raises MachineError
+    without the extra `serve` or where the port is taken, else what loading the model raises.
     """
     missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:
@@ -57,12 +60,12 @@ def serve(
     try:
         tokenizer = source.load_tokenizer(folder, trust_remote_code)
         loaded = load_model(folder, backend=backend, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
-        engine = TransformersServer(model, loaded, tokenizer)
+        engine = TransformersServer(model, loaded, tokenizer, cache_tokens)
         address = bound.getsockname()
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]
         if api_key is None and not address[0].startswith(LOOPBACK):
             say(f"no --api-key: whoever reaches port {address[1]} of this machine can use the model")
-        say(f"serving {model} at http://{shown}:{address[1]}/v1")
+        say(f"serving {model} at http://{shown}:{address[1]}/v1, conversations of up to {engine.served.context} tokens")
         engine.run(Gate(engine, api_key), bound)
     finally:
         bound.close()
@@ -74,7 +77,7 @@ class TransformersServer:
     Left alone, it would run all requests with the sampling of the first.
     """
 
-    def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
+    def __init__(self, name: str, model: Any, tokenizer: Any, cache_tokens: int | None = None) -> None:
         from transformers import ContinuousBatchingConfig, GenerationConfig
         from transformers.cli.serve import Serve
         from transformers.cli.serving.model_manager import TimedModel
@@ -104,7 +107,7 @@ class TransformersServer:
         config = ContinuousBatchingConfig(
             per_request_processors=True,
             auto_switch_to_flash=find_spec("flash_attn") is not None,  # else it would ask the hub for kernels
-            **(_cache_on_cpu(model) if model.device.type == "cpu" else {}),
+            **_cache(model, cache_tokens),
         )
         state = held._generation_state
         state._cb_config = config
@@ -201,18 +204,19 @@ class TransformersServer:
         return int(self.batching.batch_processor.cache.max_tokens_read)
 
 
-def _cache_on_cpu(model: Any) -> dict[str, Any]:
-    """Room for eight conversations of full length, up to 65536 tokens or a fifth of the free memory. transformers would
-    take most of the machine's."""
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    pairs = config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads)
-    page_bytes = PAGE * 2 * pairs * width * model.dtype.itemsize
-    pages = -(-getattr(config, "max_position_embeddings", 65536) // PAGE)
-    affordable = available_bytes(model.device) // 5 // page_bytes
-    blocks = max(1, min(8 * pages, 65536 // PAGE, affordable))
-    return {"page_size": PAGE, "num_blocks": blocks, "max_batch_tokens": 512, "max_requests_per_batch": 64}
+def _cache(model: Any, tokens: int | None) -> dict[str, Any]:
+    """Room for keys and values. Where nobody says how much, transformers sees what fits a GPU; on a CPU it would take
+    most of the machine's memory, and gets eight conversations' worth, up to CPU_TOKENS or a fifth of the free memory."""
+    on_cpu = model.device.type == "cpu"
+    if tokens is None and on_cpu:
+        config = model.config.get_text_config()
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        pairs = config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads)
+        affordable = available_bytes(model.device) // 5 // (2 * pairs * width * model.dtype.itemsize)
+        tokens = min(8 * getattr(config, "max_position_embeddings", CPU_TOKENS), CPU_TOKENS, affordable)
+    room = {} if tokens is None else {"page_size": PAGE, "num_blocks": max(1, -(-tokens // PAGE))}
+    return room | ({"max_batch_tokens": 512, "max_requests_per_batch": 64} if on_cpu else {})
 
 
 async def _failed(request: Any, error: Exception) -> Any:

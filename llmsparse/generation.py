@@ -90,10 +90,10 @@ def generate(
         started = time.perf_counter()
         tokenizer = source.load_tokenizer(folder, trust_remote_code)
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]  # (1, tokens)
+        _check_length(source.read_config(folder), ids.shape[1], max_new_tokens)
         loaded = load_model(
             folder, backend=backend, optimize=optimize, device=place, dtype=dtype, trust_remote_code=trust_remote_code
         )
-        _check_length(loaded, ids.shape[1], max_new_tokens)
         load_seconds = time.perf_counter() - started
         clock = Clock(tokenizer, place, write)
         ids = ids.to(place)
@@ -151,12 +151,12 @@ class Clock(TextStreamer):
         return tokens / (self.times[-1] - self.times[1]) if tokens > 0 else None
 
 
-def _check_length(model: Any, prompt_tokens: int, max_new_tokens: int) -> None:
+def _check_length(config: dict[str, Any], prompt_tokens: int, max_new_tokens: int) -> None:
     """RecipeError for a prompt without tokens, or one that leaves no room in the model's positions."""
     if prompt_tokens == 0:
         raise RecipeError("the prompt has no tokens: give --prompt some text")
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and prompt_tokens + max_new_tokens > longest:
+    longest = config.get("max_position_embeddings")
+    if isinstance(longest, int) and prompt_tokens + max_new_tokens > longest:
         raise RecipeError(
             f"the prompt's {prompt_tokens} tokens and {max_new_tokens} new ones are more than the model's {longest} "
             "positions; shorten the prompt or lower --max-new-tokens"

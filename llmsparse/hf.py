@@ -106,26 +106,26 @@ class SparseQuantizer(HfQuantizer):
         if getattr(model.config, "distributed_config", None) is not None:
             raise RecipeError("packed weights cannot be split over processes: load with a device_map, not a tp_plan")
         if not self.pre_quantized:
-            dense = set(self.get_modules_to_not_convert(model))  # the head, and what is tied
-            self.candidates = {
-                name: transposed for name, transposed in matrices(model) if name.rpartition(".")[0] not in dense
-            }
+            tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+            self.candidates = {name: transposed for name, transposed in matrices(model) if name not in tied}
             return
         check_headers(self.config.layers, checkpoint_files or ())
         for name, described in self.config.layers.items():
-            self.hold(model, name_in(model, name), described)
+            own = name_in(model, name)
+            if own is not None:
+                self.hold(model, own, described)
 
     def hold(self, model: PreTrainedModel, name: str, described: Mapping[str, Any]) -> None:
         """Make room for the packed tensors of a weight, on meta. CheckpointError where they do not fit the model."""
         path, _, leaf = name.rpartition(".")
-        module: Any = model.get_submodule(path)
-        parameter = module._parameters.get(leaf)
+        module, parameter = place_of(model, name)
         shape = list(described["shape"])
         if described.get("transposed"):
             shape[-2:] = shape[:-3:-1]
         if parameter is None or list(parameter.shape) != shape:
             wanted = "no such weight" if parameter is None else f"{list(parameter.shape)}"
             raise CheckpointError(f"{name}: packed as {shape}, the model has {wanted}; they do not belong together")
+        assert module is not None
         if type(module).forward in (nn.Linear.forward, Conv1D.forward):
             model.set_submodule(path, SparseLinear(described, module.bias, parameter.dtype))
         elif isinstance(module, nn.Linear) or parameter.dim() == 3:
@@ -250,11 +250,24 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, bool]]:
                     yield f"{path}.{leaf}", bool(module.is_transposed)
 
 
-def name_in(model: PreTrainedModel, name: str) -> str:
-    """A name of the packed folder's in this model, which may be the folder's without its head."""
+def place_of(model: nn.Module, name: str) -> tuple[Any, nn.Parameter | None]:
+    """A module and its parameter; None for what there is not."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None, None
+    return module, module._parameters.get(leaf)
+
+
+def name_in(model: PreTrainedModel, name: str) -> str | None:
+    """What a weight of the packed folder is called in this model, which may be the folder's without its head, or with
+    one that the folder lacks. None for a weight of the head that is not there."""
     prefix = f"{model.base_model_prefix}."
-    short = name.removeprefix(prefix)
-    return short if model.base_model is model and name.startswith(prefix) else name
+    for own in (name, name.removeprefix(prefix), prefix + name):
+        if place_of(model, own)[1] is not None:
+            return own
+    return None if model.base_model is model and not name.startswith(prefix) else name
 
 
 def check_headers(layers: Mapping[str, Mapping[str, Any]], files: Sequence[str]) -> None:

@@ -166,7 +166,7 @@ def _packed_info(packed: PackedCheckpoint, name: str, values: Tensor) -> WeightI
         tuple(described["shape"]),
         described["dtype"],
         packed.stored_bytes(name),
-        1 - int(torch.count_nonzero(values)) / max(1, numel),
+        (numel - int(torch.count_nonzero(values))) / max(1, numel),
         described["pattern"],
         numel * values.element_size(),
         packed=True,

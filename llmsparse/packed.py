@@ -84,9 +84,10 @@ class Record:
         try:
             content: Any = json.loads(file.read_bytes())
             record = cls(*({**content[key]} for key in ("versions", "checksums", "files", "tensors")))
-            assert all(isinstance(text, str) for text in [*record.checksums.values(), *record.files.values()])
+            if not all(isinstance(text, str) for text in [*record.checksums.values(), *record.files.values()]):
+                raise TypeError("checksums and files are texts")
             record.specs()
-        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file}: damaged; pack the checkpoint again") from error
         return record
 

@@ -135,7 +135,7 @@ class Selection:
                 stored[name] = back[name] = tensor
                 continue
             packed = FORMATS[FORMAT].pack(_outputs_first(tensor, described), described["pattern"])
-            stored |= {name + suffix: part for suffix, part in packed.tensors().items()}
+            stored |= {name + suffix: stored_part for suffix, stored_part in packed.tensors().items()}
             back[name] = _outputs_first(packed.unpack(), described)
         restored = self.naming.to_disk(back)
         for key, tensor in on_disk.items():
@@ -162,7 +162,7 @@ class Selection:
             },
         )
         texts = {
-            "config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+            "config.json": json.dumps(config, indent=2) + "\n",
             "README.md": packing.card(replaced.get("README.md", "")),
             RECORD: json.dumps(record.to_json(), indent=1) + "\n",
         }
@@ -181,11 +181,13 @@ def select(folder: Path, trust_remote_code: bool, progress: Progress) -> Selecti
     progress.start(len(groups))
     for group, transposed in groups:
         progress.block(group.target)
+        if len({reader.spec(key).dtype for key in group.keys}) > 1:
+            continue  # fused they would have one
         layers: dict[str, dict[str, Any]] = {}
         dense: dict[str, Spec] = {}
         for name, tensor in model.naming.to_module(reader.read(group.keys)):
             dense[name] = (tuple(tensor.shape), tensor.dtype)
-            if not _can_be_packed(model.naming, name, tensor):
+            if not _can_be_packed(model.naming, reader, name, tensor):
                 continue
             described = {"transposed": True} if transposed.get(name) else {}
             described = measure(_outputs_first(tensor, described)) | described
@@ -218,10 +220,11 @@ def write_text(file: Path, text: str) -> None:
         raise disk_error(file, error, len(text)) from error
 
 
-def _can_be_packed(naming: Naming, name: str, tensor: Tensor) -> bool:
-    """A linear weight or a stack of experts, whose names transformers leaves alone when it loads them."""
+def _can_be_packed(naming: Naming, reader: CheckpointReader, name: str, tensor: Tensor) -> bool:
+    """A linear weight or a stack of experts, whose names are free and left alone by transformers when it loads them."""
     matrix = tensor.dim() == 3 or (tensor.dim() == 2 and name.endswith(".weight"))
-    return matrix and all(naming.is_own(name + suffix) for suffix in SUFFIXES)
+    free = not {name + suffix for suffix in SUFFIXES[1:]}.intersection(reader)
+    return matrix and free and all(naming.is_own(name + suffix) for suffix in SUFFIXES)
 
 
 def _outputs_first(tensor: Tensor, described: Mapping[str, Any]) -> Tensor:

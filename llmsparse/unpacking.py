@@ -112,7 +112,7 @@ def _write_packed(
         files, specs = packed.record.files, packed.record.specs()
     else:
         config = {key: value for key, value in packed.config.items() if key != "quantization_config"}
-        files = {"config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+        files = {"config.json": json.dumps(config, indent=2) + "\n"}
         specs = {key: packed.module_spec(key) for key in [*packed.plain_keys, *packed.layers]}
     for name in REPLACED:
         if name in files:
@@ -153,7 +153,7 @@ def _write_orphaned(
             shape = compressed_tensors.shape_of(name, reader.read([stored])[stored])
             specs[name] = (shape, reader.spec(weights[name]["compressed"]).dtype)
     source.copy_side_files(reader.folder, target, leaving=("config.json",))
-    write_text(target / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_text(target / "config.json", json.dumps(config, indent=2) + "\n")
     writer = CheckpointWriter(target, specs, shard_bytes)
     writer.copy(reader, [key for key in reader.keys() if key not in parts])
     progress.start(len(weights))

@@ -1,7 +1,7 @@
 """Backend "cpu-bitmask": products with bitmask-packed weights on the CPU, by a C kernel built at first use.
 
-For one to four rows of x, where reading the weight is what takes the time: a weight without its zeros is read sooner. For
-more rows unpack it into a scratch buffer and let torch multiply. AVX-512 (VBMI2, BF16), AVX2 and portable kernels are
+For few rows of x (`gain_rows`), where reading the weight is what takes the time: a weight without its zeros is read sooner.
+For more rows `expand` it into a scratch buffer and let torch multiply. AVX-512 (VBMI2, BF16), AVX2 and portable kernels are
 chosen by what the CPU has; the result does not depend on the number of threads, which is torch's.
 """
 
@@ -12,21 +12,21 @@ import ctypes
 import torch
 from torch import Tensor
 
-from llmsparse.cpu.library import DTYPES, MOST, kernels, library, why_not
+from llmsparse.cpu.library import DTYPES, gain_rows, kernels, library, why_not
 from llmsparse.cpu.weight import CpuWeight, prepare
 
-__all__ = ["MOST", "CpuWeight", "expand", "kernels", "matvec", "prepare", "why_not"]
+__all__ = ["CpuWeight", "expand", "gain_rows", "kernels", "matvec", "prepare", "why_not"]
 
 
 def matvec(weight: CpuWeight, x: Tensor, bias: Tensor | None = None, *, kernel: str | None = None) -> Tensor:
-    """x (..., in) · Wᵀ + bias (out,) → (..., out) in x's dtype, with 1 to 4 rows in x; accumulated in float32.
+    """x (..., in) · Wᵀ + bias (out,) → (..., out) in x's dtype, accumulated in float32.
 
     x and bias are bfloat16 or float32. No gradient flows. `kernel` takes a name of `kernels()` in place of the fastest.
     """
     out, width = weight.shape
     rows = x.numel() // width if width else 0
-    if x.shape[-1] != width or not 1 <= rows <= MOST:
-        raise ValueError(f"x is {list(x.shape)}, wanted (..., {width}) with 1 to {MOST} rows")
+    if x.shape[-1] != width or rows < 1:
+        raise ValueError(f"x is {list(x.shape)}, wanted (..., {width}) with at least one row")
     if bias is not None and (bias.shape != (out,) or bias.dtype not in DTYPES):
         raise ValueError(f"bias is {list(bias.shape)} {bias.dtype}, wanted [{out}] of bfloat16 or float32")
     if not x.device.type == "cpu" == (bias.device.type if bias is not None else "cpu"):

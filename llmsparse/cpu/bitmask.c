@@ -1,4 +1,4 @@
-/* y = x · Wᵀ (+ bias) for a bitmask-packed W (out, in) and one to four rows of x, and W itself unpacked.
+/* y = x · Wᵀ (+ bias) for a bitmask-packed W (out, in) and a few rows of x, and W itself unpacked.
  *
  * The neutral format (llmsparse/formats/bitmask.py) is repacked once into tiles of ROWS rows, each cut into groups of
  * COLUMNS columns: for every tile, group and row, in this order, a mask word and the values that its bits stand for.
@@ -14,7 +14,7 @@
  */
 #include "tiles.h"
 
-enum { MOST = 4 };     /* rows of x */
+enum { MOST = 4 };     /* rows of x in one pass over a tile */
 enum { AHEAD = 8192 }; /* bytes prefetched ahead: of 0, 1, 2, 4, 8, 12 and 16 KB the best on Zen 5, 1.2 to 1.6 times none */
 
 static float widen(uint16_t half) {
@@ -130,22 +130,31 @@ struct product {
     int32_t m, bias_dtype, y_dtype;
 };
 
+/* Add the bias and round, for m rows of x from `from` on. */
+static void finish(const struct product *p, int64_t tile, int32_t from, int32_t m, const float *sums) {
+    for (int64_t i = 0; i < rows_of(p->w, tile); i++) {
+        int64_t row = tile * ROWS + i;
+        float bias = !p->bias ? 0 : p->bias_dtype == FP32 ? ((const float *)p->bias)[row] : widen(((const uint16_t *)p->bias)[row]);
+        for (int64_t j = 0; j < m; j++) {
+            float y = sums[j * ROWS + i] + bias;
+            if (p->y_dtype == FP32) ((float *)p->y)[(from + j) * p->w->rows + row] = y;
+            else ((uint16_t *)p->y)[(from + j) * p->w->rows + row] = narrow(y);
+        }
+    }
+}
+
 static void multiply(const void *job, int64_t first, int64_t last) {
     const struct product *p = job;
     const struct weight *w = p->w;
     int64_t groups = groups_of(w);
     for (int64_t tile = first; tile < last; tile++) {
-        float sums[MOST * ROWS];
         const char *values = (const char *)w->values + w->starts[tile] * w->dtype;
-        p->kernel->tile[p->m - 1](values, w->masks + tile * groups * ROWS, p->x, p->stride, groups, sums);
-        for (int64_t i = 0; i < rows_of(w, tile); i++) {
-            int64_t row = tile * ROWS + i;
-            float bias = !p->bias ? 0 : p->bias_dtype == FP32 ? ((const float *)p->bias)[row] : widen(((const uint16_t *)p->bias)[row]);
-            for (int j = 0; j < p->m; j++) {
-                float y = sums[j * ROWS + i] + bias;
-                if (p->y_dtype == FP32) ((float *)p->y)[j * w->rows + row] = y;
-                else ((uint16_t *)p->y)[j * w->rows + row] = narrow(y);
-            }
+        for (int32_t done = 0; done < p->m; done += MOST) { /* later passes find the tile in the cache */
+            float sums[MOST * ROWS];
+            int32_t m = p->m - done < MOST ? p->m - done : MOST;
+            const char *x = (const char *)p->x + done * p->stride * p->kernel->x_dtype;
+            p->kernel->tile[m - 1](values, w->masks + tile * groups * ROWS, x, p->stride, groups, sums);
+            finish(p, tile, done, m, sums);
         }
     }
 }
@@ -165,7 +174,7 @@ static void *prepared(const struct product *p, const void *x, int32_t x_dtype) {
     return copy;
 }
 
-/* y (m, rows) of x_dtype = x (m, columns) · Wᵀ + bias (rows,) or NULL; m is 1 to MOST. 0, or -1 if there is no memory. */
+/* y (m, rows) of x_dtype = x (m, columns) · Wᵀ + bias (rows,) or NULL. 0, or -1 if there is no memory. */
 int32_t matvec(const struct weight *w, int32_t k, const void *x, int32_t x_dtype, int32_t m, const void *bias,
                int32_t bias_dtype, void *y, int32_t threads) {
     struct product p = {w, &kernels[k], NULL, bias, y, groups_of(w) * COLUMNS, m, bias_dtype, x_dtype};

@@ -76,7 +76,7 @@ def openmp_runtime() -> ctypes.CDLL | None:
         mapped = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    found = dict.fromkeys(re.findall(r"\s(/.*/lib(?:gomp|omp|iomp5)[^/]*\.so[^/]*)$", mapped, re.MULTILINE))
+    found = dict.fromkeys(re.findall(r"\s(/.*/lib(?:gomp|omp|iomp5)[^/\n]*\.so[^/\n]*)$", mapped, re.MULTILINE))
     for path in sorted(found, key=lambda path: not path.startswith(own)):
         try:
             runtime = ctypes.CDLL(path)

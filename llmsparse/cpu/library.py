@@ -15,7 +15,14 @@ from llmsparse.errors import MachineError, RecipeError
 HERE = Path(__file__).parent
 SOURCES = (HERE / "bitmask.c", HERE / "tiles.h", HERE / "x86.h")
 DTYPES = {torch.bfloat16: 2, torch.float32: 4}  # as enum { BF16, FP32 } of tiles.h
-ROWS, COLUMNS, SLACK, MOST = 4, 32, 32, 4  # as in tiles.h and bitmask.c
+ROWS, COLUMNS, SLACK = 4, 32, 32  # as in tiles.h
+GAIN_ROWS = {  # rows of x up to which a kernel beats torch's dense product of the same dtype, at 50 % and above, on Zen 5
+    "avx512-bf16": 16,
+    "avx512-vbmi2": 8,
+    "avx512-fp32": 16,
+    "avx2": 2,
+    "portable": 0,
+}
 
 
 class Matrix(ctypes.Structure):
@@ -76,6 +83,11 @@ def kernels(dtype: torch.dtype, x_dtype: torch.dtype) -> dict[str, int]:
             found[name.decode()] = number
         number += 1
     return found
+
+
+def gain_rows(dtype: torch.dtype, x_dtype: torch.dtype) -> int:
+    """Up to how many rows of x `matvec` is worth choosing on this CPU; 0 where plain torch is faster."""
+    return GAIN_ROWS[next(iter(kernels(dtype, x_dtype)))]
 
 
 @cache

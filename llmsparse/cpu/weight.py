@@ -99,10 +99,12 @@ def prepare(packed: Bitmask) -> CpuWeight:
     Raises MachineError where the kernels cannot run (`why_not`), RecipeError for another dtype or device, and
     CheckpointError where mask, offsets and values disagree: afterwards nothing can read out of bounds.
     """
-    c, dtype, device = library(), packed.values.dtype, packed.values.device
-    if dtype not in DTYPES or device.type != "cpu":
+    c, dtype = library(), packed.values.dtype
+    devices = {tensor.device.type for tensor in packed.tensors().values()}
+    if dtype not in DTYPES or devices != {"cpu"}:
+        where = " and ".join(sorted(devices))
         raise RecipeError(
-            f"the CPU kernels take weights of bfloat16 or float32 on the cpu, not {dtype} on {device}; use backend dense"
+            f"the CPU kernels take weights of bfloat16 or float32 on the cpu, not {dtype} on {where}; use backend dense"
         )
     *lead, out, width = packed.shape
     matrices, rows, nnz = math.prod(lead), math.prod(packed.shape[:-1]), packed.values.numel()

@@ -90,7 +90,7 @@ WITH_AVX512F INLINE __m512 expand_fp32(const void *p, uint32_t mask) {
     return v;
 }
 
-#define AVX512_TILE(name, target, ELEMENT, X, LINES, ...)                                              \
+#define AVX512_TILE(name, target, ELEMENT, X, LINES, ...)                                                 \
     target INLINE void name(TILE, int m) {                                                                \
         const ELEMENT *p = values;                                                                        \
         const X *row = x;                                                                                 \
@@ -102,7 +102,7 @@ WITH_AVX512F INLINE __m512 expand_fp32(const void *p, uint32_t mask) {
             _mm_prefetch((const char *)masks + AHEAD / 4, _MM_HINT_T0);                                   \
             UNROLL for (int i = 0; i < ROWS; i++) {                                                       \
                 uint32_t mask = masks[i];                                                                 \
-                __VA_ARGS__                                                                                  \
+                __VA_ARGS__                                                                               \
                 p += __builtin_popcount(mask);                                                            \
             }                                                                                             \
         }                                                                                                 \

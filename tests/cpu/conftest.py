@@ -1,4 +1,4 @@
-"""Weights to multiply with, and outputs that hold NaN until they are written."""
+"""Outputs hold NaN until they are written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 
 from llmsparse.cpu import why_not
 
@@ -28,17 +27,3 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def sparse(*shape: int, sparsity: float = 0.7, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
-    """Random weights with about `sparsity` zeros at random places."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(shape, generator=generator)
-    return (weight * (torch.rand(shape, generator=generator) >= sparsity)).to(dtype)
-
-
-def n_of_m(rows: int, columns: int, n: int, m: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Random weights that keep the n largest of every m."""
-    weight = torch.randn(rows, columns // m, m, generator=torch.Generator().manual_seed(1))
-    keep = torch.zeros_like(weight, dtype=torch.bool).scatter_(2, weight.abs().topk(n, dim=2).indices, True)
-    return (weight * keep).view(rows, columns).to(dtype)

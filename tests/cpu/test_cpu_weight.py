@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import n_of_m, sparse
 from hypothesis import given
 from hypothesis import strategies as st
+from sparse_weights import n_of_m, sparse
 
 from llmsparse.cpu import expand, matvec, prepare
 from llmsparse.errors import CheckpointError, RecipeError
@@ -122,7 +122,9 @@ DAMAGED = {
     "a mask of another dtype": damaged(mask=damaged().mask.to(torch.int16)),
     "offsets cut short": damaged(offsets=torch.zeros(3, dtype=torch.int32)),
     "another shape": damaged(shape=(6, 60)),
-    "2:4 that is not": Bitmask(torch.ones(4, 8), torch.full((4, 2), 0b1110111, dtype=torch.uint8), None, (4, 16), "2:4"),
+    "2:4 that is not": Bitmask(
+        torch.ones(4, 8), torch.full((4, 2), 0b1110111, dtype=torch.uint8), None, (4, 16), "2:4"
+    ),
 }
 
 
@@ -138,5 +140,5 @@ def test_other_dtypes_and_devices_are_refused() -> None:
         with pytest.raises(RecipeError, match="use backend dense"):
             prepare(Bitmask.pack(weight))
     packed = Bitmask.pack(sparse(4, 8))
-    with pytest.raises(RecipeError, match="on meta"):
-        prepare(replace(packed, values=packed.values.to("meta")))
+    with pytest.raises(RecipeError, match="on cpu and meta"):
+        prepare(replace(packed, mask=packed.mask.to("meta")))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import n_of_m, sparse
 from hypothesis import given
 from hypothesis import strategies as st
+from sparse_weights import n_of_m, sparse
 from torch import Tensor
 from torch.nn.functional import linear
 
-from llmsparse.cpu import MOST, CpuWeight, expand, kernels, matvec, prepare
+from llmsparse.cpu import CpuWeight, expand, gain_rows, kernels, matvec, prepare
 from llmsparse.formats.bitmask import Bitmask
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -49,7 +49,7 @@ def check(weight: Tensor, x: Tensor, y: Tensor, bias: Tensor | None = None) -> N
     assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], weight.shape[0])
     wanted = exact(weight, x, bias)
     magnitude = exact(weight.abs(), x.abs(), None if bias is None else bias.abs())
-    rounding = 2**-9 if x.dtype == BF16 else 2**-24
+    rounding = 2**-8 if x.dtype == BF16 else 2**-24
     assert np.all(np.abs(y.double().numpy() - wanted) <= rounding * np.abs(wanted) + 1e-6 * magnitude)
 
 
@@ -67,15 +67,13 @@ def test_products_equal_float64_at_odd_shapes(
     for out in (1, 3, 4, 13):
         weight = sparse(out, width, dtype=dtype, seed=width)
         held = packed(weight)
-        for rows in range(1, MOST + 1):
+        for rows in (1, 2, 3, 4, 5, 8):
             x = torch.randn(rows, width).to(x_dtype)
             check(weight, x, matvec(held, x, kernel=kernel))
 
 
 @every_kernel
-def test_a_bias_of_either_dtype_is_added_before_rounding(
-    kernel: str, dtype: torch.dtype, x_dtype: torch.dtype
-) -> None:
+def test_a_bias_of_either_dtype_is_added_before_rounding(kernel: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:
     skip_unless_here(kernel, dtype, x_dtype)
     weight, x = sparse(10, 70, dtype=dtype), torch.randn(2, 70).to(x_dtype)
     for bias in (torch.randn(10), torch.randn(10).to(BF16)):
@@ -143,7 +141,7 @@ def test_any_shape_and_any_mask(data: st.DataObject) -> None:
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
 def test_as_exact_as_torchs_own_bfloat16(sparsity: float) -> None:
     weight = sparse(256, 4096, sparsity=sparsity) * 0.02
-    for rows in range(1, MOST + 1):
+    for rows in (1, 2, 3, 4, 16):
         x = torch.randn(rows, 4096, generator=torch.Generator().manual_seed(rows)).to(BF16)
         wanted = exact(weight, x)
         dense = np.linalg.norm(linear(x, weight).double().numpy() - wanted)
@@ -166,10 +164,10 @@ def test_x_may_have_any_leading_dimensions_and_strides() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     held = packed(sparse(12, 64))
     good = torch.zeros(1, 64, dtype=BF16)
-    for x in (torch.zeros(1, 63, dtype=BF16), torch.zeros(MOST + 1, 64, dtype=BF16), torch.zeros(0, 64, dtype=BF16)):
-        with pytest.raises(ValueError, match=r"wanted \(..., 64\) with 1 to 4 rows"):
+    for x in (torch.zeros(1, 63, dtype=BF16), torch.zeros(0, 64, dtype=BF16)):
+        with pytest.raises(ValueError, match=r"wanted \(..., 64\) with at least one row"):
             matvec(held, x)
-    with pytest.raises(ValueError, match="x of bfloat16 or float32, not torch.float16"):
+    with pytest.raises(ValueError, match=r"x of bfloat16 or float32, not torch\.float16"):
         matvec(held, good.half())
     for bias in (torch.zeros(11), torch.zeros(12, dtype=torch.float16)):
         with pytest.raises(ValueError, match="wanted \\[12\\]"):
@@ -179,3 +177,9 @@ def test_what_does_not_fit_is_refused() -> None:
     for out in (torch.zeros(12, 64), torch.zeros(64, 12, dtype=BF16).T, torch.zeros(12, 63, dtype=BF16)):
         with pytest.raises(ValueError, match="contiguous"):
             expand(held, out)
+
+
+def test_the_rows_that_gain_are_those_of_the_fastest_kernel() -> None:
+    for dtype, x_dtype in ((BF16, BF16), (BF16, FP32), (FP32, FP32)):
+        fastest = next(iter(kernels(dtype, x_dtype)))
+        assert (gain_rows(dtype, x_dtype) == 0) == (fastest == "portable")

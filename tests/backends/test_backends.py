@@ -1,0 +1,82 @@
+"""Every backend that can run here multiplies with the weight that it was given, and gives it back as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmsparse.backends import BACKENDS, WeightSpec
+from llmsparse.backends.dense import BLOCK, DenseLowMemory
+from llmsparse.formats.bitmask import Bitmask
+
+CPU = torch.device("cpu")
+HERE = [
+    name
+    for name, backend in BACKENDS.items()
+    if not backend.why_not(WeightSpec((8, 16), "2:4", 64, torch.bfloat16, CPU))
+]
+GPU_ONLY = ["mma24", "split24", "select24", "bitmask", "cusparselt"]
+
+
+def packed_weight(pattern: str, *lead: int) -> Bitmask:
+    """(…, 24, 40), with a kept zero and a -0.0 in it."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(*lead, 24, 40, generator=generator).to(torch.bfloat16)
+    keep = torch.rand(weight.shape, generator=generator) > 0.7
+    if pattern != "unstructured":
+        keep = torch.tensor([1, 0, 1, 0]).bool().repeat(*lead, 24, 10)
+    weight.masked_fill_(~keep, 0.0)
+    kept = keep.view(-1).nonzero().flatten()
+    weight.view(-1)[kept[0]], weight.view(-1)[kept[1]] = 0.0, -0.0
+    return Bitmask.pack(weight, pattern, keep)
+
+
+def test_cpu_backends_run_here() -> None:
+    assert {"dense", "dense-lowmem"} <= set(HERE)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("name", HERE)
+def test_a_weight_comes_back_as_it_was(name: str, pattern: str) -> None:
+    backend, packed = BACKENDS[name], packed_weight(pattern)
+    prepared = backend.prepare(packed, WeightSpec.of(packed))
+    for end, tensor in backend.restore(prepared).tensors().items():
+        assert tensor.dtype == packed.tensors()[end].dtype
+        assert torch.equal(tensor.view(torch.uint8), packed.tensors()[end].view(torch.uint8)), end
+    assert torch.equal(backend.dense(prepared).view(torch.int16), packed.unpack().view(torch.int16))
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (3,), (2, 2), (0,)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", HERE)
+def test_products_are_those_of_the_dense_weight(name: str, bias: bool, lead: tuple[int, ...]) -> None:
+    backend, packed = BACKENDS[name], packed_weight("unstructured")
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(*lead, 40, generator=generator).to(torch.bfloat16)
+    b = torch.randn(24, generator=generator).to(torch.bfloat16) if bias else None
+    y = backend.run(backend.prepare(packed, WeightSpec.of(packed)), x, b)
+    exact = x.double() @ packed.unpack().double().T + (0.0 if b is None else b.double())
+    assert y.shape == (*lead, 24) and y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=2**-7)  # bfloat16 rounds to 2⁻⁹
+
+
+def test_low_memory_products_of_many_blocks_are_those_of_one() -> None:
+    rows, width = 48, BLOCK // 16  # three blocks of 16 rows
+    weight = torch.zeros(rows, width).to(torch.bfloat16)
+    weight[:, ::4096] = torch.arange(1, rows + 1)[:, None].to(torch.bfloat16)
+    packed = Bitmask.pack(weight)
+    y = DenseLowMemory().run(
+        DenseLowMemory().prepare(packed, WeightSpec.of(packed)), torch.ones(2, width).to(torch.bfloat16), None
+    )
+    assert y.tolist() == (weight.sum(1)[None].expand(2, -1)).tolist()
+
+
+@pytest.mark.parametrize("name", GPU_ONLY)
+def test_gpu_backends_refuse_a_cpu_in_a_line(name: str) -> None:
+    reason = BACKENDS[name].why_not(WeightSpec((64, 64), "2:4", 2048, torch.bfloat16, CPU))
+    assert reason == "needs an NVIDIA GPU; the device is cpu"
+
+
+def test_the_cpu_kernel_refuses_half_precision_that_it_lacks() -> None:
+    reason = BACKENDS["cpu-bitmask"].why_not(WeightSpec((64, 64), "2:4", 2048, torch.float16, CPU))
+    assert reason == "for float32 and bfloat16, this weight is float16"

@@ -1,0 +1,105 @@
+"""Text from dense, pruned and packed folders, and what it cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import llmsparse
+from llmsparse.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+PROMPT = "def parse("
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny_llama(tmp_path_factory.mktemp("llama") / "pruned", dtype=torch.bfloat16)
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if "proj" in name:
+            tensor.masked_fill_(torch.rand(tensor.shape, generator=generator) < 0.7, 0.0)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(pruned: Path) -> Path:
+    folder = pruned.with_name("packed")
+    llmsparse.pack(str(pruned), folder)
+    return folder
+
+
+def test_packed_text_is_that_of_the_pruned_model(pruned: Path, packed: Path) -> None:
+    pieces: list[str] = []
+    dense = llmsparse.generate(str(pruned), PROMPT, max_new_tokens=6, write=pieces.append)
+    assert dense.text == "".join(pieces) and dense.new_tokens == 6 and dense.backends == {}
+    sparse = llmsparse.generate(str(packed), PROMPT, max_new_tokens=6, backend="dense")
+    assert sparse.text == dense.text and sparse.backends == {"dense": 14}
+    while_loading = llmsparse.generate(str(pruned), PROMPT, max_new_tokens=6, backend="dense-lowmem")
+    assert while_loading.backends == {"dense-lowmem": 14}
+
+
+def test_it_counts_tokens_time_and_memory(packed: Path) -> None:
+    result = llmsparse.generate(str(packed), PROMPT, max_new_tokens=3)
+    assert result.new_tokens == 3 and result.prompt_tokens > 0
+    assert result.tokens_per_second is not None and result.tokens_per_second > 0
+    assert result.first_token_seconds > 0 and result.load_seconds > 0
+    assert result.memory_bytes > 2**26 and result.peak_memory_bytes > 2**26
+    one = llmsparse.generate(str(packed), PROMPT, max_new_tokens=1)
+    assert one.new_tokens == 1 and one.tokens_per_second is None
+    assert "tokens/s" not in one.summary() and "\n" not in one.summary()
+
+
+def test_the_command_streams_text_and_keeps_figures_apart(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(packed), "--prompt", PROMPT, "--max-new-tokens", "4", "--backend", "dense"]) == 0
+    out, error = capsys.readouterr()
+    assert "dense runs 14 weights" in error and "tokens/s" in error and "tokens/s" not in out
+    assert main(["generate", str(packed), "--prompt", PROMPT, "--max-new-tokens", "4", "--json"]) == 0
+    document, error = capsys.readouterr()
+    assert out.rstrip("\n") == json.loads(document)["text"].rstrip("\n") and "tokens/s" not in error
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--backend", "mma25"], 2, "did you mean 'mma24'?"),
+        (
+            ["--backend", "bitmask"],
+            3,
+            "cannot run model.layers.0.mlp.down_proj.weight: needs an NVIDIA GPU",
+        ),
+        (["--optimize", "sped"], 2, "choose memory or speed"),
+        (["--dtype", "float17"], 2, "did you mean 'float16'?"),
+        (["--max-new-tokens", "128"], 2, "more than the model's 128 positions"),
+        (["--prompt", ""], 2, "the prompt has no tokens"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, list) else None,
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the backend can run")
+def test_bad_input_is_one_line(
+    options: list[str], code: int, said: str, packed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(packed), "--prompt", PROMPT, *options]) == code
+    out, error = capsys.readouterr()
+    lines = [line for line in error.splitlines() if line and "Loading weights" not in line]
+    assert out == "" and len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
+
+
+def test_a_folder_that_lacks_tensors_is_refused(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(packed, tmp_path / "lacking"))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main(["generate", str(folder), "--prompt", PROMPT]) == 2
+    assert "'model.norm.weight' among them" in capsys.readouterr().err

@@ -113,11 +113,12 @@ def measure(
         name: [BACKENDS[name].prepare(_copy(packed), spec) for _ in range(copies_for(size, cache))]
         for name, size in sizes.items()
     }
+    limits = {name: BACKENDS[name].tokens(spec) for name in sizes}
     tables: list[Speeds] = []
     for batch in batches:
         x = torch.randn(batch, spec.shape[-1], dtype=spec.dtype, device=device)  # (batch, in)
         too_many = {
-            name: f"takes {BACKENDS[name].tokens} at once" for name in sizes if batch > (BACKENDS[name].tokens or batch)
+            name: f"for up to {most} at once" for name, most in limits.items() if most is not None and batch > most
         }
         calls = {
             name: [partial(BACKENDS[name].run, copy, x, None) for copy in copies]
@@ -141,7 +142,7 @@ def measure(
     out, width = spec.shape
     return Measured(
         workload.name, workload.count, (out, width), dtype, spec.pattern, spec.sparsity, spec.dense_bytes, packed_bytes,
-        refused, tables,
+        refused, limits, tables,
     )  # fmt: skip
 
 
@@ -164,7 +165,7 @@ def rows(result: Benchmark, device: torch.device) -> tuple[list[Row], list[Row]]
                 continue
             won = [(batch, gain or 0.0) for batch, gain in speedups]
             end = next((number for number, (_, gain) in enumerate(won) if gain < GAIN), len(won))
-            if BACKENDS[name].tokens is None and end < len(won):
+            if end < len(won) and one.limits[name] is None:
                 end = 0
             tokens, least = (won[end - 1][0], min(gain for _, gain in won[:end])) if end else (0, won[0][1])
             row = Row(

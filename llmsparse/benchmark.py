@@ -60,6 +60,7 @@ class Measured:
     dense_bytes: int
     packed_bytes: int
     refused: dict[str, str]  # backend → why it cannot run this weight here
+    limits: dict[str, int | None]  # backend → how many rows of x it is for; None: any number
     tables: list[Speeds]
 
 

@@ -16,6 +16,7 @@ import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from llmsparse.api_request import PROMPTS, RefusedError, Served, checked
@@ -37,8 +38,8 @@ class Engine(Protocol):
     app: App
     served: Served
 
-    def expect(self, request_id: str, sampling: dict[str, Any]) -> None:
-        """The request that will come under this id samples so."""
+    def sampling(self, request_id: str, values: dict[str, Any]) -> AbstractContextManager[None]:
+        """Within, the request that comes under this id samples so."""
         ...
 
     def health(self) -> tuple[str | None, int]:
@@ -95,12 +96,12 @@ class Gate:
         if dead:
             raise RefusedError(503, dead)
         request_id = str(uuid.uuid4())  # our own: two requests under one id would get each other's tokens
-        self.engine.expect(request_id, request.sampling)
         content = json.dumps(request.body).encode()
         replaced = {b"content-length": str(len(content)).encode(), b"x-request-id": request_id.encode()}
         replaced[b"content-type"] = b"application/json"
         headers = [(name, value) for name, value in scope["headers"] if name not in replaced]
-        await self.engine.app({**scope, "headers": [*headers, *replaced.items()]}, _once(content, receive), send)
+        with self.engine.sampling(request_id, request.sampling):
+            await self.engine.app({**scope, "headers": [*headers, *replaced.items()]}, _once(content, receive), send)
 
 
 def _has_key(scope: Message, key: bytes) -> bool:

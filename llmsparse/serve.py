@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import errno
 import socket
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -62,11 +66,20 @@ def serve(
         loaded = load_model(folder, backend=backend, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
         engine = TransformersServer(model, loaded, tokenizer, cache_tokens)
         address = bound.getsockname()
-        shown = f"[{address[0]}]" if ":" in address[0] else address[0]
-        if api_key is None and not address[0].startswith(LOOPBACK):
-            say(f"no --api-key: whoever reaches port {address[1]} of this machine can use the model")
-        say(f"serving {model} at http://{shown}:{address[1]}/v1, conversations of up to {engine.served.context} tokens")
-        engine.run(Gate(engine, api_key), bound)
+
+        def ready() -> None:
+            if api_key is None and not address[0].startswith(LOOPBACK):
+                say(f"no --api-key: whoever reaches port {address[1]} of this machine can use the model")
+            shown = f"[{address[0]}]" if ":" in address[0] else address[0]
+            tokens = engine.served.context
+            say(f"serving {model} at http://{shown}:{address[1]}/v1, conversations of up to {tokens} tokens")
+
+        try:
+            engine.start()
+            engine.run(Gate(engine, api_key), bound, ready)
+        finally:
+            engine.stop()
+            engine.batching.join(time.perf_counter())
     finally:
         bound.close()
 
@@ -78,7 +91,7 @@ class TransformersServer:
     """
 
     def __init__(self, name: str, model: Any, tokenizer: Any, cache_tokens: int | None = None) -> None:
-        from transformers import ContinuousBatchingConfig, GenerationConfig
+        from transformers import ContinuousBatchingConfig
         from transformers.cli.serve import Serve
         from transformers.cli.serving.model_manager import TimedModel
         from transformers.utils import logging
@@ -95,69 +108,65 @@ class TransformersServer:
         manager.process_model_name = str  # answers name the model without a revision
         manager.loaded_models[name] = TimedModel(model, timeout_seconds=-1, processor=tokenizer)
 
-        own = model.generation_config
-        shared = GenerationConfig(  # not neutral, so that what requests may set is there
-            do_sample=True,
-            temperature=0.5,
-            top_p=0.5,
-            top_k=(own.top_k or 0) if own.do_sample else 0,
-            eos_token_id=own.eos_token_id,
-            pad_token_id=own.pad_token_id,
+        self.batching: Any = model.init_continuous_batching(
+            generation_config=_shared(model.generation_config),
+            continuous_batching_config=ContinuousBatchingConfig(
+                per_request_processors=True,
+                auto_switch_to_flash=find_spec("flash_attn") is not None,  # else it would ask the hub for kernels
+                **_cache(model, cache_tokens),
+            ),
         )
-        config = ContinuousBatchingConfig(
-            per_request_processors=True,
-            auto_switch_to_flash=find_spec("flash_attn") is not None,  # else it would ask the hub for kernels
-            **_cache(model, cache_tokens),
-        )
-        state = held._generation_state
-        state._cb_config = config
-        batches: Any = state.get_manager(name, use_cb=True)
-        batches.init_cb(model, shared)
-        self.batching = batches._cb
+        batches: Any = held._generation_state.get_manager(name, use_cb=True)
+        batches._cb = self.batching  # it would make one for the first request
         self._sampling: dict[str, dict[str, Any]] = {}
         self._sample_as_asked()
         self.app: Any = held.server.config.app
         self.app.add_exception_handler(RuntimeError, _failed)
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        room = self._cache_tokens()
-        handler = held._chat_handler
-
-        def count_chat(body: Mapping[str, Any]) -> int:
-            messages = handler.get_processor_inputs_from_messages(
-                body["messages"], manager.get_model_modality(model, tokenizer)
-            )
-            options = body.get("chat_template_kwargs") or {}
-            return len(
-                tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tools=body.get("tools"), return_dict=True, **options
-                )["input_ids"]
-            )
-
+        self._tokenizer = tokenizer
+        self._messages: Any = partial(
+            held._chat_handler.get_processor_inputs_from_messages,
+            modality=manager.get_model_modality(model, tokenizer),
+        )
+        config, own = model.config.get_text_config(), model.generation_config
+        sampling = {key: getattr(own, key) for key in ("temperature", "top_p", "top_k")} if own.do_sample else {}
         self.served = Served(
-            name,
-            min(longest or room, room),
-            model.config.get_text_config().vocab_size,
-            count_chat,
-            lambda text: len(tokenizer(text)["input_ids"]),
-            bool(getattr(tokenizer, "chat_template", None)),
-            {key: getattr(own, key) for key in ("temperature", "top_p", "top_k") if getattr(own, key) is not None}
-            if own.do_sample
-            else {},
+            name=name,
+            context=getattr(config, "max_position_embeddings", None) or sys.maxsize,
+            vocabulary=config.vocab_size,
+            count_chat=self._count_chat,
+            count_text=lambda text: len(tokenizer(text)["input_ids"]),
+            chat=bool(getattr(tokenizer, "chat_template", None)),
+            sampling={key: value for key, value in sampling.items() if value is not None},
         )
 
-    def expect(self, request_id: str, sampling: dict[str, Any]) -> None:
-        self._sampling[request_id] = sampling
+    def start(self) -> None:
+        """Begin to generate. MachineError where keys and values find no room."""
+        self.batching.start()
+        status = self.batching.background_thread_status
+        while self.batching.batch_processor is None:
+            if status.fatal_error is not None:
+                raise MachineError(f"no room for keys and values beside the model: {status.fatal_error}")
+            time.sleep(0.01)
+        room = int(self.batching.batch_processor.cache.max_tokens_read)
+        self.served = replace(self.served, context=min(self.served.context, room))
+
+    @contextmanager
+    def sampling(self, request_id: str, values: dict[str, Any]) -> Generator[None, None, None]:
+        self._sampling[request_id] = values
+        try:
+            yield
+        finally:
+            self._sampling.pop(request_id, None)
 
     def health(self) -> tuple[str | None, int]:
-        error = self.batching.background_thread_status.fatal_error
-        processor = self.batching.batch_processor
-        running = (
-            len(processor.scheduler.active_requests) + len(processor.scheduler.waiting_requests) if processor else 0
-        )
+        error, processor = self.batching.background_thread_status.fatal_error, self.batching.batch_processor
+        scheduler = None if processor is None else processor.scheduler
+        running = len(scheduler.active_requests) + len(scheduler.waiting_requests) if scheduler else 0
         return None if error is None else f"generation has died: {error}; start the server again", running
 
-    def run(self, app: Any, bound: socket.socket) -> None:
-        """Answer on a bound socket until a signal comes; requests that are then running end with an error."""
+    def run(self, app: Any, bound: socket.socket, ready: Callable[[], None]) -> None:
+        """Answer on a bound socket until a signal comes; requests that are then running end with an error. `ready` is
+        called when the first request may come."""
         import uvicorn
 
         stop = self.stop
@@ -166,6 +175,10 @@ class TransformersServer:
             def handle_exit(self, sig: int, frame: Any) -> None:
                 self.force_exit = self.should_exit  # the second time
                 self.should_exit = True
+
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                ready()
 
             async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
                 stop()
@@ -177,9 +190,6 @@ class TransformersServer:
         except OSError as error:
             host, port = bound.getsockname()[:2]
             raise _cannot_listen(host, port, error) from error
-        finally:
-            self.stop()
-            self.batching.join(time.perf_counter())
 
     def stop(self) -> None:
         """Let generation end after the step that it is at."""
@@ -194,14 +204,31 @@ class TransformersServer:
 
         self.batching.add_request = add_request
 
-    def _cache_tokens(self) -> int:
-        """Tokens that the cache of keys and values holds, once generation is up. MachineError where it does not come up."""
-        status = self.batching.background_thread_status
-        while self.batching.batch_processor is None:
-            if status.fatal_error is not None:
-                raise MachineError(f"no room for keys and values beside the model: {status.fatal_error}")
-            time.sleep(0.01)
-        return int(self.batching.batch_processor.cache.max_tokens_read)
+    def _count_chat(self, body: Mapping[str, Any]) -> int:
+        options = body.get("chat_template_kwargs") or {}
+        rendered = self._tokenizer.apply_chat_template(
+            self._messages(body["messages"]),
+            add_generation_prompt=True,
+            tools=body.get("tools"),
+            return_dict=True,
+            **options,
+        )
+        return len(rendered["input_ids"])
+
+
+def _shared(own: Any) -> Any:
+    """The sampling of all requests, which is not neutral: what is neutral would be left out, and no request could set
+    it. A top_k is only there for a model that wants one, since it sorts the vocabulary."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=True,
+        temperature=0.5,
+        top_p=0.5,
+        top_k=(own.top_k or 0) if own.do_sample else 0,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=own.pad_token_id,
+    )
 
 
 def _cache(model: Any, tokens: int | None) -> dict[str, Any]:

@@ -17,9 +17,9 @@ BACKENDS: dict[str, Backend] = {
     "dense": Dense(),
     "dense-lowmem": DenseLowMemory(),
     "cpu-bitmask": CpuBitmask(),
-    "mma24": TritonOp("mma24", tokens=32, pattern="2:4"),
-    "split24": TritonOp("split24", tokens=32),
-    "select24": TritonOp("select24", tokens=1, pattern="2:4"),
-    "bitmask": TritonOp("bitmask", tokens=32, pattern="unstructured"),
+    "mma24": TritonOp("mma24", most=32, pattern="2:4"),
+    "split24": TritonOp("split24", most=32),
+    "select24": TritonOp("select24", most=1, pattern="2:4"),
+    "bitmask": TritonOp("bitmask", most=32, pattern="unstructured"),
     "cusparselt": CuSparseLt(),
 }

@@ -64,12 +64,12 @@ def choose(
         reason = why_not(backend, spec)
         if reason is not None:
             raise MachineError(f"backend {backend} cannot run {weight}: {reason}; use auto or dense")
-        chosen, tokens, because = backend, BACKENDS[backend].tokens, "asked for"
+        chosen, tokens, because = backend, BACKENDS[backend].tokens(spec), "asked for"
     else:
         for row in matching(spec):
             reason = why_not(row.backend, spec) if row.backend in BACKENDS else "unknown to this version"
             if reason is None:
-                limit = BACKENDS[row.backend].tokens
+                limit = BACKENDS[row.backend].tokens(spec)
                 chosen, tokens = row.backend, None if limit is None else min(limit, row.tokens)
                 because = f"{row.speedup:g} × dense: {row.measured}"
                 break

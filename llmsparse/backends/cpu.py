@@ -1,7 +1,6 @@
-"""`cpu-bitmask`: the C kernel of `llmsparse.cpu`, for a few tokens at a time in fp32 and bf16.
+"""`cpu-bitmask`: the C kernel of `llmsparse.cpu`, for few tokens at a time, in fp32 and bf16.
 
-The kernel takes four tokens; up to sixteen it runs again for the next four, which beats unpacking. Beyond that the
-weight is unpacked into a scratch buffer, and torch multiplies.
+Beyond that it is no faster than torch: the weight is unpacked into a scratch buffer, and torch multiplies.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ SCRATCH = Scratch()
 
 class CpuBitmask:
     name = "cpu-bitmask"
-    tokens: int | None = 4 * cpu.MOST
     compiles = False
 
     def why_not(self, spec: WeightSpec) -> str | None:
@@ -48,18 +46,16 @@ class CpuBitmask:
             return f"for float32 and bfloat16, this weight is {str(spec.dtype).removeprefix('torch.')}"
         return cpu.why_not()
 
+    def tokens(self, spec: WeightSpec) -> int | None:
+        return cpu.gain_rows(spec.dtype, spec.dtype)
+
     def prepare(self, packed: Bitmask, spec: WeightSpec) -> cpu.CpuWeight:
         return cpu.prepare(packed)
 
     def run(self, prepared: cpu.CpuWeight, x: Tensor, bias: Tensor | None) -> Tensor:
         if not x.numel():
             return x.new_empty(*x.shape[:-1], prepared.shape[-2])
-        rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        if len(rows) <= cpu.MOST:
-            return cpu.matvec(prepared, x, bias)
-        starts = range(0, len(rows), cpu.MOST)
-        parts = [cpu.matvec(prepared, rows[start : start + cpu.MOST], bias) for start in starts]
-        return torch.cat(parts).view(*x.shape[:-1], -1)
+        return cpu.matvec(prepared, x, bias)
 
     def dense(self, prepared: cpu.CpuWeight) -> Tensor:
         return cpu.expand(prepared, torch.empty(prepared.shape, dtype=prepared.dtype))

@@ -29,7 +29,6 @@ class SemiStructured:
 
 class CuSparseLt:
     name = "cusparselt"
-    tokens: int | None = None
     compiles = True
 
     def why_not(self, spec: WeightSpec) -> str | None:
@@ -45,6 +44,9 @@ class CuSparseLt:
             return f"for float16 and bfloat16, this weight is {str(spec.dtype).removeprefix('torch.')}"
         if any(size % TILE for size in spec.shape[-2:]):
             return f"rows and columns must be multiples of {TILE}, this weight is {list(spec.shape)}"
+        return None
+
+    def tokens(self, spec: WeightSpec) -> int | None:
         return None
 
     def prepare(self, packed: Bitmask, spec: WeightSpec) -> SemiStructured:

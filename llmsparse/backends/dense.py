@@ -30,10 +30,12 @@ class DenseWeight:
 
 class Dense:
     name = "dense"
-    tokens: int | None = None
     compiles = True
 
     def why_not(self, spec: WeightSpec) -> str | None:
+        return None
+
+    def tokens(self, spec: WeightSpec) -> int | None:
         return None
 
     def prepare(self, packed: Bitmask, spec: WeightSpec) -> DenseWeight:
@@ -61,10 +63,12 @@ class KeptPacked:
 
 class DenseLowMemory:
     name = "dense-lowmem"
-    tokens: int | None = None
     compiles = False  # where a block of rows begins is read from a tensor
 
     def why_not(self, spec: WeightSpec) -> str | None:
+        return None
+
+    def tokens(self, spec: WeightSpec) -> int | None:
         return None
 
     def prepare(self, packed: Bitmask, spec: WeightSpec) -> KeptPacked:

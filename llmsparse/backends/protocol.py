@@ -45,17 +45,16 @@ class Backend(Protocol):
     def name(self) -> str: ...
 
     @property
-    def tokens(self) -> int | None:
-        """The most rows of activations that `run` takes at once; None: any number."""
-        ...
-
-    @property
     def compiles(self) -> bool:
         """`torch.compile` traces through `run`; otherwise the graph breaks around it."""
         ...
 
     def why_not(self, spec: WeightSpec) -> str | None:
         """Why this weight cannot run here, in a few words; None if it can."""
+        ...
+
+    def tokens(self, spec: WeightSpec) -> int | None:
+        """Up to how many rows of activations at once `run` is worth calling; None: any number."""
         ...
 
     def prepare(self, packed: Bitmask, spec: WeightSpec) -> Any:

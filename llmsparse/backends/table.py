@@ -26,12 +26,12 @@ Span = tuple[float, float]  # both ends included
 
 @dataclass(frozen=True)
 class Row:
-    """In this region the backend beats dense: `speedup` is the least that was measured."""
+    """In this region the backend beats dense: `speedup` is the least that was measured for one token."""
 
     backend: str
     device: str  # one of device_kinds()
     dtype: str
-    pattern: str  # unstructured, or N:M
+    pattern: str  # unstructured, N:M, or any
     sparsity: Span
     rows: Span
     columns: Span
@@ -44,7 +44,7 @@ class Row:
         return (
             self.device in kinds
             and self.dtype == str(spec.dtype).removeprefix("torch.")
-            and self.pattern == spec.pattern
+            and self.pattern in ("any", spec.pattern)
             and self.sparsity[0] <= spec.sparsity <= self.sparsity[1]
             and self.rows[0] <= out <= self.rows[1]
             and self.columns[0] <= width <= self.columns[1]

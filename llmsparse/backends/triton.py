@@ -22,7 +22,7 @@ class TritonOp:
     """An op module of `triton_ops`, called as the backend, with `prepare`, `linear`, `restore`, `keep` and `why_not`."""
 
     name: str
-    tokens: int | None
+    most: int  # rows of activations
     pattern: str | None = None  # the only pattern that its layout holds
     compiles: bool = True  # its kernels are registered as torch ops
 
@@ -34,7 +34,10 @@ class TritonOp:
         for package in ("triton", "triton_ops"):
             if find_spec(package) is None:
                 return f"{package} is not installed"
-        return self._op.why_not(spec.shape[-2:], spec.dtype, spec.device, self.tokens or 1)
+        return self._op.why_not(spec.shape[-2:], spec.dtype, spec.device, 1)
+
+    def tokens(self, spec: WeightSpec) -> int | None:
+        return self.most
 
     def prepare(self, packed: Bitmask, spec: WeightSpec) -> Any:
         return self._op.prepare(packed.unpack(), packed.keep())

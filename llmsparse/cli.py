@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmsparse import __version__, cli_recipes, cli_run
+from llmsparse import __version__, cli_recipes, cli_run, cli_serving
 from llmsparse.cli_exit import exit_code_of
 from llmsparse.cli_options import Debug, Json, Model, Quiet, Revision, TrustRemoteCode, Verbose, verb
 from llmsparse.errors import RecipeError
@@ -268,6 +268,7 @@ def demo(terminal: Terminal, json: Json = False) -> None:
 
 
 app.add_typer(cli_run.app)
+app.add_typer(cli_serving.app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ The second packs each weight as it is read. Either way a model is left that runs
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import warnings
@@ -33,6 +34,7 @@ from llmsparse.experts import PackedStack, packed_weights, prepare_experts, spar
 from llmsparse.formats.bitmask import Bitmask, layout, measure, stored_bytes
 from llmsparse.formats.slicing import moved
 from llmsparse.linear import SparseLinear, fill, place
+from llmsparse.memory import release_freed
 from llmsparse.packed import quantization_config, read_layers
 from llmsparse.shard import read_header
 from llmsparse.source import PACKED
@@ -163,6 +165,7 @@ class SparseQuantizer(HfQuantizer):
             model.set_experts_implementation(PACKED)
             self.compiles = False
         vars(model)["_weight_conversions"] = []  # it is saved under the module's names, whatever they were on disk
+        let_go_of_files(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -187,6 +190,15 @@ class SparseQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return self.compiles
+
+
+def let_go_of_files(model: nn.Module) -> None:
+    """Copy what a model on the CPU still reads from the mapped checkpoint, which keeps all of a file's pages in memory
+    for the sake of an embedding: the packed tensors among them, that a backend has copies of."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+    release_freed()
 
 
 class PackWhileLoading(ConversionOps):

@@ -56,7 +56,8 @@ class PackedMatrix:
         limit = self.choice.tokens
         if limit is None or x.numel() <= limit * x.shape[-1]:
             return self.backend.run(self.prepared, x, bias)
-        return functional.linear(x, self.dense(), bias)
+        weight = self.backend.borrow(self.prepared) if self.copy is None else self.copy
+        return functional.linear(x, weight, bias)
 
     def dense(self) -> Tensor:
         """The weight, unpacked."""

@@ -1,9 +1,12 @@
 """`cpu-bitmask`: the C kernel of `llmsparse.cpu`, for few tokens at a time, in fp32 and bf16.
 
-Beyond that it is no faster than torch: the weight is unpacked, and torch multiplies.
+Beyond that it is no faster than torch: the weight is unpacked into a scratch buffer, and torch multiplies.
 """
 
 from __future__ import annotations
+
+import math
+import threading
 
 import torch
 from torch import Tensor
@@ -12,6 +15,24 @@ from llmsparse import cpu
 from llmsparse.backends.protocol import WeightSpec
 from llmsparse.cpu.library import DTYPES
 from llmsparse.formats.bitmask import Bitmask
+
+
+class Scratch(threading.local):
+    """Memory of a thread, as large as the largest weight that it unpacked. What is allocated anew for each weight comes
+    as untouched pages, and touching these takes ten times as long as unpacking."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        if self.memory.numel() < size:
+            with torch.inference_mode(False):
+                self.memory = torch.empty(size, dtype=torch.uint8)
+        return self.memory[:size].view(dtype).view(shape)
+
+
+SCRATCH = Scratch()
 
 
 class CpuBitmask:
@@ -38,6 +59,11 @@ class CpuBitmask:
 
     def dense(self, prepared: cpu.CpuWeight) -> Tensor:
         return cpu.expand(prepared, torch.empty(prepared.shape, dtype=prepared.dtype))
+
+    def borrow(self, prepared: cpu.CpuWeight) -> Tensor:
+        if torch.is_grad_enabled():  # autograd would keep it
+            return self.dense(prepared)
+        return cpu.expand(prepared, SCRATCH.tensor(prepared.shape, prepared.dtype))
 
     def restore(self, prepared: cpu.CpuWeight) -> Bitmask:
         return prepared.packed()

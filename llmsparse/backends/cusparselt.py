@@ -58,5 +58,7 @@ class CuSparseLt:
     def dense(self, prepared: SemiStructured) -> Tensor:
         return prepared.weight.to_dense()
 
+    borrow = dense
+
     def restore(self, prepared: SemiStructured) -> Bitmask:
         return repacked(self.dense(prepared), prepared.mask, "2:4")

@@ -47,6 +47,8 @@ class Dense:
     def dense(self, prepared: DenseWeight) -> Tensor:
         return prepared.weight
 
+    borrow = dense
+
     def restore(self, prepared: DenseWeight) -> Bitmask:
         return repacked(prepared.weight, prepared.mask, prepared.pattern)
 
@@ -84,6 +86,8 @@ class DenseLowMemory:
 
     def dense(self, prepared: KeptPacked) -> Tensor:
         return laid_out(prepared.packed.unpack(), prepared.transposed)
+
+    borrow = dense
 
     def restore(self, prepared: KeptPacked) -> Bitmask:
         return prepared.packed

@@ -69,6 +69,10 @@ class Backend(Protocol):
         """The weight itself (..., out, in), bit for bit."""
         ...
 
+    def borrow(self, prepared: Any) -> Tensor:
+        """The same for a moment: the next call from this thread may overwrite it."""
+        ...
+
     def restore(self, prepared: Any) -> Bitmask:
         """What `prepare` was given: equal tensors, which is what is saved."""
         ...

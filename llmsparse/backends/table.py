@@ -71,10 +71,11 @@ def user_file() -> Path:
     return Path(cache_folder).expanduser() / "llmsparse" / "backends.json"
 
 
-def save(rows: Iterable[Row]) -> Path:
-    """Put rows into the user's table, in place of those that they say something new about; returns the file."""
+def save(rows: Iterable[Row], lost: Iterable[Row] = ()) -> Path:
+    """Put rows into the user's table, in place of those that they say something new about; returns the file. Rows that
+    say the same as one of `lost`, found not to be so, are taken out."""
     file, new = user_file(), list(rows)
-    replaced = {_place(row) for row in new}
+    replaced = {_place(row) for row in (*new, *lost)}
     kept = [row for row in read(file) if _place(row) not in replaced]
     file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"version": VERSION, "rows": [asdict(row) for row in (*new, *kept)]}, indent=2)

@@ -49,6 +49,8 @@ class TritonOp:
     def dense(self, prepared: Any) -> Tensor:
         return self._op.restore(prepared)
 
+    borrow = dense
+
     def restore(self, prepared: Any) -> Bitmask:
         weight: Tensor = self._op.restore(prepared)
         keep: Tensor = self._op.keep(prepared)

@@ -1,0 +1,246 @@
+"""What `bench` measures and says. No test here looks at how long anything took."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import llmsparse
+from llmsparse.backends import BACKENDS, WeightSpec, table
+from llmsparse.backends.choice import choose
+from llmsparse.backends.table import Row, device_kinds
+from llmsparse.bench import bench, rows
+from llmsparse.benchmark import Benchmark, Measured, Speed, Speeds
+from llmsparse.cli import main
+from llmsparse.errors import CheckpointError
+from llmsparse.progress import Silent
+from llmsparse.timing import MOST_COPIES, Spread, copies_for, side_by_side, spread
+from llmsparse.workloads import SHAPES, of_model, of_shapes
+
+CPU = torch.device("cpu")
+QUICK = ("--seconds", "0", "--batch", "1,32", "--no-decode")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An own table of backends, empty."""
+    before = table.user_file()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    compiled = before.parent  # the compiled kernels stay in reach
+    (tmp_path / "cache").mkdir()
+    if compiled.is_dir():
+        (tmp_path / "cache" / "llmsparse").mkdir()
+        for entry in compiled.iterdir():
+            if entry.name != before.name:
+                (tmp_path / "cache" / "llmsparse" / entry.name).symlink_to(entry)
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench")
+    tiny_llama(folder / "dense", hidden=64, ffn=128)
+    run: dict[str, Any] = {"method": "magnitude", "sparsity": 0.7, "calibration": "builtin", "match_steps": 0}
+    llmsparse.prune(
+        model=str(folder / "dense"), output=str(folder / "pruned"), calibration_samples=2, seq_len=32, **run
+    )
+    return folder / "pruned"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    return main(["bench", *arguments]), *capsys.readouterr()
+
+
+def test_every_backend_is_measured_or_refused_with_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "--shapes", "96x64", *QUICK, "--json")
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    (one,) = result["measured"]
+    assert one["shape"] == [96, 64] and one["pattern"] == "unstructured" and abs(one["sparsity"] - 0.7) < 0.05
+    for speeds in one["tables"]:
+        timed = {speed["backend"] for speed in speeds["speeds"]}
+        assert "dense" in timed
+        assert timed | set(speeds["refused"]) | set(one["refused"]) == set(BACKENDS)
+    assert one["refused"]["mma24"] == "needs an NVIDIA GPU; the device is cpu"
+    for name, limit in one["limits"].items():
+        assert (one["tables"][1]["refused"].get(name) is None) == (limit is None or limit >= 32)
+    dense = next(speed for speed in one["tables"][0]["speeds"] if speed["backend"] == "dense")
+    assert dense["speedup"] == 1 and not dense["streamed"]
+    assert {"median", "p25", "p75", "least", "rounds"} == set(dense["seconds"]) and dense["seconds"]["rounds"] >= 7
+    assert result["versions"]["torch"] == torch.__version__ and result["protocol"]["copy_gb_per_second"] > 0
+
+
+def test_the_table_names_the_weight_and_what_was_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--shapes", "96x64", "--pattern", "2:4", *QUICK)
+    assert code == 0 and "96×64 bfloat16, 2:4, sparsity 0.500; packed 0.562 × dense" in out
+    assert "not mma24: needs an NVIDIA GPU" in out and "stays in the cache" in out
+
+
+def test_a_model_is_measured_by_its_distinct_weights(pruned: Path, tmp_path: Path) -> None:
+    workloads = {(w.packed.shape, w.packed.pattern): w.count for w in of_model(pruned, False, Silent())}
+    assert workloads == {  # two blocks: q and o, k and v, gate and up, down
+        ((64, 64), "unstructured"): 4,
+        ((32, 64), "unstructured"): 4,
+        ((128, 64), "unstructured"): 4,
+        ((64, 128), "unstructured"): 2,
+    }
+    llmsparse.pack(str(pruned), str(tmp_path / "packed"))
+    packed = {(w.packed.shape, w.packed.pattern): w.count for w in of_model(tmp_path / "packed", False, Silent())}
+    assert packed == workloads
+
+
+def test_the_shapes_of_a_named_model_are_those_of_its_config() -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+    sizes: dict[str, Any] = {"vocab_size": 8, "tie_word_embeddings": True}
+    configs = {
+        "llama-3-8b": LlamaConfig(
+            hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, **sizes
+        ),
+        "qwen3-4b": Qwen3Config(
+            hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+            head_dim=128, **sizes
+        ),
+    }  # fmt: skip
+    for name, config in configs.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        counts: dict[tuple[int, ...], int] = {}
+        for module in model.model.layers.modules():
+            if isinstance(module, torch.nn.Linear):
+                counts[tuple(module.weight.shape)] = counts.get(tuple(module.weight.shape), 0) + 1
+        assert SHAPES[name] == counts
+
+
+def test_synthetic_weights_have_the_sparsity_and_pattern_asked_for() -> None:
+    (unstructured,) = of_shapes("128x256", 0.9, "unstructured", torch.float32)
+    assert abs((unstructured.packed.unpack() == 0).float().mean() - 0.9) < 0.01
+    (half,) = of_shapes("32x64", 0.5, "2:4", torch.bfloat16)
+    assert ((half.packed.unpack().view(32, 16, 4) != 0).sum(-1) == 2).all()
+
+
+def speeds(batch: int, **speedups: float) -> Speeds:
+    """Of backends that take 1 / speedup seconds."""
+
+    def speed(name: str, gain: float) -> Speed:
+        return Speed(name.replace("_", "-"), Spread(1 / gain, 1 / gain, 1 / gain, 1 / gain, 9), gain, 1, 1, True)
+
+    return Speeds(batch, [speed(*one) for one in speedups.items()], {})
+
+
+def found(*tables: Speeds) -> Benchmark:
+    limits = {"dense": None, "dense-lowmem": None, "cpu-bitmask": 4}
+    one = Measured("w", 1, (64, 32), "float32", "unstructured", 0.7, 100, 40, {}, limits, list(tables))
+    protocol = {"device": "d", "threads": 1, "threads_bound": False, "timed": "clock", "copy_gb_per_second": 1.0}
+    return Benchmark("m", protocol, {"torch": "2"}, [one])
+
+
+def test_the_table_says_where_there_is_no_gain() -> None:
+    def shown(result: Benchmark) -> str:
+        console = Console(width=200)
+        with console.capture() as drawn:
+            console.print(result.table())
+        return drawn.get()
+
+    assert "no gain here: dense is as fast" in shown(found(speeds(1, dense=1, cpu_bitmask=1.04)))
+    assert "no gain here" not in shown(found(speeds(1, dense=1, cpu_bitmask=1.06)))
+
+
+def spec(sparsity: float = 0.7, shape: tuple[int, int] = (64, 32)) -> WeightSpec:
+    return WeightSpec(shape, "unstructured", round(shape[0] * shape[1] * (1 - sparsity)), torch.float32, CPU)
+
+
+def test_what_is_faster_is_saved_up_to_the_batch_where_it_no_longer_is() -> None:
+    result = found(
+        speeds(1, dense=1, dense_lowmem=1.5, cpu_bitmask=1.4),
+        speeds(2, dense=1, dense_lowmem=1.2, cpu_bitmask=1.01),
+        speeds(4, dense=1, dense_lowmem=0.9, cpu_bitmask=2.0),
+    )
+    faster, lost = rows(result, CPU)
+    assert [(row.backend, row.tokens, row.speedup) for row in faster] == [("cpu-bitmask", 1, 1.4)]
+    assert [row.backend for row in lost] == ["dense-lowmem"]  # it would be given any number of tokens
+    (row,), kinds = faster, device_kinds(CPU)
+    assert row.device == kinds[0] and row.covers(spec(), kinds) and row.covers(spec(0.9), kinds)
+    assert not row.covers(spec(0.6), kinds) and not row.covers(spec(shape=(64, 64)), kinds)
+
+
+def test_auto_reads_what_was_saved_and_forgets_what_was_lost() -> None:
+    assert choose("w", spec(), 0).backend == "dense"
+    faster, lost = rows(found(speeds(1, dense=1, dense_lowmem=1.5)), CPU)
+    table.save(faster, lost)
+    choice = choose("w", spec(), 0)
+    assert choice.backend == "dense-lowmem" and choice.because.startswith("1.5 × dense: ")
+    table.save(*rows(found(speeds(1, dense=1, dense_lowmem=0.8)), CPU))
+    assert choose("w", spec(), 0).backend == "dense"
+
+
+def test_save_writes_the_table_that_auto_reads(capsys: pytest.CaptureFixture[str], cache: Path) -> None:
+    other = Row("mma24", "GPU", "bfloat16", "2:4", (0.5, 0.5), (1, 2), (1, 2), 8, 2.0, "before")
+    table.save([other])
+    code, out, _ = run(capsys, "--shapes", "96x64", *QUICK, "--save", "--json")
+    result = json.loads(out)
+    assert code == 0 and result["saved"] == str(table.user_file()) and table.user_file().is_relative_to(cache)
+    saved = table.read(table.user_file())
+    assert other in saved and len(saved) == result["saved_rows"] + 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "complaint"),
+    [
+        ([], 2, "give one of the two"),
+        (["m", "--shapes", "8x8"], 2, "give one of the two"),
+        (["--shapes", "llama-3-8"], 2, "did you mean 'llama-3-8b'?"),
+        (["--shapes", "8x6", "--pattern", "2:4"], 2, "not a multiple of 4"),
+        (["--shapes", "8x8", "--batch", "1,x"], 2, "--batch '1,x'"),
+        (["--shapes", "8x8", "--batch", "0"], 2, "--batch 0"),
+        (["--shapes", "8x8", "--backend", "mma42"], 2, "did you mean 'mma24'?"),
+        (["--shapes", "8x8", "--dtype", "int8"], 2, "--dtype 'int8'"),
+        (["--shapes", "8x8", "--backend", "mma24"], 3, "mma24 cannot run here: needs an NVIDIA GPU"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, complaint: str
+) -> None:
+    given, out, err = run(capsys, *arguments)
+    assert (given, out) == (code, "") and complaint in err and err.count("\n") == 1
+
+
+def test_a_dense_model_is_refused(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="prune it first"):
+        bench(str(tiny_llama(tmp_path / "dense")))
+
+
+def test_candidates_take_turns_and_each_rotates_its_copies() -> None:
+    order: list[str] = []
+
+    def call(name: str) -> Callable[[], None]:
+        return lambda: order.append(name)
+
+    taken = side_by_side({"a": [call("a0"), call("a1")], "b": [call("b")]}, CPU, 0)
+    assert order[:6] == ["a0", "b", "a1", "b", "a0", "b"]
+    assert taken["a"].rounds == taken["b"].rounds == len(order) // 2 - 2
+
+
+def test_quartiles_of_five_times() -> None:
+    assert spread([5.0, 1.0, 2.0, 4.0, 3.0]) == Spread(3, 2, 4, 1, 5)
+
+
+def test_copies_are_larger_together_than_the_cache() -> None:
+    assert copies_for(10, 100) == 40 and copies_for(10**6, 100) == 2 and copies_for(1, 10**6) == MOST_COPIES
+
+
+@pytest.mark.slow
+def test_a_model_is_decoded_dense_beside_packed(capsys: pytest.CaptureFixture[str], pruned: Path) -> None:
+    code, out, _ = run(capsys, str(pruned), "--backend", "dense-lowmem", "--seconds", "0", "--batch", "1", "--json")
+    result = json.loads(out)
+    assert code == 0 and result["not_decoded"] is None
+    assert [one["run"] for one in result["decodings"]] == ["dense", "dense-lowmem"]
+    assert all(one["tokens_per_second"] > 0 and one["memory_bytes"] > 0 for one in result["decodings"])

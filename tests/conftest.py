@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
+
+# Triton reads it once, when something first imports it: without a GPU its kernels are interpreted.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 settings.register_profile("llmsparse", deadline=None, max_examples=50)
 settings.load_profile("llmsparse")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu"):
-        import torch
-
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +65,6 @@ def tiny_llama(tokenizer_folder: Path) -> Callable[..., Path]:
 
     Writes a random Llama with its tokenizer as save_pretrained does, in exactly `shards` files, and returns the folder.
     """
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def build(

@@ -1,0 +1,67 @@
+"""Is a kernel right on this device? Asked once for each, before it is used.
+
+`mma24` and `split24` stand on how the compiler deals elements to threads and on the order of an instruction's metadata,
+neither of which an update must keep. So a small product is compared with the reference when a device is first used, and
+who packs weights takes the next kernel where it differs, with the reason in hand: nothing here is silent.
+
+    name, refused = first_right(("mma24", "join24"), device)     # {"mma24": "mma24 is wrong on cuda:0: …"} → say so
+"""
+
+# pyright: basic
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+
+import torch
+
+from triton_ops import reference
+
+KERNELS = {
+    "mma24": (1, 8, 16, 32),
+    "split24": (1, 8, 32),
+    "select24": (1,),
+    "join24": (1, 16, 65),
+    "bitmask": (1, 16, 32),
+    "sell": (1, 2, 4),
+}  # name → tokens tried
+UNSTRUCTURED = ("split24", "bitmask", "sell")
+BOUND = {torch.float16: 1e-3, torch.bfloat16: 8e-3}  # rms against float64; one rounding is 0.0002 and 0.0017
+SHAPE = (80, 4360)  # rows and inputs that fill neither the last tile nor the last block, with more than one part
+
+
+@cache
+def wrong(name: str, device: torch.device) -> str | None:
+    """Why kernel `name` must not be used on this device, or None: a product, in both dtypes and for each number of
+    tokens, is compared with `reference.linear`. Takes a second (it compiles), and waits for the device: not for a CUDA
+    graph. KeyError for a name that is not in KERNELS."""
+    tokens, kernel = KERNELS[name], import_module(f"triton_ops.{name}")
+    generator = torch.Generator().manual_seed(0)
+    for dtype in BOUND:
+        weight = torch.randn(SHAPE, generator=generator).to(dtype)
+        keep = torch.rand(SHAPE, generator=generator) > 0.7 if name in UNSTRUCTURED else reference.mask24(weight)
+        weight = weight.masked_fill(~keep, 0).to(device)
+        bias = torch.randn(SHAPE[0], generator=generator).to(device, dtype)
+        for m in tokens:
+            x = torch.randn(m, SHAPE[1], generator=generator).to(device, dtype)
+            try:
+                y = kernel.linear(x, kernel.prepare(weight), bias).double()
+            except Exception as error:  # whatever a compiler or a driver may raise: the reason is handed on
+                return f"{name} fails on {device}: {type(error).__name__}: {str(error).splitlines()[0]}"
+            wanted = reference.linear(x, weight, bias).double()
+            error = float((y - wanted).norm() / wanted.norm())
+            if not error <= BOUND[dtype]:  # NaN too
+                return f"{name} is wrong on {device}: error {error:.1e} for {m} tokens in {dtype}, at most {BOUND[dtype]:.0e} is right"
+    return None
+
+
+def first_right(names: Sequence[str], device: torch.device) -> tuple[str | None, dict[str, str]]:
+    """The first of these kernels that is right on this device, or None; and why each one before it is not."""
+    refused = dict[str, str]()
+    for name in names:
+        reason = wrong(name, device)
+        if reason is None:
+            return name, refused
+        refused[name] = reason
+    return None, refused

@@ -33,6 +33,7 @@ from llmsparse.experts import PackedStack, packed_weights, prepare_experts, spar
 from llmsparse.formats.bitmask import Bitmask, layout, measure, stored_bytes
 from llmsparse.formats.slicing import moved
 from llmsparse.linear import SparseLinear, fill, place
+from llmsparse.memory import release_freed
 from llmsparse.packed import quantization_config, read_layers
 from llmsparse.shard import read_header
 from llmsparse.source import PACKED
@@ -162,6 +163,7 @@ class SparseQuantizer(HfQuantizer):
         if any(isinstance(weight, PackedStack) and not weight.together for weight in packed):
             model.set_experts_implementation(PACKED)
             self.compiles = False
+        unmap(model)
         vars(model)["_weight_conversions"] = []  # it is saved under the module's names, whatever they were on disk
         return model
 
@@ -256,6 +258,15 @@ def name_in(model: PreTrainedModel, name: str) -> str | None:
         if place_of(model, own)[1] is not None:
             return own
     return None if model.base_model is model and not name.startswith(prefix) else name
+
+
+def unmap(model: nn.Module) -> None:
+    """Give what is left of the checkpoint memory of its own: one tensor that lies in a mapped file keeps all of it
+    mapped, the neutral tensors that are no longer used too."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+    release_freed()
 
 
 def check_headers(layers: Mapping[str, Mapping[str, Any]], files: Sequence[str]) -> None:

@@ -89,7 +89,7 @@ def _usable(name: str, device: torch.device) -> Usable:
     pattern = getattr(backend, "pattern", None) or ("2:4" if name == "cusparselt" else "unstructured")
     place = CPU if name == "cpu-bitmask" else device
     spec = WeightSpec(SHAPE, pattern, SHAPE[0] * SHAPE[1] // 2, torch.bfloat16, place)
-    refused = backend.why_not(spec)
+    refused = backend.why_not(spec) or backend.wrong(place)
     details = ""
     if refused is None and name == "cpu-bitmask":
         details = f"kernels: {', '.join(cpu.kernels(torch.bfloat16, torch.bfloat16))}"

@@ -164,6 +164,7 @@ class SparseQuantizer(HfQuantizer):
         if any(isinstance(weight, PackedStack) and not weight.together for weight in packed):
             model.set_experts_implementation(PACKED)
             self.compiles = False
+        unmap(model)
         vars(model)["_weight_conversions"] = []  # it is saved under the module's names, whatever they were on disk
         let_go_of_files(model)
         return model
@@ -268,6 +269,15 @@ def name_in(model: PreTrainedModel, name: str) -> str | None:
         if place_of(model, own)[1] is not None:
             return own
     return None if model.base_model is model and not name.startswith(prefix) else name
+
+
+def unmap(model: nn.Module) -> None:
+    """Give what is left of the checkpoint memory of its own: one tensor that lies in a mapped file keeps all of it
+    mapped, the neutral tensors that are no longer used too."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+    release_freed()
 
 
 def check_headers(layers: Mapping[str, Mapping[str, Any]], files: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
@@ -179,6 +180,15 @@ def test_continuous_batching_serves_several_prompts(folders: Folders) -> None:
         answers = model.generate_batch(inputs=prompts, generation_config=settings, progress_bar=False)
         results.append(sorted(answer.generated_tokens for answer in answers.values()))
     assert results[0] == results[1] and [len(tokens) for tokens in results[0]] == [4, 4]
+
+
+@pytest.mark.parametrize("backend", ["dense", "cpu-bitmask"])
+def test_no_file_stays_mapped_behind_repacked_weights(backend: str, folders: Folders) -> None:
+    _, packed = folders("llama")
+    model = load(packed, quantization_config=config(backend))
+    gc.collect()
+    assert str(packed) not in Path("/proc/self/maps").read_text()
+    assert model.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}], ids=str)

@@ -20,6 +20,7 @@ BACKENDS: dict[str, Backend] = {
     "mma24": TritonOp("mma24", most=32, pattern="2:4"),
     "split24": TritonOp("split24", most=32),
     "select24": TritonOp("select24", most=1, pattern="2:4"),
-    "bitmask": TritonOp("bitmask", most=32, pattern="unstructured"),
+    "bitmask": TritonOp("bitmask", most=32),
+    "sell": TritonOp("sell", most=4),
     "cusparselt": CuSparseLt(),
 }

@@ -61,15 +61,19 @@ def choose(
     refused: dict[str, str] = {}
     chosen, tokens, because = "dense", None, "no backend is measured faster for this weight on this machine"
     if backend != AUTO:
-        reason = why_not(backend, spec)
+        reason = why_not(backend, spec) or BACKENDS[backend].wrong(spec.device)
         if reason is not None:
             raise MachineError(f"backend {backend} cannot run {weight}: {reason}; use auto or dense")
         chosen, tokens, because = backend, BACKENDS[backend].tokens(spec), "asked for"
     else:
         for row in matching(spec):
-            reason = why_not(row.backend, spec) if row.backend in BACKENDS else "unknown to this version"
+            backend_of_row = BACKENDS.get(row.backend)
+            if backend_of_row is None:
+                refused[row.backend] = "unknown to this version"
+                continue
+            reason = why_not(row.backend, spec) or backend_of_row.wrong(spec.device)
             if reason is None:
-                limit = BACKENDS[row.backend].tokens(spec)
+                limit = backend_of_row.tokens(spec)
                 chosen, tokens = row.backend, None if limit is None else min(limit, row.tokens)
                 because = f"{row.speedup:g} × dense: {row.measured}"
                 break

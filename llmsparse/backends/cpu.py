@@ -46,6 +46,9 @@ class CpuBitmask:
             return f"for float32 and bfloat16, this weight is {str(spec.dtype).removeprefix('torch.')}"
         return cpu.why_not()
 
+    def wrong(self, device: torch.device) -> str | None:
+        return None
+
     def tokens(self, spec: WeightSpec) -> int | None:
         return cpu.gain_rows(spec.dtype, spec.dtype)
 

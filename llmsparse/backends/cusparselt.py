@@ -46,6 +46,9 @@ class CuSparseLt:
             return f"rows and columns must be multiples of {TILE}, this weight is {list(spec.shape)}"
         return None
 
+    def wrong(self, device: torch.device) -> str | None:
+        return None
+
     def tokens(self, spec: WeightSpec) -> int | None:
         return None
 

@@ -35,11 +35,14 @@ class Dense:
     def why_not(self, spec: WeightSpec) -> str | None:
         return None
 
+    def wrong(self, device: torch.device) -> str | None:
+        return None
+
     def tokens(self, spec: WeightSpec) -> int | None:
         return None
 
     def prepare(self, packed: Bitmask, spec: WeightSpec) -> DenseWeight:
-        return DenseWeight(laid_out(packed.unpack(), spec.transposed), packed.mask, packed.pattern)
+        return DenseWeight(laid_out(packed.unpack(), spec.transposed), packed.mask.clone(), packed.pattern)
 
     def run(self, prepared: DenseWeight, x: Tensor, bias: Tensor | None) -> Tensor:
         return functional.linear(x, prepared.weight, bias)
@@ -66,6 +69,9 @@ class DenseLowMemory:
     compiles = False  # where a block of rows begins is read from a tensor
 
     def why_not(self, spec: WeightSpec) -> str | None:
+        return None
+
+    def wrong(self, device: torch.device) -> str | None:
         return None
 
     def tokens(self, spec: WeightSpec) -> int | None:

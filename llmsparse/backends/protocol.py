@@ -53,6 +53,10 @@ class Backend(Protocol):
         """Why this weight cannot run here, in a few words; None if it can."""
         ...
 
+    def wrong(self, device: torch.device) -> str | None:
+        """Why its kernel must not be used on a device on which it could run: it has been tried there, and erred."""
+        ...
+
     def tokens(self, spec: WeightSpec) -> int | None:
         """Up to how many rows of activations at once `run` is worth calling; None: any number."""
         ...

@@ -1,4 +1,4 @@
-"""The kernels of `triton_ops`, each a backend: a 2:4 weight on sparse tensor cores, an unstructured one in its bitmask.
+"""The kernels of `triton_ops`, each a backend.
 
 Their modules are imported when a GPU asks for them: Triton takes a second, and cannot be imported everywhere.
 """
@@ -10,21 +10,31 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmsparse.backends.protocol import WeightSpec
 from llmsparse.formats.bitmask import Bitmask
-from llmsparse.formats.slicing import moved
+from llmsparse.formats.slicing import repacked
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """A weight as a kernel reads it, and which of its places are stored: their layouts add places and drop zeros."""
+
+    weight: Any
+    mask: Tensor  # as Bitmask.mask, in the memory of the CPU: it is for saving only
+    pattern: str
 
 
 @dataclass(frozen=True)
 class TritonOp:
-    """An op module of `triton_ops`, called as the backend, with `prepare`, `linear`, `restore`, `keep` and `why_not`."""
+    """The op module of `triton_ops` that is called as the backend, with `why_not`, `prepare`, `linear` and `restore`."""
 
     name: str
     most: int  # rows of activations
     pattern: str | None = None  # the only pattern that its layout holds
-    compiles: bool = True  # its kernels are registered as torch ops
+    compiles: bool = True  # its kernels are torch ops
 
     def why_not(self, spec: WeightSpec) -> str | None:
         if spec.device.type != "cuda":
@@ -36,26 +46,29 @@ class TritonOp:
                 return f"{package} is not installed"
         return self._op.why_not(spec.shape[-2:], spec.dtype, spec.device, 1)
 
+    def wrong(self, device: torch.device) -> str | None:
+        return import_module("triton_ops.selftest").wrong(self.name, device)
+
     def tokens(self, spec: WeightSpec) -> int | None:
         return self.most
 
-    def prepare(self, packed: Bitmask, spec: WeightSpec) -> Any:
-        return self._op.prepare(packed.unpack(), packed.keep())
+    def prepare(self, packed: Bitmask, spec: WeightSpec) -> LaidOut:
+        return LaidOut(self._op.prepare(packed.unpack()), packed.mask.cpu(), packed.pattern)
 
-    def run(self, prepared: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = self._op.linear(x.reshape(-1, x.shape[-1]), prepared, bias)
+    def run(self, prepared: LaidOut, x: Tensor, bias: Tensor | None) -> Tensor:
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], prepared.mask.shape[-2])
+        y: Tensor = self._op.linear(x.reshape(-1, x.shape[-1]), prepared.weight, bias)
         return y.view(*x.shape[:-1], -1)
 
-    def dense(self, prepared: Any) -> Tensor:
-        return self._op.restore(prepared)
+    def dense(self, prepared: LaidOut) -> Tensor:
+        return self._op.restore(prepared.weight)
 
     borrow = dense
 
-    def restore(self, prepared: Any) -> Bitmask:
-        weight: Tensor = self._op.restore(prepared)
-        keep: Tensor = self._op.keep(prepared)
-        packed = Bitmask.pack(weight.cpu(), self.pattern or "unstructured", keep.cpu())
-        return moved(packed, weight.device)
+    def restore(self, prepared: LaidOut) -> Bitmask:
+        weight = self.dense(prepared)
+        return repacked(weight, prepared.mask.to(weight.device), prepared.pattern)
 
     @property
     def _op(self) -> Any:

@@ -15,7 +15,7 @@ HERE = [
     for name, backend in BACKENDS.items()
     if not backend.why_not(WeightSpec((8, 16), "2:4", 64, torch.bfloat16, CPU))
 ]
-GPU_ONLY = ["mma24", "split24", "select24", "bitmask", "cusparselt"]
+GPU_ONLY = ["mma24", "split24", "select24", "bitmask", "sell", "cusparselt"]
 
 
 def packed_weight(pattern: str, *lead: int) -> Bitmask:
@@ -80,3 +80,21 @@ def test_gpu_backends_refuse_a_cpu_in_a_line(name: str) -> None:
 def test_the_cpu_kernel_refuses_half_precision_that_it_lacks() -> None:
     reason = BACKENDS["cpu-bitmask"].why_not(WeightSpec((64, 64), "2:4", 2048, torch.float16, CPU))
     assert reason == "for float32 and bfloat16, this weight is float16"
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("mma24", "2:4"),
+        ("select24", "2:4"),
+        ("split24", "unstructured"),
+        ("split24", "2:4"),
+        ("bitmask", "unstructured"),
+        ("sell", "unstructured"),
+    ],
+)
+def test_what_a_gpu_kernel_is_given_comes_back_as_it_was(name: str, pattern: str) -> None:
+    backend, packed = BACKENDS[name], packed_weight(pattern)
+    prepared = backend.prepare(packed, WeightSpec.of(packed))  # packing is plain torch, on any device
+    for end, tensor in backend.restore(prepared).tensors().items():
+        assert torch.equal(tensor.view(torch.uint8), packed.tensors()[end].view(torch.uint8)), end

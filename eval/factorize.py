@@ -1,7 +1,7 @@
 """Perplexity after factorizing, without any training of the model: ours beside FactorLLM, CMoE and a greedy oracle.
 
 `python -m eval.factorize MODEL TEXT [SEEDS]` writes eval/results/factorize.csv, one row for each method, active share
-and seed: held-out perplexity over that of the dense model. Rows of a model that is there already are replaced.
+and seed (0,1,2): held-out perplexity over that of the dense model. Rows of the same model and seed are replaced.
 
 Ours and FactorLLM's go through `llmsparse.factorize`. CMoE (arXiv 2502.04416, from its code) has a router that no
 released architecture computes, and the oracle sees the outputs it chooses from: both run in memory here, on the same
@@ -156,12 +156,12 @@ def in_memory(plan: FactorPlan, layout: Layout, method: str) -> float:
     return perplexity(model, plan.windows.held_out)
 
 
-def sweep(model: str, text: str, seeds: int) -> Iterator[Result]:
+def sweep(model: str, text: str, seeds: list[int]) -> Iterator[Result]:
     name = Path(model).name
     with tempfile.TemporaryDirectory() as folder:
         common = {"model": model, "calibration": text, "calibration_samples": WINDOWS, "seq_len": SEQ_LEN,
                   "device": "cpu", "output": str(Path(folder) / "out")}  # fmt: skip
-        for seed in range(seeds):
+        for seed in seeds:
             plan = make_plan(FactorRecipe(**common, seed=seed))
             dense = perplexity(
                 AutoModelForCausalLM.from_pretrained(plan.folder, dtype=torch.float32), plan.windows.held_out
@@ -189,12 +189,13 @@ def running(layout: Layout) -> float:
 
 def main() -> None:
     model, text = sys.argv[1:3]
-    seeds = int(sys.argv[3]) if len(sys.argv) > 3 else 3
+    seeds = [int(seed) for seed in (sys.argv[3] if len(sys.argv) > 3 else "0,1,2").split(",")]
     RESULTS.parent.mkdir(exist_ok=True)
     kept: list[list[str]] = []
     if RESULTS.exists():
         with RESULTS.open(newline="", encoding="utf-8") as file:
-            kept = [row for row in csv.reader(file) if row[0] not in ("model", Path(model).name)]
+            rows = list(csv.reader(file))[1:]
+        kept = [row for row in rows if row[0] != Path(model).name or int(row[3]) not in seeds]
     with RESULTS.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerows([list(Result.__dataclass_fields__), *kept])

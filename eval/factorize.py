@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -38,7 +39,7 @@ from llmsparse.factorization.split import Layout, Split, clustered
 
 RESULTS = Path(__file__).parent / "results" / "factorize.csv"
 WINDOWS, SEQ_LEN = 64, 256
-SHARES = (75, 50, 25)
+SHARES = (50, 25, 75)
 FACTORLLM = {75: 3, 50: 2, 25: 1}  # active of its 4 experts
 MARKED = 10  # neurons that CMoE marks for a token, its K_a
 
@@ -159,23 +160,24 @@ def in_memory(plan: FactorPlan, layout: Layout, method: str) -> float:
 def sweep(model: str, text: str, seeds: list[int]) -> Iterator[Result]:
     name = Path(model).name
     with tempfile.TemporaryDirectory() as folder:
-        common = {"model": model, "calibration": text, "calibration_samples": WINDOWS, "seq_len": SEQ_LEN,
-                  "device": "cpu", "output": str(Path(folder) / "out")}  # fmt: skip
+        common = {"model": model, "device": "cpu", "calibration_samples": WINDOWS, "output": str(Path(folder) / "out")}
         for seed in seeds:
-            plan = make_plan(FactorRecipe(**common, seed=seed))
-            dense = perplexity(
-                AutoModelForCausalLM.from_pretrained(plan.folder, dtype=torch.float32), plan.windows.held_out
-            )
+            plan = make_plan(FactorRecipe(**common, calibration=text, seq_len=SEQ_LEN, seed=seed))
+            held_out, tokens = plan.windows.held_out, Path(folder) / "tokens.safetensors"
+            save_file({"input_ids": torch.cat([plan.windows.ids, held_out])}, tokens)  # read once, the same for all
+            dense = perplexity(AutoModelForCausalLM.from_pretrained(plan.folder, dtype=torch.float32), held_out)
             for percent in SHARES:
                 layout = layout_at(plan.layout.neurons, percent)
                 for method, options in PUBLIC.items():
                     theirs = method.startswith("FactorLLM")
                     used = Layout(layout.neurons, 4, 0, FACTORLLM[percent]) if theirs else layout
                     numbers = {"experts": used.experts, "shared": used.shared, "active": used.active}
-                    report = llmsparse.factorize(**common, **numbers, **options, seed=seed, overwrite=True)
+                    report = llmsparse.factorize(
+                        **common, **numbers, **options, calibration=str(tokens), seed=seed, overwrite=True
+                    )
                     assert report.perplexity is not None
                     after = report.perplexity["after"]
-                    yield Result(name, method, percent, seed, running(used), after, after / report.perplexity["before"])
+                    yield Result(name, method, percent, seed, running(used), after, after / dense)
                 for method in IN_MEMORY:
                     after = in_memory(plan, layout, method)
                     yield Result(name, method, percent, seed, running(layout), after, after / dense)

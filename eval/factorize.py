@@ -1,7 +1,7 @@
 """Perplexity after factorizing, without any training of the model: ours beside FactorLLM, CMoE and a greedy oracle.
 
 `python -m eval.factorize MODEL TEXT [SEEDS]` writes eval/results/factorize.csv, one row for each method, active share
-and seed: held-out perplexity over that of the dense model. Rows of a model that is there already are replaced.
+and seed (0,1,2): held-out perplexity over that of the dense model. Rows of the same model and seed are replaced.
 
 Ours and FactorLLM's go through `llmsparse.factorize`. CMoE (arXiv 2502.04416, from its code) has a router that no
 released architecture computes, and the oracle sees the outputs it chooses from: both run in memory here, on the same
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -38,7 +39,7 @@ from llmsparse.factorization.split import Layout, Split, clustered
 
 RESULTS = Path(__file__).parent / "results" / "factorize.csv"
 WINDOWS, SEQ_LEN = 64, 256
-SHARES = (75, 50, 25)
+SHARES = (50, 25, 75)
 FACTORLLM = {75: 3, 50: 2, 25: 1}  # active of its 4 experts
 MARKED = 10  # neurons that CMoE marks for a token, its K_a
 
@@ -156,26 +157,27 @@ def in_memory(plan: FactorPlan, layout: Layout, method: str) -> float:
     return perplexity(model, plan.windows.held_out)
 
 
-def sweep(model: str, text: str, seeds: int) -> Iterator[Result]:
+def sweep(model: str, text: str, seeds: list[int]) -> Iterator[Result]:
     name = Path(model).name
     with tempfile.TemporaryDirectory() as folder:
-        common = {"model": model, "calibration": text, "calibration_samples": WINDOWS, "seq_len": SEQ_LEN,
-                  "device": "cpu", "output": str(Path(folder) / "out")}  # fmt: skip
-        for seed in range(seeds):
-            plan = make_plan(FactorRecipe(**common, seed=seed))
-            dense = perplexity(
-                AutoModelForCausalLM.from_pretrained(plan.folder, dtype=torch.float32), plan.windows.held_out
-            )
+        common = {"model": model, "device": "cpu", "calibration_samples": WINDOWS, "output": str(Path(folder) / "out")}
+        for seed in seeds:
+            plan = make_plan(FactorRecipe(**common, calibration=text, seq_len=SEQ_LEN, seed=seed))
+            held_out, tokens = plan.windows.held_out, Path(folder) / "tokens.safetensors"
+            save_file({"input_ids": torch.cat([plan.windows.ids, held_out])}, tokens)  # read once, the same for all
+            dense = perplexity(AutoModelForCausalLM.from_pretrained(plan.folder, dtype=torch.float32), held_out)
             for percent in SHARES:
                 layout = layout_at(plan.layout.neurons, percent)
                 for method, options in PUBLIC.items():
                     theirs = method.startswith("FactorLLM")
                     used = Layout(layout.neurons, 4, 0, FACTORLLM[percent]) if theirs else layout
                     numbers = {"experts": used.experts, "shared": used.shared, "active": used.active}
-                    report = llmsparse.factorize(**common, **numbers, **options, seed=seed, overwrite=True)
+                    report = llmsparse.factorize(
+                        **common, **numbers, **options, calibration=str(tokens), seed=seed, overwrite=True
+                    )
                     assert report.perplexity is not None
                     after = report.perplexity["after"]
-                    yield Result(name, method, percent, seed, running(used), after, after / report.perplexity["before"])
+                    yield Result(name, method, percent, seed, running(used), after, after / dense)
                 for method in IN_MEMORY:
                     after = in_memory(plan, layout, method)
                     yield Result(name, method, percent, seed, running(layout), after, after / dense)
@@ -189,12 +191,13 @@ def running(layout: Layout) -> float:
 
 def main() -> None:
     model, text = sys.argv[1:3]
-    seeds = int(sys.argv[3]) if len(sys.argv) > 3 else 3
+    seeds = [int(seed) for seed in (sys.argv[3] if len(sys.argv) > 3 else "0,1,2").split(",")]
     RESULTS.parent.mkdir(exist_ok=True)
     kept: list[list[str]] = []
     if RESULTS.exists():
         with RESULTS.open(newline="", encoding="utf-8") as file:
-            kept = [row for row in csv.reader(file) if row[0] not in ("model", Path(model).name)]
+            rows = list(csv.reader(file))[1:]
+        kept = [row for row in rows if row[0] != Path(model).name or int(row[3]) not in seeds]
     with RESULTS.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerows([list(Result.__dataclass_fields__), *kept])

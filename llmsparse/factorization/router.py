@@ -105,12 +105,19 @@ def expert_outputs(ffn: FFN, split: Split, x: Tensor) -> Tensor:
 
 
 def linear(lesson: Lesson) -> Scores:
-    """Trained to say which experts have the largest outputs ‖oᵢ(x)‖."""
+    """Trained to say which experts have the largest outputs ‖oᵢ(x)‖, where it matters: an answer counts by how far the
+    output lies from the one that just makes it in, or just fails to."""
     norms = _per_token(lesson, lambda x: expert_outputs(lesson.ffn, lesson.split, x).norm(dim=-1))
     target = top(norms, lesson.active).float()
+    ranked = norms.sort(1, descending=True).values
+    border = ranked[:, lesson.active - 1 : lesson.active + 1].mean(
+        1, keepdim=True
+    )  # between the last in and the first out
+    stake = (norms - border).abs()
+    stake = stake / stake.mean().clamp_min(1e-30)
 
     def loss(logits: Tensor, rows: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(logits, target[rows])
+        return F.binary_cross_entropy_with_logits(logits, target[rows], weight=stake[rows])
 
     return _train(lesson, loss)
 

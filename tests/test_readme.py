@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -26,13 +30,34 @@ def folder(tiny_llama: Callable[..., Path], text: str, tmp_path: Path, monkeypat
 
 
 def test_the_commands_run_one_after_the_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(COMMANDS) >= 6
+    assert len(COMMANDS) >= 15
     for command in COMMANDS:
         arguments = shlex.split(command, comments=True)[1:]
+        if arguments[0] == "serve":
+            assert served(arguments) == {"status": "ok"}, command
+            continue
         if arguments[0] in ("prune", "plan"):
             arguments += SMALLER
+        if arguments[0] == "factorize":
+            arguments += ["calibration_samples=4", "seq_len=32", "router_steps=2"]
         needs_network = "meta-llama" in command or (arguments[0] == "plan" and "--calibration" not in arguments)
         assert main(arguments) == (3 if needs_network else 0), (command, capsys.readouterr().err)
+
+
+def served(arguments: list[str]) -> object:
+    """What /health of a server started in this way says; its port is one that is free."""
+    arguments[arguments.index("--port") + 1] = "0"
+    with subprocess.Popen(
+        [sys.executable, "-m", "llmsparse", *arguments], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            found = (re.search(r"http://[\d.]+:\d+", line) for line in process.stdout)
+            address = next(match[0] for match in found if match)
+            with urlopen(f"{address}/health", timeout=30) as answer:
+                return {"status": json.load(answer)["status"]}
+        finally:
+            process.terminate()
 
 
 def test_the_python_examples_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

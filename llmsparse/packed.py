@@ -84,7 +84,8 @@ class Record:
         try:
             content: Any = json.loads(file.read_bytes())
             record = cls(*({**content[key]} for key in ("versions", "checksums", "files", "tensors")))
-            if not all(isinstance(text, str) for text in [*record.checksums.values(), *record.files.values()]):
+            texts: list[Any] = [*record.checksums.values(), *record.files.values()]
+            if not all(isinstance(text, str) for text in texts):
                 raise TypeError("checksums and files are texts")
             record.specs()
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -159,6 +159,7 @@ class SparseQuantizer(HfQuantizer):
                 module.prepare(f"{path}.weight", leaves["weight"], **options)
             else:
                 prepare_experts(module, path, leaves, **options)
+            release_freed()
         packed = [weight for _, weight in packed_weights(model)]
         self.compiles = all(BACKENDS[weight.choice.backend].compiles for weight in packed)
         if any(isinstance(weight, PackedStack) and not weight.together for weight in packed):
@@ -277,7 +278,6 @@ def unmap(model: nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
-    release_freed()
 
 
 def check_headers(layers: Mapping[str, Mapping[str, Any]], files: Sequence[str]) -> None:

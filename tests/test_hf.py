@@ -17,7 +17,7 @@ from architectures import windows
 from safetensors.torch import load_file, save_file
 from sparse import one_line, save_sparse
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModel, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 import llmsparse
 from llmsparse.errors import CheckpointError, MachineError, RecipeError
@@ -174,10 +174,13 @@ def test_continuous_batching_serves_several_prompts(folders: Folders) -> None:
     pruned, packed = folders("llama")
     prompts = [[3, 4, 5], [6, 7, 8, 9]]
     settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    cache = ContinuousBatchingConfig(
+        num_blocks=16, max_batch_tokens=64
+    )  # its own choice is most of the machine's memory
     results = []
     for folder in (pruned, packed):
         model = load(folder, attn_implementation="sdpa", dtype=torch.float32)
-        answers = model.generate_batch(inputs=prompts, generation_config=settings, progress_bar=False)
+        answers = model.generate_batch(prompts, settings, cache)
         results.append(sorted(answer.generated_tokens for answer in answers.values()))
     assert results[0] == results[1] and [len(tokens) for tokens in results[0]] == [4, 4]
 

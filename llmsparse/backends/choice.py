@@ -78,7 +78,7 @@ def choose(
                 because = f"{row.speedup:g} × dense: {row.measured}"
                 break
             refused[row.backend] = reason
-    unwanted = "not measured faster for this weight" if backend == AUTO else "another was asked for"
+    unwanted = f"not measured faster than {chosen}" if backend == AUTO else "another was asked for"
     for name in BACKENDS:
         if name != chosen and name not in refused:
             refused[name] = why_not(name, spec) or unwanted

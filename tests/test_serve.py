@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,18 @@ class Running:
     process: subprocess.Popen[str]
     model: str
     port: int
+    clients: list[openai.OpenAI] = field(default_factory=list[openai.OpenAI])  # to be closed with it
 
     def client(self, key: str = KEY) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, timeout=SECONDS, max_retries=0)
+        address = f"http://127.0.0.1:{self.port}/v1"
+        self.clients.append(openai.OpenAI(base_url=address, api_key=key, timeout=SECONDS, max_retries=0))
+        return self.clients[-1]
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+        self.process.kill()
+        self.process.communicate()
 
     def send(self, method: str, path: str, body: str | None = None, key: str = KEY) -> tuple[int, Any]:
         """Status and answer of a request as it stands there."""
@@ -85,8 +94,7 @@ def started() -> Iterator[Callable[..., Running]]:
 
     yield starting
     for server in servers:
-        server.process.kill()
-        server.process.communicate()
+        server.close()
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +115,7 @@ def server(packed: Path) -> Iterator[Running]:
     """One for the tests that leave it as it was."""
     running = start(str(packed), "--api-key", KEY)
     yield running
-    running.process.kill()
-    running.process.communicate()
+    running.close()
 
 
 @pytest.fixture(scope="module")

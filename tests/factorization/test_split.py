@@ -60,7 +60,7 @@ def test_experts_of_any_split_add_up_to_the_dense_output(name: str, shared: int)
     split = SPLITS[name](layout, ffn.loudness(x).T, torch.Generator().manual_seed(2))
     assert sorted(torch.cat([split.shared, *split.routed]).tolist()) == list(range(48))
     always = ffn.hidden(x)[:, split.shared] @ ffn.down[:, split.shared].T
-    torch.testing.assert_close(expert_outputs(ffn, split, x).sum(1) + always, ffn(x))
+    torch.testing.assert_close(expert_outputs(ffn, split, x).sum(1) + always, ffn(x), rtol=1e-5, atol=1e-4)
     assert split.owner[split.shared].eq(layout.routed).all()
 
 

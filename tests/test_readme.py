@@ -22,9 +22,10 @@ SMALLER = ["calibration_samples=4", "seq_len=32", "match_steps=2"]  # the same c
 
 @pytest.fixture
 def folder(tiny_llama: Callable[..., Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the README takes for granted: ./my-model and notes.txt."""
+    """What the README takes for granted: ./my-model, notes.txt and other.txt."""
     tiny_llama(tmp_path / "my-model")
     (tmp_path / "notes.txt").write_text(text[:20_000], encoding="utf-8")
+    (tmp_path / "other.txt").write_text(text[20_000:30_000], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

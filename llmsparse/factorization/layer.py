@@ -23,9 +23,9 @@ from llmsparse.model import Activations, Block
 from llmsparse.model import Slot as InputSlot
 from llmsparse.tap import Tap
 
-PROFILE_TOKENS = 4096  # that neurons are clustered by
-ROUTER_TOKENS = 2**16  # that a router is trained on
-MEASURED_TOKENS = 2**14
+PROFILE_TOKENS = 2**12  # that neurons are clustered by, and scales fitted on
+ROUTER_TOKENS = 2**15  # that a router is trained on
+MEASURED_TOKENS = 2**12  # that what routing captures is measured on
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ def factorize_block(
     scores = ROUTERS[recipe.router](Lesson(dense, split, x, layout.active, affine, recipe.router_steps, generator))
     router = shipped(scores, x, plan.container.formula, layout.active, target.dtype)
     notes: dict[str, Any] = {}
-    written = scaled(dense, split, SCALES[recipe.scale](dense, split, router, inputs))
+    written = scaled(dense, split, SCALES[recipe.scale](dense, split, router, [some]))
     if recipe.refit:
         written, notes = refit(dense, written, split, router, inputs)
 
-    seen = [draw(ffn_inputs(block, held_out) if held_out else inputs, MEASURED_TOKENS, generator)]
-    routing = measure(dense, written, split, router, seen)
+    seen = ffn_inputs(block, first_tokens(held_out, MEASURED_TOKENS)) if held_out else inputs
+    routing = measure(dense, written, split, router, [draw(seen, MEASURED_TOKENS, generator)])
     tensors = export.tensors(plan.container, layout, target.prefix, written, split, router, target.dtype)
     where = "held-out" if held_out else "calibration"
     return tensors, LayerRecord(block.name, routing, where, notes, time.perf_counter() - started)
@@ -104,6 +104,15 @@ def ffn_inputs(block: Block, acts: Activations) -> list[Tensor]:
             f"the activations that enter the FFN of {block.name} are NaN or Inf; try --dtype float32, or check the model"
         )
     return inputs
+
+
+def first_tokens(acts: Activations, count: int) -> Activations:
+    """The first batches, until they hold `count` tokens."""
+    batches, tokens = 0, 0
+    while batches < len(acts.hidden) and tokens < count:
+        tokens += acts.hidden[batches].shape[:2].numel()
+        batches += 1
+    return acts.like(acts.hidden[:batches])
 
 
 def draw(inputs: list[Tensor], count: int, generator: torch.Generator) -> Tensor:

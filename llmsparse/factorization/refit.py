@@ -9,7 +9,7 @@ many, fitting closely is worse than not fitting at all.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,17 +73,18 @@ def refit(dense: FFN, start: FFN, split: Split, router: Router, inputs: Iterable
     `inputs` are (tokens, width) each. Neurons that never run on them keep their column, and all of them do where no
     fit is better on the tokens held back. NumericalError where no damping makes the equations solvable.
     """
-    device = start.down.device
-    gram = torch.zeros(start.neurons, start.neurons, device=device)
-    targets = torch.zeros(start.neurons, len(start.down), device=device)
+    order = torch.cat([split.shared, *split.routed]).to(start.down.device)  # experts as spans of neurons
+    arranged = FFN(dense.gate[order], dense.up[order], dense.down[:, order])
+    equations = Equations(start.neurons, [len(members) for members in split.routed], len(start.down), order.device)
     held_back: list[Tensor] = []
     for x in _chunks(dense, split, inputs):
-        judge = torch.arange(len(x), device=device) % HELD_BACK == HELD_BACK - 1
+        judge = torch.arange(len(x), device=x.device) % HELD_BACK == HELD_BACK - 1
         if sum(map(len, held_back)) < JUDGES:
             held_back.append(x[judge])
-        hidden = routed_hidden(start, split, router, x[~judge])  # (tokens, neurons)
-        gram += hidden.T @ hidden
-        targets += hidden.T @ dense(x[~judge])
+        hidden = arranged.hidden(x[~judge])  # (tokens, neurons)
+        equations.add(hidden, router.gates(x[~judge]), hidden @ arranged.down.T)
+    back = order.argsort()
+    gram, targets = equations.gram()[back][:, back], equations.targets[back]
 
     if not gram.any():
         return start, {"refit": "no neuron that runs says anything on the calibration text"}
@@ -105,6 +106,40 @@ def refit(dense: FFN, start: FFN, split: Split, router: Router, inputs: Iterable
             f"the equations of the refit are not positive definite, even with a damping of {DAMPS[-1]:g}; use --no-refit"
         )
     return best, notes
+
+
+class Equations:
+    """HᵀH and HᵀY of a routed FFN, summed up over tokens; of each expert only the tokens that it runs for are touched.
+
+    Neurons are in the order of the experts, the shared ones first; `sizes` counts those of each routed expert.
+    """
+
+    def __init__(self, neurons: int, sizes: Sequence[int], width: int, device: torch.device) -> None:
+        self.targets = torch.zeros(neurons, width, device=device)  # HᵀY
+        self._gram = torch.zeros(neurons, neurons, device=device)
+        self._shared, self._sizes = neurons - sum(sizes), sizes
+
+    def add(self, hidden: Tensor, gates: Tensor, target: Tensor) -> None:
+        """Take in h (tokens, neurons), which is overwritten, gates (tokens, routed) and y (tokens, width)."""
+        shared = self._shared
+        owner = torch.repeat_interleave(torch.tensor(self._sizes, device=gates.device))
+        hidden[:, shared:] *= gates[:, owner]
+        always = hidden[:, :shared]
+        self._gram[:shared, :shared] += always.T @ always
+        self.targets[:shared] += always.T @ target
+        start = shared
+        for expert, size in enumerate(self._sizes):
+            rows, span = gates[:, expert].nonzero()[:, 0], slice(start, start + size)
+            seen = hidden[rows]
+            self._gram[span] += seen[:, span].T @ seen
+            self.targets[span] += seen[:, span].T @ target[rows]
+            start += size
+
+    def gram(self) -> Tensor:
+        """HᵀH, (neurons, neurons); its upper right was left to its lower left."""
+        shared = self._shared
+        self._gram[:shared, shared:] = self._gram[shared:, :shared].T
+        return self._gram
 
 
 def solve(gram: Tensor, targets: Tensor, down: Tensor, damp: float) -> Tensor | None:

@@ -13,7 +13,7 @@ from llmsparse.factorization.split import SPLITS, Layout
 
 def random_ffn(neurons: int = 48, width: int = 16, seed: int = 0) -> FFN:
     generator = torch.Generator().manual_seed(seed)
-    gate, up, down = (torch.randn(neurons, width, generator=generator) for _ in range(3))
+    gate, up, down = (torch.randn(neurons, width, generator=generator, dtype=torch.float64) for _ in range(3))
     return FFN(gate, up, down.T.contiguous())
 
 
@@ -56,7 +56,7 @@ def test_more_experts_than_groups_of_neurons_are_refused() -> None:
 def test_experts_of_any_split_add_up_to_the_dense_output(name: str, shared: int) -> None:
     """y = Σ oᵢ(x): the identity everything rests on."""
     ffn, layout = random_ffn(), Layout(48, experts=5, shared=shared, active=1)
-    x = torch.randn(20, 16, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(20, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     split = SPLITS[name](layout, ffn.loudness(x).T, torch.Generator().manual_seed(2))
     assert sorted(torch.cat([split.shared, *split.routed]).tolist()) == list(range(48))
     always = ffn.hidden(x)[:, split.shared] @ ffn.down[:, split.shared].T

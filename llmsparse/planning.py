@@ -83,11 +83,11 @@ class Plan:
     def held_out(self) -> list[Tensor]:
         return split_batches(self.windows.held_out, self.recipe.batch_size, self.device, self.model.hidden_size)
 
-    @property
+    @cached_property
     def selected_keys(self) -> set[str]:
         return {choice.weight.key for choices in self.choices.values() for choice in choices}
 
-    @property
+    @cached_property
     def tensors(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of everything that will be written: what the source holds."""
         return {key: (spec.shape, spec.dtype) for key in self.reader.keys() for spec in [self.reader.spec(key)]}

@@ -7,7 +7,7 @@ the memory is that of one block and its Adam state.
 Two things differ from the papers' code. The error of each token is divided by that token's own squared norm: the next
 block normalises every token, and a few tokens of huge norm would otherwise be all that is matched. The learning rate
 is a fraction of each weight's root mean square, found by a short probe on held-out windows, so it needs no tuning for
-a model. Masters are fp32; the held-out error decides which step is kept, and a block that does not improve stays as
+a model. Masters are fp32 and start from what is stored; the held-out error decides which step is kept, and a block that does not improve stays as
 it was pruned.
 """
 
@@ -107,8 +107,9 @@ class _Tuner:
         self.block, self.acts, self.targets, self.autocast = block, acts, targets, autocast
         self.parameters = {name: block.module.get_parameter(name) for name in keep}
         self.original = {name: parameter.data for name, parameter in self.parameters.items()}
+        stored = block.in_module(block.stored)  # the module may hold them rounded to the compute dtype
         self.keep = {name: mask.to(self.original[name].device) for name, mask in keep.items()}
-        self._load(self.original)
+        self._load({name: stored[name] for name in keep})
 
     def _load(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():

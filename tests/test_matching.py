@@ -89,6 +89,18 @@ def test_a_block_that_cannot_improve_stays_as_it_was_pruned(
         assert torch.equal(value, block.module.get_parameter(name))
 
 
+def test_weights_start_from_what_is_stored_not_from_the_module_that_rounds_it(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    reader = CheckpointReader(tiny_llama(tmp_path / "model"))
+    model = StreamedModel(reader, device=torch.device("cpu"), dtype=torch.bfloat16)
+    block, acts = model.block(0), model.embed([torch.arange(32)[None] + j for j in range(2)])
+    keep = {weight.slot[0]: torch.ones(weight.shape, dtype=torch.bool) for weight in block.weights}
+    tuned, _ = match(block, acts, block.run(acts).hidden, keep, steps=0, seed=0, autocast=torch.bfloat16)
+    for weight in block.weights:
+        assert torch.equal(tuned[weight.slot[0]], block.view(weight))
+
+
 def test_weights_that_may_not_move_do_not(
     prepared: tuple[Block, Activations, list[Tensor], dict[str, Tensor]],
 ) -> None:

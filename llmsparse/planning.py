@@ -23,7 +23,7 @@ from llmsparse.device import choose_device, choose_dtype, split_batches, window_
 from llmsparse.disk import check_room
 from llmsparse.errors import RecipeError
 from llmsparse.formats.bitmask import stored_bytes
-from llmsparse.matching import LEARNING_RATES, batches_per_step, probe_steps
+from llmsparse.matching import HELD_OUT_SHARE, LEARNING_RATES, batches_per_step, probe_steps
 from llmsparse.memory import available_bytes
 from llmsparse.model import StreamedModel, Weight
 from llmsparse.output import check_output
@@ -77,7 +77,9 @@ class Plan:
 
     @cached_property
     def batches(self) -> list[Tensor]:
-        return split_batches(self.windows.ids, self.recipe.batch_size, self.device, self.model.hidden_size)
+        """As many at least as matching needs to hold some out."""
+        size, width = self.recipe.batch_size, self.model.hidden_size
+        return split_batches(self.windows.ids, size, self.device, width, least=HELD_OUT_SHARE)
 
     @cached_property
     def held_out(self) -> list[Tensor]:

@@ -111,6 +111,14 @@ def test_weights_that_may_not_move_do_not(
     assert torch.equal(tuned["mlp.up_proj.weight"][:10], block.module.get_parameter("mlp.up_proj.weight")[:10])
 
 
+def test_a_single_batch_is_said_to_be_trained_on(
+    prepared: tuple[Block, Activations, list[Tensor], dict[str, Tensor]],
+) -> None:
+    block, acts, targets, keep = prepared
+    assert match(block, acts, targets[:2], keep, steps=0, seed=0)[1].held_out
+    assert not match(block, acts, targets[:1], keep, steps=0, seed=0)[1].held_out
+
+
 @pytest.mark.parametrize(
     ("shape", "batches"), [((8, 256, 64), 2), ((1, 2048, 64), 2), ((4, 2048, 4096), 2), ((64, 256, 64), 1)]
 )

@@ -2,7 +2,8 @@
 
 A statistic belongs to an *input*, not to a weight: q, k and v share one, gate and up share one. Who shares is learned
 on the first batch by the identity of the input tensors, while they are held (addresses are reused once a tensor is
-freed), and checked on every later one. An expert has inputs of its own, made of its own tokens.
+freed), and checked on every later one. An expert has inputs of its own, made of its own tokens; where no token reaches
+it, its input is empty, and empty tensors have no identity.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def learn_inputs(block: Block, acts: Activations, weights: Sequence[Weight]) -> 
     held: list[Tensor] = []
 
     def note(slot: Slot, x: Tensor) -> None:
+        if x.numel() == 0:
+            return
         held.append(x)
         slots = seen.setdefault(_identity(x), [])
         if slot in by_slot and slot not in slots:
@@ -94,6 +97,8 @@ def collect(
     wanted = sample_rows(sum(hidden.shape[0] * hidden.shape[1] for hidden in acts.hidden))
 
     def update(slot: Slot, x: Tensor) -> None:  # x: (tokens, in)
+        if x.numel() == 0:
+            return
         if slot in followers:
             shared = current.get(id(followers[slot]))
             assert shared is not None and _identity(shared) == _identity(x), f"{slot} no longer shares its input"

@@ -71,10 +71,17 @@ def window_length(config: Any, asked: int | None, text: str) -> int | None:
     return min(DEFAULT_WINDOW, longest or DEFAULT_WINDOW)
 
 
-def split_batches(ids: Tensor, batch_size: int | None, device: torch.device, width: int) -> list[Tensor]:
-    """(windows, tokens) → batches of at most `batch_size` windows, by default a few thousand tokens of `width` each."""
+def split_batches(
+    ids: Tensor, batch_size: int | None, device: torch.device, width: int, *, least: int = 1
+) -> list[Tensor]:
+    """(windows, tokens) → batches of at most `batch_size` windows, by default a few thousand tokens of `width` each.
+
+    Batches are smaller where there would be fewer than `least` of them, down to one window each.
+    """
     tokens = BATCH_TOKENS[device.type]
     if device.type == "cpu":
         tokens = min(tokens, max(LEAST_TOKENS, BATCH_NUMBERS_ON_CPU // width))
     size = batch_size or max(1, tokens // ids.shape[1])
+    if 0 < -(-len(ids) // size) < least:
+        size = max(1, (len(ids) - 1) // (least - 1))
     return [ids[start : start + size] for start in range(0, len(ids), size)]

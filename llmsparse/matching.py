@@ -7,8 +7,8 @@ the memory is that of one block and its Adam state.
 Two things differ from the papers' code. The error of each token is divided by that token's own squared norm: the next
 block normalises every token, and a few tokens of huge norm would otherwise be all that is matched. The learning rate
 is a fraction of each weight's root mean square, found by a short probe on held-out windows, so it needs no tuning for
-a model. Masters are fp32; the held-out error decides which step is kept, and a block that does not improve stays as
-it was pruned.
+a model. Masters are fp32 and start from what is stored; the held-out error decides which step is kept, and a block
+that does not improve stays as it was pruned.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ PROBE_SHARE = 15  # one step of a probe for so many of the run, at most PROBE_ST
 PROBE_STEPS = 20
 FINAL_FRACTION = 0.05  # of the learning rate, at the end of the cosine
 CHECKS = 8  # held-out measurements in a run
+HELD_OUT_SHARE = 8  # one batch in so many is held out
 
 
 @dataclass(frozen=True)
 class Match:
-    """What matching did to a block: held-out relative output error before and after, and how it got there."""
+    """What matching did to a block: its relative output error before and after, and how it got there."""
 
     before: float
     after: float
     steps: int
     learning_rate: float
+    held_out: bool  # the errors are of windows not trained on; False where calibration is one batch: training error
 
 
 @torch.enable_grad()
@@ -59,7 +61,9 @@ def match(
     and a record. The module itself is left with its old parameters.
     """
     held_out = _held_out(len(targets))
-    train = [j for j in range(len(targets)) if j not in held_out] or held_out
+    train = [j for j in range(len(targets)) if j not in held_out]
+    has_held_out = bool(train)
+    train = train or held_out
     group = batches_per_step(*targets[0].shape)
     tuner = _Tuner(block, acts, targets, keep, autocast)
 
@@ -80,7 +84,7 @@ def match(
                 if error < best_error:
                     best, best_error = tuner.values(), error
     tuner.restore()
-    return best, Match(before, best_error, steps, rate)
+    return best, Match(before, best_error, steps, rate, has_held_out)
 
 
 def probe_steps(steps: int) -> int:
@@ -107,8 +111,9 @@ class _Tuner:
         self.block, self.acts, self.targets, self.autocast = block, acts, targets, autocast
         self.parameters = {name: block.module.get_parameter(name) for name in keep}
         self.original = {name: parameter.data for name, parameter in self.parameters.items()}
+        stored = block.in_module(block.stored)  # the module may hold them rounded to the compute dtype
         self.keep = {name: mask.to(self.original[name].device) for name, mask in keep.items()}
-        self._load(self.original)
+        self._load({name: stored[name] for name in keep})
 
     def _load(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
@@ -170,7 +175,7 @@ class _Tuner:
 
 def _held_out(batches: int) -> list[int]:
     """An eighth of the batches, evenly spread; the only one when there is just one."""
-    return list(range(0, batches, 8))
+    return list(range(0, batches, HELD_OUT_SHARE))
 
 
 def _batches(train: Sequence[int], group: int, steps: int, seed: int) -> list[list[int]]:

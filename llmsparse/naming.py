@@ -13,9 +13,11 @@ what is used of them is the same from transformers 5.15 to 5.23.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -55,8 +57,17 @@ class Group:
 
     def position(self, key: str) -> int:
         """The place of `key` among the sources of its pattern: the number of the expert that it is."""
-        pattern = dict(self.sources)[key]
-        return [source for source, matched in self.sources if matched == pattern].index(key)
+        return self._positions[key]
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        """For all sources at once: there may be hundreds of experts. Asked for when the group is complete."""
+        seen: Counter[str] = Counter()
+        positions: dict[str, int] = {}
+        for key, pattern in self.sources:
+            positions[key] = seen[pattern]
+            seen[pattern] += 1
+        return positions
 
     def transposes(self, shape: tuple[int, ...], target_shape: tuple[int, ...]) -> bool:
         """Whether conversion swaps the last two dimensions of a tensor of this shape."""

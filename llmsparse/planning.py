@@ -23,7 +23,7 @@ from llmsparse.device import choose_device, choose_dtype, split_batches, window_
 from llmsparse.disk import check_room
 from llmsparse.errors import RecipeError
 from llmsparse.formats.bitmask import stored_bytes
-from llmsparse.matching import LEARNING_RATES, batches_per_step, probe_steps
+from llmsparse.matching import HELD_OUT_SHARE, LEARNING_RATES, batches_per_step, probe_steps
 from llmsparse.memory import available_bytes
 from llmsparse.model import StreamedModel, Weight
 from llmsparse.output import check_output
@@ -77,17 +77,19 @@ class Plan:
 
     @cached_property
     def batches(self) -> list[Tensor]:
-        return split_batches(self.windows.ids, self.recipe.batch_size, self.device, self.model.hidden_size)
+        """As many at least as matching needs to hold some out."""
+        size, width = self.recipe.batch_size, self.model.hidden_size
+        return split_batches(self.windows.ids, size, self.device, width, least=HELD_OUT_SHARE)
 
     @cached_property
     def held_out(self) -> list[Tensor]:
         return split_batches(self.windows.held_out, self.recipe.batch_size, self.device, self.model.hidden_size)
 
-    @property
+    @cached_property
     def selected_keys(self) -> set[str]:
         return {choice.weight.key for choices in self.choices.values() for choice in choices}
 
-    @property
+    @cached_property
     def tensors(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of everything that will be written: what the source holds."""
         return {key: (spec.shape, spec.dtype) for key in self.reader.keys() for spec in [self.reader.spec(key)]}

@@ -160,6 +160,8 @@ def match_block(
         autocast=None if plan.dtype == torch.float32 else plan.dtype,
         advance=progress.batches(f"matching {block.name}", plan.match_steps),
     )
+    if not result.after < result.before:
+        return result
     on_disk = block.on_disk(tuned)
     for choice in choices.values():
         values = block.view(choice.weight, on_disk)  # (out, in) fp32

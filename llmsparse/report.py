@@ -39,7 +39,7 @@ class BlockRecord:
 
     name: str
     rows: list[Row]
-    match: dict[str, Any] | None  # held-out relative output error before and after block matching
+    match: dict[str, Any] | None  # relative output error before and after block matching
     seconds: dict[str, float]  # per weight, and "block"
 
     def to_json(self) -> dict[str, Any]:
@@ -141,7 +141,12 @@ class Report:
             return "off"
         before = sum(match["before"] for match in matches) / len(matches)
         after = sum(match["after"] for match in matches) / len(matches)
-        return f"{matches[0]['steps']} steps a block, mean held-out output error {before:.4f} → {after:.4f}"
+        kind = (
+            "held-out output error"
+            if matches[0]["held_out"]
+            else "output error in training (one window: none held out)"
+        )
+        return f"{matches[0]['steps']} steps a block, mean {kind} {before:.4f} → {after:.4f}"
 
     def table(self) -> RenderableType:
         from rich.table import Table

@@ -13,6 +13,7 @@ from llmsparse.collect import collect, learn_inputs, sample_rows
 from llmsparse.errors import NumericalError
 from llmsparse.model import Activations, Block, StreamedModel
 from llmsparse.stats import Gram
+from tests.architectures import save_random, stream, tiny_config, windows
 
 CPU = torch.device("cpu")
 
@@ -57,6 +58,20 @@ def test_the_sample_is_seeded_bounded_and_made_of_real_rows(loaded: tuple[Block,
         tuple(row) for row in torch.cat([block.module.input_layernorm(h) for h in acts.hidden]).flatten(0, 1).tolist()
     }
     assert all(tuple(row) in rows for row in samples[0][:50].tolist())
+
+
+def test_experts_that_the_first_batch_does_not_reach_share_no_input(tmp_path: Path) -> None:
+    config = tiny_config("llama4_text", num_local_experts=8, interleave_moe_layer_step=1)
+    model = stream(save_random(config, tmp_path))
+    block, acts = model.block(0), model.embed(windows(*[(1, 2)] * 20))
+    inputs = learn_inputs(block, acts, [weight for weight in block.weights if weight.kind == "expert"])
+    assert len(inputs) == 16 and all(len(entry.slots) == 1 for entry in inputs)
+    collect(block, acts, inputs, lambda entry: Gram, device=CPU, seed=0)
+    for entry in inputs:
+        assert isinstance(entry.statistic, Gram) and entry.statistic.tokens == entry.tokens
+        assert not entry.tokens or len(entry.sample) == entry.tokens
+    entering = [entry.tokens for entry in inputs if entry.slots[0][0].endswith("gate_up_proj")]
+    assert sum(entering) == 40 and sum(tokens > 0 for tokens in entering) > 2, "two tokens reach two experts at most"
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(100, 256), (8192, 256), (65536, 2048), (262144, 4096)])

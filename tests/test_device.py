@@ -49,6 +49,13 @@ def test_batches_hold_a_few_thousand_tokens_and_keep_every_window() -> None:
     assert split_batches(ids[:0], None, CPU, 64) == []
 
 
+def test_batches_are_smaller_where_there_would_be_too_few() -> None:
+    for windows in range(1, 40):
+        batches = split_batches(torch.zeros(windows, 64), 16, CPU, 64, least=8)
+        assert len(batches) >= min(8, windows) and sum(map(len, batches)) == windows
+    assert [len(batch) for batch in split_batches(torch.zeros(127, 64), 16, CPU, 64, least=8)] == [16] * 7 + [15]
+
+
 def test_batches_of_a_wide_model_are_smaller_on_a_cpu_but_never_below_512_tokens() -> None:
     ids = torch.arange(10 * 512).view(10, 512)
     assert [len(batch) for batch in split_batches(ids, None, CPU, 1024)] == [2] * 5

@@ -89,6 +89,18 @@ def test_a_block_that_cannot_improve_stays_as_it_was_pruned(
         assert torch.equal(value, block.module.get_parameter(name))
 
 
+def test_weights_start_from_what_is_stored_not_from_the_module_that_rounds_it(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    reader = CheckpointReader(tiny_llama(tmp_path / "model"))
+    model = StreamedModel(reader, device=torch.device("cpu"), dtype=torch.bfloat16)
+    block, acts = model.block(0), model.embed([torch.arange(32)[None] + j for j in range(2)])
+    keep = {weight.slot[0]: torch.ones(weight.shape, dtype=torch.bool) for weight in block.weights}
+    tuned, _ = match(block, acts, block.run(acts).hidden, keep, steps=0, seed=0, autocast=torch.bfloat16)
+    for weight in block.weights:
+        assert torch.equal(tuned[weight.slot[0]], block.view(weight))
+
+
 def test_weights_that_may_not_move_do_not(
     prepared: tuple[Block, Activations, list[Tensor], dict[str, Tensor]],
 ) -> None:
@@ -97,6 +109,14 @@ def test_weights_that_may_not_move_do_not(
     free[:10] = False
     tuned, _ = match(block, acts, targets, {"mlp.up_proj.weight": free}, steps=10, seed=0)
     assert torch.equal(tuned["mlp.up_proj.weight"][:10], block.module.get_parameter("mlp.up_proj.weight")[:10])
+
+
+def test_a_single_batch_is_said_to_be_trained_on(
+    prepared: tuple[Block, Activations, list[Tensor], dict[str, Tensor]],
+) -> None:
+    block, acts, targets, keep = prepared
+    assert match(block, acts, targets[:2], keep, steps=0, seed=0)[1].held_out
+    assert not match(block, acts, targets[:1], keep, steps=0, seed=0)[1].held_out
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,34 @@ def test_plan_and_dry_run_say_the_same_and_write_nothing(run: Any, here: Path, m
     assert not list(here.iterdir())
 
 
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ("prune", "--sparsity", "0.5", "--match-steps", "0"),
+        ("factorize", "--experts", "4", "--shared", "1", "--active", "1"),
+    ],
+)
+def test_a_dry_run_is_told_what_may_become_of_the_output(
+    run: Any, here: Path, model: str, verb: tuple[str, ...]
+) -> None:
+    dry = (verb[0], model, *verb[1:], *SMALL[:-2], "-o", "old", "--dry-run")
+    (here / "old").mkdir()
+    (here / "old" / "config.json").touch()
+    (here / "old" / "model.safetensors").touch()
+    code, _, err = run(*dry)
+    assert code == 2 and "--overwrite" in one_error(err)
+    assert run(*dry, "--overwrite")[0] == 0
+    code, _, err = run(*dry, "--resume")
+    assert code == 2 and "nothing to resume" in one_error(err)
+
+
+def test_an_output_without_a_name_is_refused_in_one_line(run: Any, here: Path, model: str) -> None:
+    (here / "full").touch()
+    for output in (".", "/"):
+        code, _, err = run("prune", model, "--sparsity", "0.5", *SMALL, "-o", output)
+        assert code == 2 and one_error(err)
+
+
 def test_globs_repeat_and_rules_come_from_the_recipe(run: Any, here: Path, model: str) -> None:
     (here / "mine.yaml").write_text(
         "sparsity: 0.5\nrules:\n  - {match: '*.up_proj', pattern: 2:4, method: magnitude}\n", encoding="utf-8"

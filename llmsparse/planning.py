@@ -29,7 +29,7 @@ from llmsparse.model import StreamedModel, Weight
 from llmsparse.output import check_output
 from llmsparse.patterns import Pattern
 from llmsparse.pruners import Pruner
-from llmsparse.recipe import Recipe
+from llmsparse.recipe import Recipe, from_arguments
 from llmsparse.selection import select
 
 if TYPE_CHECKING:
@@ -190,9 +190,11 @@ class Plan:
         return table
 
 
-def plan(recipe: Recipe | None = None, *, resume: bool = False, overwrite: bool = False, **keys: Any) -> Plan:
+def plan(
+    recipe: Recipe | str | Path | None = None, *, resume: bool = False, overwrite: bool = False, **keys: Any
+) -> Plan:
     """What `prune` with the same recipe or keys would do; nothing is written."""
-    return make_plan(recipe or Recipe(**keys), resume=resume, overwrite=overwrite)
+    return make_plan(from_arguments(Recipe, recipe, keys), resume=resume, overwrite=overwrite)
 
 
 def make_plan(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Plan:

@@ -46,10 +46,11 @@ class Perplexity:
 
     def table(self) -> RenderableType:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table("model", "perplexity", "tokens", "seconds", box=None)
-        table.add_row(self.model, f"{self.perplexity:.4g}", f"{self.tokens:,}", f"{self.seconds:.1f}")
-        table.caption = ", ".join(f"{key} {value}" for key, value in self.protocol.items() if value is not None)
+        table.add_row(Text(self.model), f"{self.perplexity:.4g}", f"{self.tokens:,}", f"{self.seconds:.1f}")
+        table.caption = Text(", ".join(f"{key} {value}" for key, value in self.protocol.items() if value is not None))
         return table
 
 

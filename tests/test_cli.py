@@ -233,6 +233,7 @@ def test_recipes_are_listed_shown_copied_and_validated(run: Any, here: Path) -> 
         (LlmsparseError("two\nlines"), 1, "two lines"),
         (torch.OutOfMemoryError("CUDA out of memory"), 3, "out of GPU memory: start anew with --batch-size 1"),
         (MemoryError(), 3, "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 3, "out of memory"),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 3, "/x: No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 3, "/x: Permission denied"),
         (KeyboardInterrupt(), 130, "interrupted"),

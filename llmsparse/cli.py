@@ -189,6 +189,10 @@ def evaluate(
     from llmsparse.comparison import Comparison
     from llmsparse.evaluation import perplexity
 
+    if baseline is not None:  # a slip in its name shows before the hours that MODEL may take
+        from llmsparse import source
+
+        source.load_config(source.resolve(baseline), trust_remote_code)
     options: dict[str, Any] = {"windows": windows, "text_field": text_field, "batch_size": batch_size, "device": device}
     options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "progress": terminal.progress()}
     result = perplexity(model, text, seq_len=seq_len, revision=revision, **options)

@@ -73,7 +73,7 @@ class Plan:
     @property
     def name(self) -> str:
         """The model as the user named it, without the path."""
-        return Path(self.recipe.model).name if Path(self.recipe.model).exists() else self.recipe.model
+        return Path(self.recipe.model).resolve().name if Path(self.recipe.model).exists() else self.recipe.model
 
     @cached_property
     def batches(self) -> list[Tensor]:
@@ -242,7 +242,7 @@ def choose(recipe: Recipe, model: StreamedModel) -> dict[str, list[Choice]]:
     blocks: dict[str, list[Weight]] = {name: model.weights(i) for i, name in enumerate(model.block_names)}
     blocks[HEAD] = model.head_weights()
     weights = [weight for block in blocks.values() for weight in block]
-    selected = select(weights, only=recipe.only, include=recipe.include, exclude=recipe.exclude)
+    selected = select(weights, only=recipe.only, include=recipe.include, exclude=recipe.exclude, tied=model.tied_head)
     recipe.check_rules([weight.name for weight in selected])
     names = {weight.name for weight in selected}
     choices: dict[str, list[Choice]] = {}

@@ -194,6 +194,19 @@ def test_an_output_without_a_name_is_refused_in_one_line(run: Any, here: Path, m
         assert code == 2 and one_error(err)
 
 
+def test_a_slip_in_the_baseline_shows_before_the_model_is_measured(run: Any, model: str) -> None:
+    code, _, err = run("eval", model, "--text", "a text that measuring would miss", "--baseline", "./nowhere")
+    assert code == 2 and "./nowhere: no such folder" in one_error(err)
+
+
+def test_the_card_names_a_model_that_is_the_current_folder(
+    run: Any, here: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model)
+    assert run("prune", ".", "--sparsity", "0.5", *SMALL, "-o", str(here / "out"))[0] == 0
+    assert "# tiny, pruned to 50%" in (here / "out" / "README.md").read_text()
+
+
 def test_globs_repeat_and_rules_come_from_the_recipe(run: Any, here: Path, model: str) -> None:
     (here / "mine.yaml").write_text(
         "sparsity: 0.5\nrules:\n  - {match: '*.up_proj', pattern: 2:4, method: magnitude}\n", encoding="utf-8"

@@ -68,7 +68,7 @@ class FactorPlan:
     @property
     def name(self) -> str:
         """The model as the user named it, without the path."""
-        return Path(self.recipe.model).name if Path(self.recipe.model).exists() else self.recipe.model
+        return Path(self.recipe.model).resolve().name if Path(self.recipe.model).exists() else self.recipe.model
 
     @cached_property
     def batches(self) -> list[Tensor]:

@@ -318,6 +318,18 @@ def test_progress_is_for_eyes_only(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert isinstance(for_terminal(), Silent)
 
 
+def test_a_log_file_gets_a_line_a_block_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = for_terminal(verbose=True)
+    with progress:
+        progress.start(2)
+        progress.block("model.layers.0")
+        progress.block("model.layers.1")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "model.layers.0, 1 of 2, 0:00:00 passed"
+    assert second.startswith("model.layers.1, 2 of 2, ") and second.endswith(" left")
+    assert isinstance(for_terminal(quiet=True, verbose=True), Silent)
+
+
 def test_bars_count_blocks_and_the_batches_within_one() -> None:
     from io import StringIO
 

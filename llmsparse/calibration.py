@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmsparse.errors import CalibrationError
+from llmsparse.home import expand_home
 from llmsparse.texts import TOKEN_FILE_SUFFIX, open_texts
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def load_windows(
     Raises CalibrationError, and MachineError without a network, in one line.
     """
     if source.endswith(TOKEN_FILE_SUFFIX):
-        rows = _stored(Path(source).expanduser(), seq_len, vocabulary)
+        rows = _stored(expand_home(source, CalibrationError), seq_len, vocabulary)
         ids, held = rows[:samples], rows[samples : samples + held_out]
         return Windows.of(ids, held, _stored_protocol(source) | _note(len(ids), samples, len(held), held_out))
     assert tokenizer is not None
@@ -109,7 +110,7 @@ def load_evaluation(
     Arguments and errors otherwise as of `load_windows`; nothing is held out.
     """
     if source.endswith(TOKEN_FILE_SUFFIX):
-        ids = _stored(Path(source).expanduser(), seq_len, vocabulary)[:limit]
+        ids = _stored(expand_home(source, CalibrationError), seq_len, vocabulary)[:limit]
         return Windows.of(ids, ids[:0], _stored_protocol(source))
     assert tokenizer is not None
     seq_len = seq_len or DEFAULT_SEQ_LEN
@@ -189,8 +190,9 @@ def _stored(path: Path, seq_len: int | None, vocabulary: int | None) -> Tensor:
             f"{path}: rows of {ids.shape[1]} tokens, but --seq-len is {seq_len}; "
             f"leave it out, or use --seq-len {ids.shape[1]}"
         )
+    ids = ids.to(torch.int64)  # first: torch has no extremes of unsigned integers
     _refuse_beyond(ids, vocabulary, str(path))
-    return ids.to(torch.int64)
+    return ids
 
 
 def _refuse_beyond(ids: Tensor, vocabulary: int | None, where: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -80,17 +81,19 @@ def prune(
 
     llmsparse prune meta-llama/Llama-3.2-1B --sparsity 0.5
     """
-    if dry_run:
-        return plan(terminal, model, assignments, recipe, json, **flags)
     chosen = _recipe(model, assignments, recipe, flags)
     if resume and overwrite:
         raise RecipeError("--resume goes on with an unfinished run and --overwrite starts anew: choose one")
     terminal.calm_libraries()
-    terminal.partial = chosen.output_folder.with_name(chosen.output_folder.name + ".partial")
+    if dry_run:
+        from llmsparse.planning import make_plan
+
+        return terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite), json)
+    terminal.partial = _partial(chosen.output_folder)
     from llmsparse import pipeline
 
     report = pipeline.prune(chosen, resume=resume, overwrite=overwrite, progress=terminal.progress())
-    terminal.show(report, json)
+    return terminal.show(report, json)
 
 
 @verb(app, recipe_flags=True)
@@ -143,8 +146,8 @@ def factorize(
     if dry_run:
         from llmsparse.factorization.planning import make_plan
 
-        return terminal.show(make_plan(chosen), json)
-    terminal.partial = chosen.output_folder.with_name(chosen.output_folder.name + ".partial")
+        return terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite), json)
+    terminal.partial = _partial(chosen.output_folder)
     from llmsparse.factorization import pipeline
 
     report = pipeline.factorize(chosen, resume=resume, overwrite=overwrite, progress=terminal.progress())
@@ -186,6 +189,10 @@ def evaluate(
     from llmsparse.comparison import Comparison
     from llmsparse.evaluation import perplexity
 
+    if baseline is not None:  # a slip in its name shows before the hours that MODEL may take
+        from llmsparse import source
+
+        source.load_config(source.resolve(baseline), trust_remote_code)
     options: dict[str, Any] = {"windows": windows, "text_field": text_field, "batch_size": batch_size, "device": device}
     options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "progress": terminal.progress()}
     result = perplexity(model, text, seq_len=seq_len, revision=revision, **options)
@@ -281,6 +288,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             context.command.invoke(context)
 
     return exit_code_of(run, terminal)
+
+
+def _partial(output: Path) -> Path:
+    """What a run that writes `output` leaves where it is interrupted; `.` and `/` have no name of their own."""
+    output = output.resolve() if output.name in ("", "..") else output
+    return output.parent / f"{output.name}.partial"
 
 
 def _recipe(model: str, assignments: list[str] | None, recipe: str | None, flags: dict[str, Any]) -> Recipe:

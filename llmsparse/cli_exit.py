@@ -23,6 +23,7 @@ from llmsparse.terminal import Terminal
 
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # any wrong flag or argument; typer does not export the class
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # disk full, no permission
+OUT_OF_CPU_MEMORY = ("can't allocate memory", "not enough memory")  # torch has no class of error for it
 INTERRUPTED = 130
 
 
@@ -52,9 +53,11 @@ def exit_code_of(run: Callable[[], None], terminal: Terminal) -> int:
             terminal, 3, f"{error.filename or 'writing'}: {error.strerror}; make room or give leave, then --resume"
         )
     except RuntimeError as error:
-        if not _is_out_of_gpu_memory(error):
+        if _is_out_of_gpu_memory(error):
+            return _fail(terminal, 3, _out_of("GPU memory", terminal))
+        if not any(words in str(error) for words in OUT_OF_CPU_MEMORY):
             raise
-        return _fail(terminal, 3, _out_of("GPU memory", terminal))
+        return _fail(terminal, 3, _out_of("memory", terminal))
     return 0
 
 

@@ -14,7 +14,12 @@ from llmsparse.terminal import Terminal
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.", show_default=False)]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries log.", show_default=False)]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", help="Show what libraries log; in a pipe or file, a line a block.", show_default=False
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)]
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or builtin.", show_default=False)]
 Revision = Annotated[

@@ -27,11 +27,13 @@ class Comparison:
 
     def table(self) -> RenderableType:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table("model", "perplexity", "ratio", "tokens", "seconds", box=None, pad_edge=False)
         for one, ratio in ((self.baseline, 1.0), (self.model, self.ratio)):
             figures = (f"{one.perplexity:.4g}", f"{ratio:.3f}", f"{one.tokens:,}", f"{one.seconds:.1f}")
-            table.add_row(one.model, *figures)
-        table.caption = ", ".join(f"{key} {value}" for key, value in self.model.protocol.items() if value is not None)
+            table.add_row(Text(one.model), *figures)
+        protocol = {key: value for key, value in self.model.protocol.items() if value is not None}
+        table.caption = Text(", ".join(f"{key} {value}" for key, value in protocol.items()))
         table.caption_justify = "left"
         return table

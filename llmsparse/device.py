@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmsparse.calibration import TOKEN_FILE_SUFFIX
 from llmsparse.checkpoint import CheckpointReader
-from llmsparse.errors import MachineError, RecipeError
+from llmsparse.errors import MachineError, RecipeError, did_you_mean
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -44,6 +44,8 @@ def choose_dtype(name: str, device: torch.device, reader: CheckpointReader) -> t
     half-precision products.
     """
     if name != "auto":
+        if name not in DTYPES:
+            raise RecipeError(f"--dtype {name!r} is no dtype{did_you_mean(name, ['auto', *DTYPES])}")
         return DTYPES[name]
     if device.type == "cpu":
         return torch.float32

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from llmsparse import calibration, source
 from llmsparse.checkpoint import CheckpointReader
 from llmsparse.device import choose_device, choose_dtype, split_batches, window_length
+from llmsparse.errors import RecipeError
 from llmsparse.memory import release_freed
 from llmsparse.model import Activations, StreamedModel
 from llmsparse.progress import Progress, Silent
@@ -44,16 +46,17 @@ class Perplexity:
 
     def table(self) -> RenderableType:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table("model", "perplexity", "tokens", "seconds", box=None)
-        table.add_row(self.model, f"{self.perplexity:.4g}", f"{self.tokens:,}", f"{self.seconds:.1f}")
-        table.caption = ", ".join(f"{key} {value}" for key, value in self.protocol.items() if value is not None)
+        table.add_row(Text(self.model), f"{self.perplexity:.4g}", f"{self.tokens:,}", f"{self.seconds:.1f}")
+        table.caption = Text(", ".join(f"{key} {value}" for key, value in self.protocol.items() if value is not None))
         return table
 
 
 def perplexity(
-    model: str,
-    text: str,
+    model: str | Path,
+    text: str | Path,
     *,
     seq_len: int | None = None,
     device: str = "auto",
@@ -72,6 +75,10 @@ def perplexity(
     Raises CheckpointError, CalibrationError, RecipeError or MachineError, each with one line.
     """
     started = time.perf_counter()
+    for name, value, least in (("seq_len", seq_len, 2), ("batch_size", batch_size, 1), ("windows", windows, 1)):
+        if value is not None and value < least:
+            raise RecipeError(f"{name}: got {value}, wanted at least {least}")
+    model, text = str(model), str(text)
     progress = progress or Silent()
     folder = source.resolve(model, revision)
     config = source.load_config(folder, trust_remote_code)
@@ -104,7 +111,13 @@ def perplexity(
         nll = negative_log_likelihood(streamed, acts, batches)
     tokens = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
     protocol = chosen.protocol | {"stride": chosen.ids.shape[1], "level": "token"}
-    return Perplexity(str(model), math.exp(nll / tokens), tokens, time.perf_counter() - started, protocol)
+    return Perplexity(model, perplexity_of(nll, tokens), tokens, time.perf_counter() - started, protocol)
+
+
+def perplexity_of(nll: float, tokens: int) -> float:
+    """exp(nll / tokens), cut off at e^700 (1e304), below where a float overflows; NaN stays NaN."""
+    mean = nll / tokens
+    return math.exp(700.0 if mean > 700.0 else mean)
 
 
 @torch.no_grad()

@@ -93,10 +93,11 @@ class Packing:
 
     def table(self) -> RenderableType:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(box=None, show_header=False, pad_edge=False)
         for label, text in [("output", self.output), *self.summary()]:
-            table.add_row(f"[bold]{label}", text)
+            table.add_row(Text(label, style="bold"), Text(text))
         return table
 
     def card(self, source_card: str) -> str:

@@ -84,6 +84,11 @@ class StreamedModel:
         groups = [group for name, group in self.naming.groups.items() if name.startswith(prefix)]
         return list_weights(self._reader, groups, self._blocks[index], prefix, self._outline.transposed)
 
+    @property
+    def tied_head(self) -> str | None:
+        """The name of the output head where it is tied to the input embedding."""
+        return self._output.removesuffix(".weight") if self._output in self._model.all_tied_weights_keys else None
+
     def head_weights(self) -> list[Weight]:
         """The untied output head, which is not pruned by default; nothing where it is tied to the input embedding."""
         if self._output in self._model.all_tied_weights_keys:

@@ -19,6 +19,7 @@ from typing import Any
 
 from llmsparse.disk import disk_error, fsync, replace_file
 from llmsparse.errors import CheckpointError, MachineError, RecipeError
+from llmsparse.home import expand_home
 
 STATE = ".llmsparse"
 
@@ -126,7 +127,7 @@ class _Place:
     """The paths of a run, what lies there, and what may be done with it."""
 
     def __init__(self, out: Path, source: Path | None) -> None:
-        self.out = Path(out).expanduser().resolve()
+        self.out = expand_home(out, RecipeError).resolve()
         if os.path.ismount(self.out):
             raise RecipeError(f"{self.out}: a mount point, which cannot be replaced; name a folder inside it")
         self.folder = self.out.with_name(self.out.name + ".partial")

@@ -6,7 +6,6 @@ inputs, whatever the depth of the model.
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from llmsparse import source
 from llmsparse.checkpoint import CheckpointReader, CheckpointWriter, parse_size
 from llmsparse.errors import MachineError
-from llmsparse.evaluation import negative_log_likelihood
+from llmsparse.evaluation import negative_log_likelihood, perplexity_of
 from llmsparse.memory import PeakMemory, release_freed
 from llmsparse.model import Activations, Block
 from llmsparse.output import PartialOutput
@@ -24,21 +23,21 @@ from llmsparse.packing import select
 from llmsparse.planning import HEAD, Plan, make_plan, versions
 from llmsparse.progress import Progress, Silent
 from llmsparse.pruning import prune_block
-from llmsparse.recipe import Recipe
+from llmsparse.recipe import Recipe, from_arguments
 from llmsparse.report import BlockRecord, Report
 
 OUTSIDE = "outside the blocks"  # journal entry: everything that is not pruned has been copied
 
 
 def prune(
-    recipe: Recipe | None = None,
+    recipe: Recipe | str | Path | None = None,
     *,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     **keys: Any,
 ) -> Report:
-    """Prune a checkpoint into a new folder, as a recipe says, or its keys: `prune(model="…", sparsity=0.7)`.
+    """Prune a checkpoint into a new folder, as a Recipe says, or a model and keys of one: `prune("…", sparsity=0.7)`.
 
     The run writes `<output>.partial`, renamed when all is done; `resume` takes up one that was interrupted and gives
     the same bytes. Format packed is made from the dense checkpoint, which lies in the run's state until then. Raises a
@@ -47,7 +46,7 @@ def prune(
     progress = progress or Silent()
     torch.backends.cuda.matmul.allow_tf32 = False  # Hessians need the full fp32 mantissa
     started = time.perf_counter()
-    plan = make_plan(recipe or Recipe(**keys), resume=resume, overwrite=overwrite)
+    plan = make_plan(from_arguments(Recipe, recipe, keys), resume=resume, overwrite=overwrite)
     with (
         PeakMemory(plan.device) as memory,
         PartialOutput(
@@ -114,8 +113,8 @@ def prune_blocks(
     if before is not None and pruned:
         tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in plan.held_out)
         report.perplexity = {
-            "before": math.exp(before / tokens),
-            "after": math.exp(min(negative_log_likelihood(model, pruned, plan.held_out) / tokens, 700.0)),
+            "before": perplexity_of(before, tokens),
+            "after": perplexity_of(negative_log_likelihood(model, pruned, plan.held_out), tokens),
             "windows": sum(ids.shape[0] for ids in plan.held_out),
             "seq_len": plan.held_out[0].shape[1],
             "tokens": tokens,

@@ -29,7 +29,7 @@ from llmsparse.model import StreamedModel, Weight
 from llmsparse.output import check_output
 from llmsparse.patterns import Pattern
 from llmsparse.pruners import Pruner
-from llmsparse.recipe import Recipe
+from llmsparse.recipe import Recipe, from_arguments
 from llmsparse.selection import select
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Plan:
     @property
     def name(self) -> str:
         """The model as the user named it, without the path."""
-        return Path(self.recipe.model).name if Path(self.recipe.model).exists() else self.recipe.model
+        return Path(self.recipe.model).resolve().name if Path(self.recipe.model).exists() else self.recipe.model
 
     @cached_property
     def batches(self) -> list[Tensor]:
@@ -171,6 +171,7 @@ class Plan:
 
     def table(self) -> RenderableType:
         from rich.table import Table
+        from rich.text import Text
 
         plan = self.to_json()
         table = Table(box=None, show_header=False, pad_edge=False)
@@ -188,13 +189,15 @@ class Plan:
             "memory": f"about {plan['memory_bytes'] / 1e9:.2f} GB",
         }
         for label, text in rows.items():
-            table.add_row(f"[bold]{label}", text)
+            table.add_row(Text(label, style="bold"), Text(text))
         return table
 
 
-def plan(recipe: Recipe | None = None, *, resume: bool = False, overwrite: bool = False, **keys: Any) -> Plan:
+def plan(
+    recipe: Recipe | str | Path | None = None, *, resume: bool = False, overwrite: bool = False, **keys: Any
+) -> Plan:
     """What `prune` with the same recipe or keys would do; nothing is written."""
-    return make_plan(recipe or Recipe(**keys), resume=resume, overwrite=overwrite)
+    return make_plan(from_arguments(Recipe, recipe, keys), resume=resume, overwrite=overwrite)
 
 
 def make_plan(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Plan:
@@ -241,7 +244,7 @@ def choose(recipe: Recipe, model: StreamedModel) -> dict[str, list[Choice]]:
     blocks: dict[str, list[Weight]] = {name: model.weights(i) for i, name in enumerate(model.block_names)}
     blocks[HEAD] = model.head_weights()
     weights = [weight for block in blocks.values() for weight in block]
-    selected = select(weights, only=recipe.only, include=recipe.include, exclude=recipe.exclude)
+    selected = select(weights, only=recipe.only, include=recipe.include, exclude=recipe.exclude, tied=model.tied_head)
     recipe.check_rules([weight.name for weight in selected])
     names = {weight.name for weight in selected}
     choices: dict[str, list[Choice]] = {}

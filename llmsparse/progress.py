@@ -1,14 +1,17 @@
 """What a run says while it works: bars for blocks and for the batches within one, time left, memory. On stderr.
 
-Bars only where a person watches: not in a pipe, not under CI, not with --quiet. Lines logged are shown without bars
-too, unless quiet. The library itself is silent (`Silent()`) until it is given something else.
+Bars only where a person watches: not in a pipe, not under CI, not with --quiet. There -v gives a line a block, for the
+log of a long run. Lines logged are shown without bars too, unless quiet. The library itself is silent (`Silent()`)
+until it is given something else.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
@@ -67,6 +70,24 @@ class Silent:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class Lines(Silent):
+    """One plain line for each block as it begins: its name and number, time passed and time left."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._blocks = self._number = 0
+        self._started = 0.0
+
+    def start(self, blocks: int) -> None:
+        self._blocks, self._number, self._started = blocks, 0, time.monotonic()
+
+    def block(self, name: str) -> None:
+        done, self._number = self._number, self._number + 1
+        passed = time.monotonic() - self._started
+        left = f", about {_clock(passed / done * (self._blocks - done))} left" if done else ""
+        self.log(f"{name}, {self._number} of {self._blocks}, {_clock(passed)} passed{left}")
 
 
 class Rich:
@@ -148,17 +169,25 @@ class Rich:
         self._blocks = self._batches = None
 
 
-def for_terminal(quiet: bool = False) -> Progress:
-    """What suits this process: bars on a terminal, lines alone in a pipe or under CI, nothing when quiet."""
+def for_terminal(quiet: bool = False, verbose: bool = False) -> Progress:
+    """What suits this process: bars on a terminal; in a pipe or under CI what is logged, and a line a block if verbose;
+    nothing when quiet."""
     if quiet:
         return Silent()
-    return Rich() if watched() else Silent(sys.stderr)
+    if watched():
+        return Rich()
+    return Lines(sys.stderr) if verbose else Silent(sys.stderr)
 
 
 def watched() -> bool:
     """Whether a person sees stderr as it is written."""
     under_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
     return sys.stderr.isatty() and not under_ci and os.environ.get("TERM") != "dumb"
+
+
+def _clock(seconds: float) -> str:
+    """3725 → "1:02:05"."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def memory_held() -> str:

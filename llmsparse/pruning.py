@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import reduce
@@ -25,6 +24,7 @@ from llmsparse.planning import HEAD, Choice, Plan
 from llmsparse.progress import Progress
 from llmsparse.pruners import Magnitude
 from llmsparse.report import BlockRecord, Row
+from llmsparse.seeding import generator_for
 from llmsparse.stats import Statistic, combine
 
 
@@ -108,7 +108,7 @@ def prune_weight(block: Block, choice: Choice, entry: Input, plan: Plan) -> tupl
         notes["fallback"] = "magnitude: no calibration token reached this expert"
 
     dense = stored.to(plan.device, torch.float32, copy=True)
-    generator = torch.Generator().manual_seed(plan.recipe.seed * 2**32 + zlib.crc32(weight.name.encode()))
+    generator = generator_for(weight.name, plan.recipe.seed)
     pruned = pruner(dense, entry.statistic, choice.pattern, generator)
     notes |= pruned.notes
     block.store(weight, pruned.weight)

@@ -8,13 +8,14 @@ divide) is checked by the plan.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
@@ -82,6 +83,11 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _path_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+
+
+PathText = Annotated[str, BeforeValidator(_path_text)]  # a name or a path, from Python also a pathlib.Path
 Sparsity = Annotated[float, PlainValidator(parse_sparsity)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 Globs = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
@@ -108,8 +114,8 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: Annotated[str, Field(min_length=1)]
-    output: str | None = None
+    model: Annotated[PathText, Field(min_length=1)]
+    output: PathText | None = None
     method: Method = DEFAULT_METHOD
     sparsity: Sparsity | None = None
     pattern: str = "unstructured"
@@ -120,7 +126,7 @@ class Recipe(BaseModel):
     exclude: Globs = ()
     true_sequential: bool = False
     match_steps: Annotated[int | Literal["auto"], PlainValidator(_match_steps)] = "auto"
-    calibration: Annotated[str, Field(min_length=1)] = "c4"
+    calibration: Annotated[PathText, Field(min_length=1)] = "c4"
     text_field: str | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None
@@ -251,6 +257,27 @@ class Recipe(BaseModel):
                 methods.build(rule.method, (*at, "method"))
             _try((*at, "pattern" if rule.pattern is not None else "sparsity"), lambda rule=rule: self._pattern(rule))
         return self
+
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+def from_arguments(kind: type[Kind], recipe: Kind | str | Path | None, keys: Mapping[str, Any]) -> Kind:
+    """The recipe of a call from Python: `run(Recipe(…))`, `run("model", key=…)` or `run(model="model", key=…)`."""
+    if isinstance(recipe, kind):
+        if keys:
+            raise RecipeError(
+                f"got a {kind.__name__} and {', '.join(keys)} beside it; put these into the {kind.__name__}, or give "
+                "keys alone"
+            )
+        return recipe
+    if recipe is None:
+        return kind(**keys)
+    if not isinstance(recipe, str | os.PathLike):
+        raise RecipeError(f"got {type(recipe).__name__} first, wanted a {kind.__name__}, or the model's name or folder")
+    if "model" in keys:
+        raise RecipeError(f"got two models, {str(recipe)!r} first and model={str(keys['model'])!r}; give one of them")
+    return kind(model=recipe, **keys)
 
 
 def _try(at: KeyPath, check: Callable[[], object]) -> None:

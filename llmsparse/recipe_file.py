@@ -19,6 +19,8 @@ from llmsparse.errors import RecipeError, did_you_mean
 
 KeyPath = tuple[str | int, ...]  # ("rules", 0, "sparsity")
 
+ENDLESS = "nests without end: an alias (*name) stands inside what it names; write it out"
+
 _WORDS: dict[str, bool | None] = {"true": True, "false": False, "null": None, "~": None, "": None}
 _INT = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -68,7 +70,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(f"{path}:1: holds no `key: value` lines, wanted a recipe such as `sparsity: 0.5`")
     lines: dict[KeyPath, int] = {}
-    return _construct(node, (), lines, path), lines
+    try:
+        return _construct(node, (), lines, path), lines
+    except RecursionError:
+        raise RecipeError(f"{path}: {ENDLESS}") from None
 
 
 def parse_value(text: str) -> Any:
@@ -77,7 +82,10 @@ def parse_value(text: str) -> Any:
         node = yaml.compose(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError:
         return text
-    return text if node is None else _construct(node, (), {}, Path(text))
+    try:
+        return text if node is None else _construct(node, (), {}, Path(text))
+    except RecursionError:
+        raise RecipeError(f"{text}: {ENDLESS}") from None
 
 
 def write(data: Mapping[str, Any], comments: Mapping[str, Any]) -> str:

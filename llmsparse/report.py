@@ -172,13 +172,22 @@ class Report:
             return
         before, after = self.perplexity["before"], self.perplexity["after"]
         if not after < LARGE_LOSS * before:
-            hints = ["a lower --sparsity", "--method alps"]
+            hints = [self._milder()]
+            if {row.method for row in self.rows} != {"alps"}:
+                hints.append("--method alps")
             if not self.matched:
                 hints.append("--match-steps 300")
             self.warnings.append(
                 f"perplexity rose {after / before:.1f}-fold; this model may be of little use at "
                 f"{self.sparsity:.0%} sparsity: try {', or '.join(hints)}, or more calibration text"
             )
+
+    def _milder(self) -> str:
+        """How to lose less: an N:M pattern has the sparsity it has, but the same one may bind less."""
+        patterns = {row.pattern for row in self.rows}
+        if not any(":" in pattern for pattern in patterns):
+            return "a lower --sparsity"
+        return f"a looser --pattern such as {'4:8 or ' if patterns == {'2:4'} else ''}unstructured"
 
     def card(self) -> str:
         """The model card, README.md of the output folder."""

@@ -14,18 +14,29 @@ from llmsparse.model import Weight
 
 
 def select(
-    weights: Sequence[Weight], *, only: Sequence[str] = (), include: Sequence[str] = (), exclude: Sequence[str] = ()
+    weights: Sequence[Weight],
+    *,
+    only: Sequence[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    tied: str | None = None,
 ) -> list[Weight]:
     """The weights to prune, in their given order.
 
+    `tied` names an output head that is the input embedding, which is why it is not among the weights.
     Raises RecipeError for a glob that matches nothing, for an `include` of what cannot be pruned, and when nothing
     is left.
     """
     names = [weight.name for weight in weights]
     for option, globs in (("only", only), ("include", include), ("exclude", exclude)):
         for glob in globs:
-            if not any(fnmatchcase(name, glob) for name in names):
-                raise RecipeError(f"--{option} {glob!r} matches none of {len(names)} weights{_example(glob, names)}")
+            if any(fnmatchcase(name, glob) for name in names):
+                continue
+            if tied is not None and fnmatchcase(tied, glob):
+                raise RecipeError(
+                    f"--{option} {glob!r}: {tied} is tied to the input embedding, which is not pruned; leave it out"
+                )
+            raise RecipeError(f"--{option} {glob!r} matches none of {len(names)} weights{_example(glob, names)}")
 
     def chosen(weight: Weight) -> bool:
         included = any(fnmatchcase(weight.name, glob) for glob in include)

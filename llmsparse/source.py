@@ -18,6 +18,7 @@ from llmsparse import demo
 from llmsparse.disk import disk_error
 from llmsparse.errors import CheckpointError, MachineError, RecipeError
 from llmsparse.formats import compressed_tensors
+from llmsparse.home import expand_home
 
 BUILTIN = "builtin"  # the embedded model
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
@@ -52,7 +53,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
         raise CheckpointError("model '': empty; name a folder or a hub id (owner/name)")
     if model == BUILTIN:
         return demo.MODEL
-    folder = Path(model).expanduser()
+    folder = expand_home(model, CheckpointError)
     try:
         is_folder, is_file = folder.is_dir(), folder.is_file()
     except OSError as error:

@@ -46,7 +46,7 @@ class Terminal:
         self.debug |= debug
 
     def progress(self) -> progress.Progress:
-        return progress.for_terminal(self.quiet)
+        return progress.for_terminal(self.quiet, self.verbose)
 
     def show(self, result: Result, as_json: bool) -> None:
         """One JSON document, or a table."""

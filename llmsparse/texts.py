@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from llmsparse.errors import CalibrationError, MachineError
+from llmsparse.home import expand_home
 
 Purpose = Literal["calibration", "evaluation"]
 
@@ -60,7 +61,7 @@ def open_texts(source: str, purpose: Purpose, text_field: str | None = None) -> 
         return _c4(purpose)
     if source == "wikitext2":
         return _wikitext(purpose)
-    path = Path(source).expanduser()
+    path = expand_home(source, CalibrationError)
     if path.exists() or path.suffix in BUILDERS:
         return _file(path, text_field)
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.-]+))?", source)

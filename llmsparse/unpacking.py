@@ -47,9 +47,10 @@ class Unpacking:
 
     def table(self) -> RenderableType:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(box=None, show_header=False, pad_edge=False)
-        table.add_row("[bold]output", self.output)
+        table.add_row("[bold]output", Text(self.output))
         table.add_row("[bold]unpacked", f"{self.weights} weights, from {self.format}")
         table.add_row("[bold]whole checkpoint", compared(self.bytes, self.dense_bytes))
         return table

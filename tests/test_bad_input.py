@@ -179,6 +179,33 @@ def test_an_unknown_recipe_key_is_named_with_file_and_line(model: Path, fails: C
     assert "r.yaml:2" in error and "did you mean 'sparsity'" in error
 
 
+def test_a_recipe_that_holds_itself(model: Path, fails: Callable[..., str]) -> None:
+    Path("r.yaml").write_text("sparsity: 0.5\nrules: &a [*a]\n")
+    assert "r.yaml: nests without end" in fails("--recipe", "r.yaml")
+    assert "nests without end" in fails("rules=&a [*a]")
+
+
+@pytest.mark.parametrize("where", ["calibration", "model"])
+@pytest.mark.parametrize("name", ["~nouser/x.txt", "~nouser/x.safetensors"])
+def test_the_home_of_nobody(where: str, name: str, model: Path, fails: Callable[..., str]) -> None:
+    assert "no such user" in fails(**{where: name})
+    assert "no such user" in fails("-o", name)
+
+
+def test_names_with_brackets_are_shown_as_they_are(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = ("--calibration", "builtin", *PRUNE)
+    for command in (
+        ["prune", "model", "-o", "x[/v2]", *measured, "--dry-run"],
+        ["prune", "model", "-o", "x[/v2]", *measured],
+        ["eval", "x[/v2]", "--text", "builtin", "--windows", "1", "--seq-len", "8"],
+        ["eval", "x[/v2]", "--text", "builtin", "--windows", "1", "--seq-len", "8", "--baseline", "x[/v2]"],
+        ["pack", "x[/v2]", "-o", "p[/v2]"],
+        ["unpack", "p[/v2]", "-o", "u[/v2]"],
+    ):
+        assert main(command) == 0
+        assert "[/v2]" in capsys.readouterr().out
+
+
 CALIBRATIONS: dict[str, tuple[bytes, str]] = {
     "empty.txt": (b"", "empty"),
     "binary.txt": (bytes(range(256)) * 50, "binary.txt"),

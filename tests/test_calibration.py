@@ -162,6 +162,13 @@ def test_stored_tokens_are_taken_as_they_are(tmp_path: Path) -> None:
     assert "10 of 128 used" in load_windows(source, None, seq_len=None, samples=128, seed=0).protocol["note"]
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32])
+def test_stored_tokens_may_be_unsigned(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_file({"input_ids": torch.full((2, 12), 383).to(dtype)}, tmp_path / "ids.safetensors")
+    windows = load_evaluation(str(tmp_path / "ids.safetensors"), None, seq_len=None, vocabulary=384)
+    assert windows.ids.dtype == torch.int64 and windows.ids.unique().tolist() == [383]
+
+
 @pytest.mark.parametrize(
     ("tensors", "options", "complaint"),
     [

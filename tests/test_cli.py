@@ -166,6 +166,47 @@ def test_plan_and_dry_run_say_the_same_and_write_nothing(run: Any, here: Path, m
     assert not list(here.iterdir())
 
 
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ("prune", "--sparsity", "0.5", "--match-steps", "0"),
+        ("factorize", "--experts", "4", "--shared", "1", "--active", "1"),
+    ],
+)
+def test_a_dry_run_is_told_what_may_become_of_the_output(
+    run: Any, here: Path, model: str, verb: tuple[str, ...]
+) -> None:
+    dry = (verb[0], model, *verb[1:], *SMALL[:-2], "-o", "old", "--dry-run")
+    (here / "old").mkdir()
+    (here / "old" / "config.json").touch()
+    (here / "old" / "model.safetensors").touch()
+    code, _, err = run(*dry)
+    assert code == 2 and "--overwrite" in one_error(err)
+    assert run(*dry, "--overwrite")[0] == 0
+    code, _, err = run(*dry, "--resume")
+    assert code == 2 and "nothing to resume" in one_error(err)
+
+
+def test_an_output_without_a_name_is_refused_in_one_line(run: Any, here: Path, model: str) -> None:
+    (here / "full").touch()
+    for output in (".", "/"):
+        code, _, err = run("prune", model, "--sparsity", "0.5", *SMALL, "-o", output)
+        assert code == 2 and one_error(err)
+
+
+def test_a_slip_in_the_baseline_shows_before_the_model_is_measured(run: Any, model: str) -> None:
+    code, _, err = run("eval", model, "--text", "a text that measuring would miss", "--baseline", "./nowhere")
+    assert code == 2 and "./nowhere: no such folder" in one_error(err)
+
+
+def test_the_card_names_a_model_that_is_the_current_folder(
+    run: Any, here: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model)
+    assert run("prune", ".", "--sparsity", "0.5", *SMALL, "-o", str(here / "out"))[0] == 0
+    assert "# tiny, pruned to 50%" in (here / "out" / "README.md").read_text()
+
+
 def test_globs_repeat_and_rules_come_from_the_recipe(run: Any, here: Path, model: str) -> None:
     (here / "mine.yaml").write_text(
         "sparsity: 0.5\nrules:\n  - {match: '*.up_proj', pattern: 2:4, method: magnitude}\n", encoding="utf-8"
@@ -205,6 +246,7 @@ def test_recipes_are_listed_shown_copied_and_validated(run: Any, here: Path) -> 
         (LlmsparseError("two\nlines"), 1, "two lines"),
         (torch.OutOfMemoryError("CUDA out of memory"), 3, "out of GPU memory: start anew with --batch-size 1"),
         (MemoryError(), 3, "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 3, "out of memory"),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 3, "/x: No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 3, "/x: Permission denied"),
         (KeyboardInterrupt(), 130, "interrupted"),
@@ -274,6 +316,18 @@ def test_progress_is_for_eyes_only(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert isinstance(for_terminal(), Rich) and isinstance(for_terminal(quiet=True), Silent)
     monkeypatch.setenv("CI", "true")
     assert isinstance(for_terminal(), Silent)
+
+
+def test_a_log_file_gets_a_line_a_block_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = for_terminal(verbose=True)
+    with progress:
+        progress.start(2)
+        progress.block("model.layers.0")
+        progress.block("model.layers.1")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "model.layers.0, 1 of 2, 0:00:00 passed"
+    assert second.startswith("model.layers.1, 2 of 2, ") and second.endswith(" left")
+    assert isinstance(for_terminal(quiet=True, verbose=True), Silent)
 
 
 def test_bars_count_blocks_and_the_batches_within_one() -> None:

@@ -31,6 +31,12 @@ def test_a_cpu_computes_in_float32_whatever_is_stored(tiny_llama: Callable[..., 
     assert choose_dtype("float16", CPU, reader) == torch.float16
 
 
+def test_an_unknown_dtype_is_refused_with_the_known_ones(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    reader = CheckpointReader(tiny_llama(tmp_path / "model"))
+    with pytest.raises(RecipeError, match=r"--dtype 'fp16' is no dtype.* known: auto, float32, bfloat16, float16"):
+        choose_dtype("fp16", CPU, reader)
+
+
 def test_a_window_is_2048_tokens_or_the_models_maximum() -> None:
     assert window_length(LlamaConfig(max_position_embeddings=8192), None, "c4") == 2048
     assert window_length(LlamaConfig(max_position_embeddings=512), None, "c4") == 512

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from llmsparse.report import BlockRecord, Report, Row
@@ -33,6 +34,16 @@ def test_a_large_loss_is_said_plainly_with_a_hint_and_a_small_one_is_not() -> No
     (warning,) = report(10, 40).warnings
     assert "4.0-fold" in warning and "--match-steps" in warning and "--sparsity" in warning
     assert len(report(10, float("nan")).warnings) == 1
+
+
+def test_the_hint_fits_the_pattern_and_the_method() -> None:
+    made = report(10, 40)
+    made.warnings, rows = [], made.blocks[0].rows
+    rows[:] = [replace(row, pattern="2:4", method="alps") for row in rows]
+    made.warn()
+    (warning,) = made.warnings
+    assert "a looser --pattern such as 4:8 or unstructured" in warning
+    assert "--sparsity" not in warning and "--method" not in warning
 
 
 def test_a_text_that_ran_short_is_said() -> None:

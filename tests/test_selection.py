@@ -46,6 +46,11 @@ def test_a_glob_that_matches_nothing_is_an_error_with_a_hint(option: str) -> Non
         names(**{option: ["b.0.q_prj"]})
 
 
+def test_a_tied_head_is_called_by_its_name() -> None:
+    with pytest.raises(RecipeError, match=r"--include 'lm_h.*': lm_head is tied to the input embedding"):
+        select(WEIGHTS[:-1], include=["lm_h*"], tied="lm_head")
+
+
 def test_a_selection_that_leaves_nothing_is_an_error() -> None:
     with pytest.raises(RecipeError, match="nothing is left"):
         names(exclude=["*"])

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import time
-import zlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from llmsparse.factorization.router import ROUTERS, Lesson, shipped
 from llmsparse.factorization.split import SPLITS
 from llmsparse.model import Activations, Block
 from llmsparse.model import Slot as InputSlot
+from llmsparse.seeding import generator_for
 from llmsparse.tap import Tap
 
 PROFILE_TOKENS = 2**12  # that neurons are clustered by, and scales fitted on
@@ -57,7 +57,7 @@ def factorize_block(
     """
     started = time.perf_counter()
     target, layout, recipe = plan.targets[block.name], plan.layout, plan.recipe
-    generator = torch.Generator().manual_seed(recipe.seed * 2**32 + zlib.crc32(block.name.encode()))
+    generator = generator_for(block.name, recipe.seed)
     dense = load_ffn(block, target, plan)
     inputs = ffn_inputs(block, acts)
 

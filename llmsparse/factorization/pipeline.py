@@ -6,7 +6,6 @@ from what was written. So a run that is resumed does what one that was never int
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from llmsparse import source
 from llmsparse.checkpoint import CheckpointReader, CheckpointWriter, parse_size
 from llmsparse.disk import disk_error
 from llmsparse.errors import MachineError
-from llmsparse.evaluation import negative_log_likelihood
+from llmsparse.evaluation import negative_log_likelihood, perplexity_of
 from llmsparse.factorization.layer import LayerRecord, factorize_block
 from llmsparse.factorization.planning import FactorPlan, describe, make_plan, spell
 from llmsparse.factorization.recipe import FactorRecipe
@@ -28,17 +27,19 @@ from llmsparse.output import PartialOutput
 from llmsparse.pipeline import OUTSIDE
 from llmsparse.planning import versions
 from llmsparse.progress import Progress, Silent
+from llmsparse.recipe import from_arguments
 
 
 def factorize(
-    recipe: FactorRecipe | None = None,
+    recipe: FactorRecipe | str | Path | None = None,
     *,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     **keys: Any,
 ) -> FactorReport:
-    """Write a dense model as a mixture of experts, as a recipe says, or its keys: `factorize(model="…", experts=16)`.
+    """Write a dense model as a mixture of experts, as a FactorRecipe says, or a model and keys of one:
+    `factorize("…", experts=16)`.
 
     The run writes `<output>.partial`, renamed when all is done; `resume` takes up one that was interrupted and gives
     the same bytes. Raises a LlmsparseError of one line.
@@ -46,7 +47,7 @@ def factorize(
     progress = progress or Silent()
     torch.backends.cuda.matmul.allow_tf32 = False  # the equations of the refit need the full fp32 mantissa
     started = time.perf_counter()
-    plan = make_plan(recipe or FactorRecipe(**keys), resume=resume, overwrite=overwrite)
+    plan = make_plan(from_arguments(FactorRecipe, recipe, keys), resume=resume, overwrite=overwrite)
     with (
         PeakMemory(plan.device) as memory,
         PartialOutput(
@@ -133,7 +134,7 @@ def factorize_blocks(
 
 
 def _perplexity(model: StreamedModel, acts: Any, plan: FactorPlan) -> float:
-    return math.exp(min(negative_log_likelihood(model, acts, plan.held_out) / _tokens(plan), 700.0))
+    return perplexity_of(negative_log_likelihood(model, acts, plan.held_out), _tokens(plan))
 
 
 def _tokens(plan: FactorPlan) -> int:

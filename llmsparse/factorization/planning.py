@@ -68,7 +68,7 @@ class FactorPlan:
     @property
     def name(self) -> str:
         """The model as the user named it, without the path."""
-        return Path(self.recipe.model).name if Path(self.recipe.model).exists() else self.recipe.model
+        return Path(self.recipe.model).resolve().name if Path(self.recipe.model).exists() else self.recipe.model
 
     @cached_property
     def batches(self) -> list[Tensor]:
@@ -157,6 +157,7 @@ class FactorPlan:
 
     def table(self) -> RenderableType:
         from rich.table import Table
+        from rich.text import Text
 
         plan = self.to_json()
         table = Table(box=None, show_header=False, pad_edge=False)
@@ -173,7 +174,7 @@ class FactorPlan:
             "memory": f"about {plan['memory_bytes'] / 1e9:.2f} GB",
         }
         for label, text in rows.items():
-            table.add_row(f"[bold]{label}", text)
+            table.add_row(Text(label, style="bold"), Text(text))
         return table
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from llmsparse import recipe_file
 from llmsparse.errors import RecipeError
 from llmsparse.method import OptionError
-from llmsparse.recipe import Count, Device, Dtype, Length, Seed
+from llmsparse.recipe import Count, Device, Dtype, Length, PathText, Seed
 from llmsparse.recipe_origins import Origins
 
 KIND = "factorize"  # the folder of its shipped recipes
@@ -44,8 +44,8 @@ class FactorRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: Annotated[str, Field(min_length=1)]
-    output: str | None = None
+    model: Annotated[PathText, Field(min_length=1)]
+    output: PathText | None = None
     experts: Count = 16
     shared: Slots = 4
     active: Slots = 4
@@ -56,7 +56,7 @@ class FactorRecipe(BaseModel):
     refit: bool = True
     container: Literal["auto", "glm4_moe", "mixtral", "qwen3_moe", "qwen2_moe"] = "auto"
     keep_dense: Annotated[str, PlainValidator(parse_blocks)] = "none"
-    calibration: Annotated[str, Field(min_length=1)] = "c4"
+    calibration: Annotated[PathText, Field(min_length=1)] = "c4"
     text_field: str | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None

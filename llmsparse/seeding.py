@@ -8,8 +8,10 @@ import torch
 
 
 def generator_for(name: str, seed: int) -> torch.Generator:
-    """A CPU generator for `name`; any `seed` from 0 to 2**63 - 1.
+    """A CPU generator for `name` under `seed`, 0 to 2**63 - 1.
 
-    torch's CPU generator takes its state from the low 32 bits alone: the name decides what is drawn, whatever the seed.
+    torch's CPU generator is made from the low 32 bits of a seed alone, so both must reach these: the checksum of the name
+    begins with the seed, folded to 32 bits.
     """
-    return torch.Generator().manual_seed((seed * 2**32 + zlib.crc32(name.encode())) % 2**64)
+    folded = (seed ^ seed >> 32) & 0xFFFFFFFF
+    return torch.Generator().manual_seed(zlib.crc32(name.encode(), folded))

@@ -162,7 +162,7 @@ def sweep(model: str, text: str, seeds: list[int]) -> Iterator[Result]:
     with tempfile.TemporaryDirectory() as folder:
         common = {"model": model, "device": "cpu", "calibration_samples": WINDOWS, "output": str(Path(folder) / "out")}
         for seed in seeds:
-            plan = make_plan(FactorRecipe(**common, calibration=text, seq_len=SEQ_LEN, seed=seed))
+            plan = make_plan(FactorRecipe(**common, calibration=text, seq_len=SEQ_LEN, seed=seed), overwrite=True)
             held_out, tokens = plan.windows.held_out, Path(folder) / "tokens.safetensors"
             save_file({"input_ids": torch.cat([plan.windows.ids, held_out])}, tokens)  # read once, the same for all
             dense = perplexity(AutoModelForCausalLM.from_pretrained(plan.folder, dtype=torch.float32), held_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,10 +49,11 @@ def test_table_of_a_tiny_model(
     monkeypatch.setattr(table, "SEQ_LEN", 64)
     monkeypatch.setattr(table, "SHARES", (50,))
     monkeypatch.setattr(
-        "sys.argv", ["table", str(tiny_llama(tmp_path / "tiny", ffn=128)), str(tmp_path / "text.txt"), "3"]
+        "sys.argv", ["table", str(tiny_llama(tmp_path / "tiny", ffn=128)), str(tmp_path / "text.txt"), "3,4"]
     )
     table.main()
-    table.main()  # replaces its own rows
+    sys.argv[3] = "4"
+    table.main()  # replaces the rows of that seed
     rows = [line.split(",") for line in (tmp_path / "results" / "table.csv").read_text().splitlines()[1:]]
-    assert len(rows) == len(table.SHARES) * (len(table.PUBLIC) + len(table.IN_MEMORY))
-    assert {row[0] for row in rows} == {"tiny"} and {row[-4] for row in rows} == {"3"}
+    assert len(rows) == 2 * len(table.SHARES) * (len(table.PUBLIC) + len(table.IN_MEMORY))
+    assert {row[0] for row in rows} == {"tiny"} and {row[-4] for row in rows} == {"3", "4"}

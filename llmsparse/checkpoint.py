@@ -27,6 +27,7 @@ from llmsparse.shard import Header, TensorSpec, bytes_of, lay_out, read_header, 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 8 << 20
+Planned = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name → shape, dtype
 UNITS = (
     {"": 1, "B": 1}
     | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
@@ -97,12 +98,11 @@ class CheckpointWriter:
     Shards are planned as `save_pretrained` plans them: greedy in the order of `specs` (name -> shape, dtype), at most
     `max_shard_bytes` of tensors each, a larger tensor alone. All files get their full size, header and index here, so
     a full disk shows at once (MachineError). A file that is already there with the same header and size keeps its
-    contents: a resumed run goes on where the last one stopped.
+    contents: a resumed run goes on where the last one stopped. `resuming` says that these hold finished work, so that
+    one that is missing or differs is a CheckpointError.
     """
 
-    def __init__(
-        self, folder: Path, specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]], max_shard_bytes: int
-    ) -> None:
+    def __init__(self, folder: Path, specs: Planned, max_shard_bytes: int, *, resuming: bool = False) -> None:
         from huggingface_hub import split_state_dict_into_shards_factory
 
         self.folder = Path(folder)
@@ -121,7 +121,7 @@ class CheckpointWriter:
             self._specs |= placed
         self._index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         self._sharded = len(headers) > 1
-        self._create(headers)
+        self._create(headers, resuming)
 
     def keys(self) -> list[str]:
         """Names of all tensors, shard by shard."""
@@ -184,7 +184,7 @@ class CheckpointWriter:
         if self._sharded:
             replace_file(self.folder / INDEX, json.dumps(self._index, indent=2, sort_keys=True) + "\n")
 
-    def _create(self, headers: Mapping[Path, bytes]) -> None:
+    def _create(self, headers: Mapping[Path, bytes], resuming: bool) -> None:
         """Make every planned file that is not there yet; on failure remove those, so that no disk stays full."""
         sizes = {file: len(header) for file, header in headers.items()}
         for spec in self._specs.values():
@@ -193,6 +193,8 @@ class CheckpointWriter:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             new = [file for file, header in headers.items() if not _holds(file, header, sizes[file])]
+            if new and resuming:
+                raise CheckpointError(f"{new[0]}: lost or damaged since it was written; start anew with --overwrite")
             for file in new:
                 file.unlink(missing_ok=True)
             volume = os.statvfs(self.folder)

@@ -7,6 +7,7 @@ inputs, whatever the depth of the model.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from llmsparse import source
 from llmsparse.checkpoint import CheckpointReader, CheckpointWriter, parse_size
-from llmsparse.errors import MachineError
+from llmsparse.checksum import checksums, read_checked
 from llmsparse.evaluation import negative_log_likelihood, perplexity_of
 from llmsparse.memory import PeakMemory, release_freed
 from llmsparse.model import Activations, Block
@@ -26,6 +27,7 @@ from llmsparse.pruning import prune_block
 from llmsparse.recipe import Recipe, from_arguments
 from llmsparse.report import BlockRecord, Report
 
+CHECKSUMS = "checksums"  # beside the record in the journal entry of a block
 OUTSIDE = "outside the blocks"  # journal entry: everything that is not pruned has been copied
 
 
@@ -56,7 +58,7 @@ def prune(
     ):
         folder = partial.folder if plan.recipe.format == "dense" else partial.state / "dense"
         shard_bytes = parse_size(plan.recipe.max_shard_size)
-        writer = CheckpointWriter(folder, plan.tensors, shard_bytes)
+        writer = CheckpointWriter(folder, plan.tensors, shard_bytes, resuming=bool(partial.finished))
         if OUTSIDE not in partial.finished:
             writer.copy(plan.reader, [key for key in plan.reader.keys() if key not in plan.selected_keys])
             writer.sync()
@@ -73,7 +75,7 @@ def prune(
         recipe_text = plan.recipe.dump(versions() | {"calibration sha256": plan.windows.fingerprint})
         source.copy_side_files(plan.folder, folder)
         source.write_side_files(folder, recipe=recipe_text, report=report.stored(), card=report.card())
-        check_written(plan, folder, writer)
+        check_written(folder, plan.tensors, partial)
         if folder != partial.folder:
             packable = select(folder, plan.recipe.trust_remote_code, progress)
             names = {"model": plan.output.name, "output": str(plan.output)}
@@ -128,24 +130,23 @@ def finish_block(
     keys = sorted({choice.weight.key for choice in plan.choices[block.name]})
     if block.name in partial.finished:
         record = BlockRecord.from_json(partial.finished[block.name])
-        block.stored.update(writer.read(keys))
+        block.stored.update(read_checked(writer, partial.finished[block.name][CHECKSUMS]))
     else:
         record = prune_block(block, acts, plan, progress)
-        writer.write({key: block.stored[key] for key in keys})
+        tensors = {key: block.stored[key] for key in keys}
+        writer.write(tensors)
         writer.sync()
-        partial.journal(block.name, record.to_json())
+        partial.journal(block.name, record.to_json() | {CHECKSUMS: checksums(tensors)})
     if keys:
         block.reload()  # what runs on is what was stored, rounded to its dtype
     return record
 
 
-def check_written(plan: Plan, folder: Path, writer: CheckpointWriter) -> None:
-    """Open the finished folder as any reader would and hold one block's tensors against what was written."""
+def check_written(folder: Path, planned: Iterable[str], partial: PartialOutput) -> None:
+    """Open the finished folder as any reader would and hold each finished block against its checksums."""
     reader = CheckpointReader(folder)
-    keys = plan.model.block_keys(len(plan.model.block_names) - 1)
-    written = writer.read(keys)
-    for key, tensor in reader.read(keys).items():
-        if not torch.equal(tensor.view(torch.uint8), written[key].view(torch.uint8)):
-            raise MachineError(f"{folder}: {key} does not read back as it was written; check the disk, then --resume")
-    missing = set(plan.reader.keys()) ^ set(reader.keys())
+    for entry in partial.finished.values():
+        read_checked(reader, entry.get(CHECKSUMS, {}))  # what was only copied has none
+        release_freed()
+    missing = set(planned) ^ set(reader.keys())
     assert not missing, f"tensors missing or added: {sorted(missing)[:3]}"

@@ -24,7 +24,8 @@ from torch.nn.functional import linear
 import llmsparse
 from llmsparse.checkpoint import CheckpointReader
 from llmsparse.cli import main
-from llmsparse.errors import CheckpointError, LlmsparseError, PatternError, RecipeError
+from llmsparse.errors import CheckpointError, LlmsparseError, MachineError, PatternError, RecipeError
+from llmsparse.progress import Silent
 from llmsparse.pruners import PRUNERS
 
 Build = Callable[..., Path]
@@ -365,6 +366,73 @@ def test_a_resume_under_changed_conditions_is_refused_by_name(
         llmsparse.prune(**common, sparsity=0.6, resume=True, **RUN)
     assert "\n" not in str(caught.value)
     assert blocks_done(out) >= 2, "a refused resume loses nothing"
+
+
+class Interrupted(Silent):
+    """Ctrl-C as the last of `blocks` blocks begins."""
+
+    def __init__(self, blocks: int) -> None:
+        self.left = blocks
+
+    def block(self, name: str) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+def interrupted(model: Path, notes: Path, out: Path, **options: Any) -> dict[str, Any]:
+    """The keys of a run that was stopped in its third block, after three entries of the journal."""
+    keys = {"model": str(model), "output": str(out), "method": "wanda", "sparsity": 0.5, "calibration": str(notes)}
+    keys |= RUN | options
+    with pytest.raises(KeyboardInterrupt):
+        llmsparse.prune(**keys, progress=Interrupted(3))
+    assert blocks_done(out) == 3
+    return keys
+
+
+@pytest.mark.parametrize("damage", ["lost", "truncated"])
+@pytest.mark.parametrize("format", ["dense", "packed"])
+def test_a_shard_lost_since_the_run_began_is_not_made_anew_as_zeros(
+    damage: str, format: str, model: Path, notes: Path, tmp_path: Path
+) -> None:
+    keys = interrupted(model, notes, tmp_path / "out", format=format, sparsity=0.7)
+    shard = next((tmp_path / "out.partial").rglob("model.safetensors"))
+    shard.unlink() if damage == "lost" else os.truncate(shard, 5000)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: lost or damaged .* --overwrite") as caught:
+        llmsparse.prune(**keys, resume=True)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    llmsparse.prune(**keys, overwrite=True)
+    assert (tmp_path / "out").exists()
+
+
+def flip(folder: Path, key: str) -> None:
+    """One bit of a tensor, as a failing disk would have it."""
+    spec = CheckpointReader(folder).spec(key)
+    with spec.file.open("r+b") as stream:
+        stream.seek(spec.begin)
+        byte = stream.read(1)[0]
+        stream.seek(spec.begin)
+        stream.write(bytes([byte ^ 1]))
+
+
+def test_a_bit_that_flips_in_a_finished_block_is_found_on_resume(model: Path, notes: Path, tmp_path: Path) -> None:
+    keys = interrupted(model, notes, tmp_path / "out")
+    flip(tmp_path / "out.partial", "model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(MachineError, match=r"layers\.1\.mlp\.up_proj\.weight does not read back") as caught:
+        llmsparse.prune(**keys, resume=True)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_bit_that_flips_while_the_run_goes_on_is_found_at_its_end(model: Path, notes: Path, tmp_path: Path) -> None:
+    class Failing(Silent):
+        def block(self, name: str) -> None:
+            if name == "model.layers.2":
+                flip(tmp_path / "out.partial", "model.layers.0.mlp.up_proj.weight")
+
+    keys = {"model": str(model), "output": str(tmp_path / "out"), "method": "wanda", "sparsity": 0.5} | RUN
+    with pytest.raises(MachineError, match=r"layers\.0\.mlp\.up_proj\.weight does not read back"):
+        llmsparse.prune(**keys, calibration=str(notes), progress=Failing())
+    assert not (tmp_path / "out").exists()
 
 
 NEW_METHOD = """

@@ -14,8 +14,8 @@ import torch
 
 from llmsparse import source
 from llmsparse.checkpoint import CheckpointReader, CheckpointWriter, parse_size
+from llmsparse.checksum import checksums, read_checked
 from llmsparse.disk import disk_error
-from llmsparse.errors import MachineError
 from llmsparse.evaluation import negative_log_likelihood, perplexity_of
 from llmsparse.factorization.layer import LayerRecord, factorize_block
 from llmsparse.factorization.planning import FactorPlan, describe, make_plan, spell
@@ -24,7 +24,7 @@ from llmsparse.factorization.report import FactorReport
 from llmsparse.memory import PeakMemory, release_freed
 from llmsparse.model import StreamedModel
 from llmsparse.output import PartialOutput
-from llmsparse.pipeline import OUTSIDE
+from llmsparse.pipeline import CHECKSUMS, OUTSIDE, check_written
 from llmsparse.planning import versions
 from llmsparse.progress import Progress, Silent
 from llmsparse.recipe import from_arguments
@@ -57,7 +57,8 @@ def factorize(
     ):
         source.copy_side_files(plan.folder, partial.folder)
         _write_config(plan, partial.folder)
-        writer = CheckpointWriter(partial.folder, plan.tensors, parse_size(plan.recipe.max_shard_size))
+        shard_bytes = parse_size(plan.recipe.max_shard_size)
+        writer = CheckpointWriter(partial.folder, plan.tensors, shard_bytes, resuming=bool(partial.finished))
         if OUTSIDE not in partial.finished:
             writer.copy(plan.reader, plan.copied)
             writer.write({key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in plan.zeros.items()})
@@ -82,7 +83,7 @@ def factorize(
         report.peak_memory_bytes = memory.read()
         recipe_text = plan.recipe.dump(versions() | {"calibration sha256": plan.windows.fingerprint})
         source.write_side_files(partial.folder, recipe=recipe_text, report=report.stored(), card=report.card())
-        _check_written(plan, partial.folder, writer)
+        check_written(partial.folder, plan.tensors, partial)
         partial.publish()
     return report
 
@@ -104,6 +105,7 @@ def factorize_blocks(
         progress.block(name)
         done = name in partial.finished
         if name in plan.targets and done:
+            read_checked(writer, partial.finished[name][CHECKSUMS])  # what `made` will run
             report.blocks.append(LayerRecord.from_json(partial.finished[name]))
         if before or (name in plan.targets and not done):
             block = dense.block(index)
@@ -113,7 +115,7 @@ def factorize_blocks(
                 tensors, record = factorize_block(block, acts, held, plan)
                 writer.write(tensors)
                 writer.sync()
-                partial.journal(name, record.to_json())
+                partial.journal(name, record.to_json() | {CHECKSUMS: checksums(tensors)})
                 report.blocks.append(record)
             block.evict()
 
@@ -146,16 +148,3 @@ def _write_config(plan: FactorPlan, folder: Path) -> None:
         plan.config.save_pretrained(folder)
     except OSError as error:
         raise disk_error(folder / "config.json", error) from error
-
-
-def _check_written(plan: FactorPlan, folder: Path, writer: CheckpointWriter) -> None:
-    """Open the finished folder as any reader would and hold one block's tensors against what was written."""
-    reader = CheckpointReader(folder)
-    prefix = list(plan.targets.values())[-1].prefix
-    keys = [key for key in reader.keys() if key.startswith(prefix)]
-    written = writer.read(keys)
-    for key, tensor in reader.read(keys).items():
-        if not torch.equal(tensor.view(torch.uint8), written[key].view(torch.uint8)):
-            raise MachineError(f"{folder}: {key} does not read back as it was written; check the disk, then --resume")
-    missing = set(plan.tensors) ^ set(reader.keys())
-    assert not missing, f"tensors missing or added: {sorted(missing)[:3]}"

@@ -20,10 +20,12 @@ from torch.nn.functional import linear, silu
 
 import llmsparse
 from llmsparse import recipe_file
+from llmsparse.checkpoint import CheckpointReader
 from llmsparse.cli import main
-from llmsparse.errors import RecipeError
+from llmsparse.errors import CheckpointError, MachineError, RecipeError
 from llmsparse.factorization.planning import make_plan
 from llmsparse.factorization.recipe import FactorRecipe
+from llmsparse.progress import Silent
 
 RUN: dict[str, Any] = {
     "calibration_samples": 12,
@@ -158,6 +160,36 @@ def test_killed_twice_and_resumed_gives_the_same_bytes(
     llmsparse.factorize(resume=True, **keys)
     assert files(tmp_path / "out") == files(made[0])
     assert not (tmp_path / "out.partial").exists()
+
+
+class Failing(Silent):
+    """A bit of the first block flips, and then comes Ctrl-C, as the third begins."""
+
+    def __init__(self, partial: Path) -> None:
+        self.partial = partial
+
+    def block(self, name: str) -> None:
+        if name == "model.layers.2":
+            spec = CheckpointReader(self.partial).spec("model.layers.0.mlp.gate.weight")
+            with spec.file.open("r+b") as stream:
+                stream.seek(spec.begin)
+                byte = stream.read(1)[0]
+                stream.seek(spec.begin)
+                stream.write(bytes([byte ^ 1]))
+            raise KeyboardInterrupt
+
+
+def test_a_finished_block_that_is_not_what_was_written_is_refused_on_resume(
+    model: Path, notes: Path, tmp_path: Path
+) -> None:
+    keys = {"model": str(model), "output": str(tmp_path / "out"), "calibration": str(notes), **RUN}
+    with pytest.raises(KeyboardInterrupt):
+        llmsparse.factorize(**keys, progress=Failing(tmp_path / "out.partial"))
+    with pytest.raises(MachineError, match=r"layers\.0\.mlp\.gate\.weight does not read back"):
+        llmsparse.factorize(**keys, resume=True)
+    (tmp_path / "out.partial" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="lost or damaged"):
+        llmsparse.factorize(**keys, resume=True)
 
 
 def test_kept_blocks_are_copied_byte_for_byte(model: Path, notes: Path, tmp_path: Path) -> None:

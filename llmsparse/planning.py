@@ -6,6 +6,7 @@ window too long, a full disk. `llmsparse plan` prints the result; `prune` carrie
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -112,7 +113,7 @@ class Plan:
         """What a resumed run must share with the one it resumes."""
         return {
             "recipe": {key: value for key, value in self.recipe.resolved().items() if key != "output"},
-            "model": self.reader.fingerprint(),
+            "model": self.reader.fingerprint() | {"config.json": _sha256(self.folder / "config.json")},
             "calibration": self.windows.fingerprint,
             "versions": versions(),
             "threads": torch.get_num_threads(),
@@ -276,6 +277,10 @@ def default_match_steps(plan: Plan) -> int:
         if total * per_step <= MATCH_SECONDS_ON_CPU * FLOPS_PER_THREAD * torch.get_num_threads():
             return steps
     return 0
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -64,7 +64,7 @@ def match(
     train = [j for j in range(len(targets)) if j not in held_out]
     has_held_out = bool(train)
     train = train or held_out
-    group = batches_per_step(*targets[0].shape)
+    group = batches_per_step(*targets[0].shape, most=len(train))
     tuner = _Tuner(block, acts, targets, keep, autocast)
 
     before = tuner.error(held_out)
@@ -92,9 +92,9 @@ def probe_steps(steps: int) -> int:
     return min(PROBE_STEPS, max(1, steps // PROBE_SHARE))
 
 
-def batches_per_step(windows: int, tokens: int, width: int) -> int:
-    """How many batches of (windows, tokens, width) make one step of the optimiser."""
-    return max(1, round(max(TOKENS_PER_STEP, 4 * width) / (windows * tokens)))
+def batches_per_step(windows: int, tokens: int, width: int, *, most: int) -> int:
+    """How many batches of (windows, tokens, width) make one step of the optimiser: all `most` that there are at most."""
+    return min(most, max(1, round(max(TOKENS_PER_STEP, 4 * width) / (windows * tokens))))
 
 
 class _Tuner:

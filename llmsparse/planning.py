@@ -268,10 +268,10 @@ def default_match_steps(plan: Plan) -> int:
     """
     if plan.device.type == "cuda":
         return MATCH_STEPS[0]
-    width, (windows, tokens) = plan.model.hidden_size, plan.batches[0].shape
+    width, (windows, tokens), most = plan.model.hidden_size, plan.batches[0].shape, len(plan.batches)
     parameters = sum(torch.Size(plan.tensors[key][0]).numel() for key in plan.selected_keys)
     products = parameters + 2 * len(plan.model.block_names) * tokens * width
-    per_step = 6 * products * batches_per_step(windows, tokens, width) * windows * tokens
+    per_step = 6 * products * batches_per_step(windows, tokens, width, most=most) * windows * tokens
     for steps in MATCH_STEPS:
         total = steps + probe_steps(steps) * len(LEARNING_RATES)
         if total * per_step <= MATCH_SECONDS_ON_CPU * FLOPS_PER_THREAD * torch.get_num_threads():

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
 from llmsparse import demo
+from llmsparse.demo import payoff
+from llmsparse.pipeline import prune
 from llmsparse.pruners import PRUNERS
+from llmsparse.recipe import Recipe
 
 
 def test_the_demo_runs_every_method_but_the_random_baseline() -> None:
@@ -19,3 +26,34 @@ def test_the_embedded_model_is_small_and_fits_every_pattern() -> None:
     matrices = [reader.spec(key) for key in reader.keys() if ".layers." in key and "norm" not in key]
     assert len(matrices) == 56
     assert all(size % 128 == 0 for spec in matrices for size in spec.shape)
+
+
+def test_packing_the_demos_model_shows_its_size_and_its_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(payoff, "TOKENS", 4)
+    monkeypatch.setattr(payoff, "TURNS", 1)
+    monkeypatch.setattr(payoff, "SECONDS", 0.01)
+    monkeypatch.setattr(payoff, "MATRIX", "256x512")
+    recipe = Recipe(
+        model="builtin",
+        output=str(tmp_path / "pruned"),
+        method="magnitude",
+        sparsity=0.5,
+        calibration="builtin",
+        calibration_samples=2,
+        match_steps=0,
+        seq_len=64,
+        device="cpu",
+    )
+    prune(recipe)
+
+    shown = payoff.measure("magnitude", tmp_path / "pruned", tmp_path / "packed")
+
+    parameters, rows = 6_291_456, 8 * (2 * 256 + 2 * 128 + 2 * 768 + 256)  # of 56 matrices: q, o; k, v; gate, up; down
+    assert shown.weight_dense_bytes == 2 * parameters
+    assert shown.weight_bytes == parameters + parameters // 8 + 4 * rows + 4 * 56
+    assert shown.checkpoint_dense_bytes - shown.checkpoint_bytes == shown.weight_dense_bytes - shown.weight_bytes
+    assert shown.text.startswith("def ") and len(shown.text) > 4
+    assert shown.tokens_per_second > 0 and shown.dense_tokens_per_second > 0
+    assert [(row.pattern, row.sparsity) for row in shown.matrix] == list(payoff.PATTERNS)
+    for row in shown.matrix:
+        assert not row.gain or row.packed_seconds < row.dense_seconds

@@ -1,7 +1,8 @@
 """What llmsparse does, shown on the embedded model in about two minutes on a laptop's CPU, with no download.
 
 Every method prunes the same model to the same sparsity from the same text, and each result is measured on modules of
-the standard library that neither training nor calibration saw.
+the standard library that neither training nor calibration saw. The last result is then packed: what that saves on disk,
+and how fast it runs from there.
 """
 
 # pyright: reportUnknownVariableType=false
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from llmsparse.demo.payoff import Payoff
     from llmsparse.progress import Progress
 
 MODEL = Path(__file__).parent / "model"
@@ -46,10 +48,11 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class Demo:
-    """The table of the demo: the dense model first."""
+    """The tables of the demo: every method, the dense model first; and what packing the last of them pays."""
 
     rows: list[DemoRow]
     protocol: dict[str, Any]
+    payoff: Payoff
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,19 +69,24 @@ class Demo:
         table.caption = f"perplexity per token on the {text}: {EVALUATION_WINDOWS} windows of {SEQ_LEN} tokens"
         table.caption_justify = "left"
         texts = [Text(f"\n{row.label}:\n{row.text}") for row in (self.rows[0], self.rows[-1])]
-        return Group(table, *texts)
+        packed = Text(f"\n{self.payoff.label}, from its packed form:\n{self.payoff.text}\n")
+        return Group(table, *texts, packed, self.payoff.table())
 
 
 def run(progress: Progress | None = None) -> Demo:
     """Prune the embedded model by every method; the folders are temporary."""
     import torch
 
+    from llmsparse.demo import payoff
     from llmsparse.evaluation import perplexity
     from llmsparse.pipeline import prune
     from llmsparse.recipe import Recipe
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(prefix="llmsparse-demo-") as scratch:
+
+        def pruned(label: str) -> Path:
+            return Path(scratch) / label.replace(" ", "")
 
         def measure(label: str, folder: Path, sparsity: float, seconds: float) -> tuple[DemoRow, dict[str, Any]]:
             result = perplexity(
@@ -91,7 +99,7 @@ def run(progress: Progress | None = None) -> Demo:
             for label, method, steps in RUNS:
                 recipe = Recipe(
                     model=str(MODEL),
-                    output=str(Path(scratch) / label.replace(" ", "")),
+                    output=str(pruned(label)),
                     method=method,
                     sparsity=SPARSITY,
                     calibration="builtin",
@@ -105,7 +113,9 @@ def run(progress: Progress | None = None) -> Demo:
                 yield measure(label, Path(report.output), report.sparsity, report.seconds)
 
         measured = list(rows())
-    return Demo([row for row, _ in measured], measured[0][1])
+        last = RUNS[-1][0]
+        pays = payoff.measure(last, pruned(last), Path(scratch) / "packed")
+    return Demo([row for row, _ in measured], measured[0][1], pays)
 
 
 def _continue(folder: Path, tokens: int = 48) -> str:

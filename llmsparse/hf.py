@@ -36,6 +36,7 @@ from llmsparse.formats.slicing import moved
 from llmsparse.linear import SparseLinear, fill, place
 from llmsparse.memory import release_freed
 from llmsparse.packed import quantization_config, read_layers
+from llmsparse.read_ahead import read_ahead
 from llmsparse.shard import read_header
 from llmsparse.source import PACKED
 
@@ -105,6 +106,7 @@ class SparseQuantizer(HfQuantizer):
     ) -> None:
         if getattr(model.config, "distributed_config", None) is not None:
             raise RecipeError("packed weights cannot be split over processes: load with a device_map, not a tp_plan")
+        read_ahead(checkpoint_files or ())
         if not self.pre_quantized:
             tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
             self.candidates = {name: transposed for name, transposed in matrices(model) if name not in tied}
@@ -165,7 +167,6 @@ class SparseQuantizer(HfQuantizer):
         if any(isinstance(weight, PackedStack) and not weight.together for weight in packed):
             model.set_experts_implementation(PACKED)
             self.compiles = False
-        unmap(model)
         vars(model)["_weight_conversions"] = []  # it is saved under the module's names, whatever they were on disk
         let_go_of_files(model)
         return model
@@ -270,14 +271,6 @@ def name_in(model: PreTrainedModel, name: str) -> str | None:
         if place_of(model, own)[1] is not None:
             return own
     return None if model.base_model is model and not name.startswith(prefix) else name
-
-
-def unmap(model: nn.Module) -> None:
-    """Give what is left of the checkpoint memory of its own: one tensor that lies in a mapped file keeps all of it
-    mapped, the neutral tensors that are no longer used too."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu":
-            tensor.data = tensor.data.clone()
 
 
 def check_headers(layers: Mapping[str, Mapping[str, Any]], files: Sequence[str]) -> None:

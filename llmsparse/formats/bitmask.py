@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self
 
 import numpy as np
@@ -126,10 +127,10 @@ class Bitmask:
         if width % 8 and bool((mask[:, -1] >> (width % 8)).any()):
             return "mask has bits beyond the last column"
         if group is not None:
-            whole = bool((_survivors(mask, width, group.m) == group.n).all())
+            whole = _obeys(mask, width, group, exactly=True)
             return None if whole else f"mask has a group that does not keep {self.pattern}"
         assert self.offsets is not None
-        ends = _lookup(SET_BITS, mask).sum(-1, dtype=torch.int64).cumsum(0)  # (rows,)
+        ends = _set_bits(mask).cumsum(0)  # (rows,)
         if int(self.offsets[0]) != 0 or not torch.equal(self.offsets[1:].to(torch.int64), ends):
             return "mask and offsets disagree"
         return None
@@ -144,7 +145,7 @@ def measure(weight: Tensor) -> dict[str, Any]:
         kept: Any = (part != 0).numpy()
         nnz += int(np.count_nonzero(kept))
         mask = torch.from_numpy(np.packbits(kept, axis=1, bitorder="little"))
-        obeyed = [group for group in obeyed if not bool((_survivors(mask, width, group.m) > group.n).any())]
+        obeyed = [group for group in obeyed if _obeys(mask, width, group)]
     if obeyed:
         nnz = weight.numel() * obeyed[0].n // obeyed[0].m
     dtype = str(weight.dtype).removeprefix("torch.")
@@ -214,14 +215,29 @@ def _lookup(table: Tensor, mask: Tensor) -> Tensor:
     return table.to(mask.device)[mask.int()]
 
 
-def _survivors(mask: Tensor, width: int, size: int) -> Tensor:
-    """How many places each group of `size` columns keeps, in a mask (rows, ⌈in/8⌉)."""
-    if size == 8:
-        return _lookup(SET_BITS, mask)
-    if size == 4:
-        halves = torch.stack((_lookup(SET_BITS, mask & 15), _lookup(SET_BITS, mask >> 4)), dim=-1)  # (rows, bytes, 2)
-        return halves.flatten(1)[:, : width // 4]
-    return _places(mask, width).view(torch.uint8).reshape(len(mask), width // size, size).sum(-1)
+def _set_bits(mask: Tensor) -> Tensor:
+    """How many places each row of a mask (rows, ⌈in/8⌉) keeps: int64 (rows,)."""
+    if mask.device.type == "cpu":
+        bits: Any = mask.numpy()
+        words = bits.view(np.uint64) if bits.shape[1] % 8 == 0 else bits
+        return torch.from_numpy(np.bitwise_count(words).sum(axis=1, dtype=np.int64))
+    return _lookup(SET_BITS, mask).sum(-1, dtype=torch.int64)
+
+
+def _obeys(mask: Tensor, width: int, group: NofM, exactly: bool = False) -> bool:
+    """Every group of a mask (rows, ⌈in/8⌉) keeps at most N places of M; or `exactly` N."""
+    if width % 8 == 0 and 8 % group.m == 0:
+        return bool(_lookup(_bytes_of(group, exactly), mask).all())
+    kept = _places(mask, width).view(torch.uint8).reshape(len(mask), width // group.m, group.m).sum(-1)
+    return bool((kept == group.n if exactly else kept <= group.n).all())
+
+
+@cache
+def _bytes_of(group: NofM, exactly: bool) -> Tensor:
+    """bool (256,): the bytes of a mask whose groups all obey N:M."""
+    places = _places(torch.arange(256, dtype=torch.uint8)[:, None], 8)  # (256, 8)
+    kept = places.view(256, 8 // group.m, group.m).sum(-1)
+    return (kept == group.n if exactly else kept <= group.n).all(-1)
 
 
 def _places(mask: Tensor, width: int) -> Tensor:

@@ -39,8 +39,11 @@ def generate(
     terminal.calm_libraries()
     from llmsparse import generation
 
+    pieces = [prompt]  # what is not printed yet; the prompt waits until the model is loaded
+
     def write(text: str) -> None:
-        print(text, end="", flush=True)
+        print("".join([*pieces, text]), end="", flush=True)
+        pieces.clear()
 
     result = generation.generate(
         model,
@@ -56,7 +59,7 @@ def generate(
     )
     if json:
         return terminal.show(result, True)
-    print()
+    print("".join(pieces))
     if not terminal.quiet:
         print(result.summary(), file=sys.stderr)
 

@@ -47,11 +47,19 @@ class Explanation:
             limit = "any" if choice.tokens is None else f"{choice.tokens} tokens"
             sizes = (f"{choice.packed_bytes / 1e6:.2f}", f"{choice.dense_bytes / 1e6:.2f}")
             table.add_row(choice.weight, choice.backend, limit, *sizes, choice.because)
-        refused = {name: reason for choice in self.choices for name, reason in choice.refused.items()}
-        lines = [f"{self.packed_bytes / 1e6:.1f} MB packed, {self.dense_bytes / 1e6:.1f} MB dense"]
-        lines += [f"not {name}: {reason}" for name, reason in refused.items()]
-        table.caption, table.caption_justify = "\n".join(lines), "left"
+        table.caption, table.caption_justify = "\n".join(self._notes()), "left"
         return table
+
+    def __str__(self) -> str:
+        """A line for each reason, for `print(llmsparse.explain(model))`."""
+        reasons = Counter((choice.backend, choice.because) for choice in self.choices)
+        runs = [f"{count} weights run by {backend}: {because}" for (backend, because), count in reasons.items()]
+        return "\n".join([*runs, *self._notes()])
+
+    def _notes(self) -> list[str]:
+        refused = {name: reason for choice in self.choices for name, reason in choice.refused.items()}
+        sizes = f"{self.packed_bytes / 1e6:.1f} MB packed, {self.dense_bytes / 1e6:.1f} MB dense"
+        return [sizes, *(f"not {name}: {reason}" for name, reason in refused.items())]
 
 
 def explain(model: nn.Module) -> Explanation:

@@ -8,12 +8,13 @@ tokens per second are those after it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TextStreamer
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from llmsparse import source
 from llmsparse.backends.choice import AUTO
@@ -25,6 +26,8 @@ from llmsparse.memory import PeakMemory, used_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+CONTEXT_TOKENS = 6  # of the prompt, decoded along with the first new one
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def generate(
             folder, backend=backend, optimize=optimize, device=place, dtype=dtype, trust_remote_code=trust_remote_code
         )
         load_seconds = time.perf_counter() - started
-        clock = Clock(tokenizer, place, write)
+        clock = Clock(tokenizer, ids[0].tolist(), place, write)
         ids = ids.to(place)
         output = loaded.generate(
             ids,
@@ -109,7 +112,7 @@ def generate(
         return Generation(
             model=model,
             prompt=prompt,
-            text=tokenizer.decode(new, skip_special_tokens=True),
+            text=clock.text,
             prompt_tokens=ids.shape[1],
             new_tokens=len(new),
             device=str(place),
@@ -124,26 +127,51 @@ def generate(
         )
 
 
-class Clock(TextStreamer):
-    """Hands the text on as it comes, and notes when each token did."""
+class Clock(BaseStreamer):
+    """Hands the text on as it comes, and notes when each token did.
 
-    def __init__(self, tokenizer: Any, device: torch.device, write: Callable[[str], None] | None) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    A token's text depends on those before it: a tokenizer drops the blank at the start of what it decodes, and some
+    characters are several tokens. So a few tokens that are already out are decoded along with the new ones.
+    """
+
+    def __init__(
+        self, tokenizer: Any, prompt: Sequence[int], device: torch.device, write: Callable[[str], None] | None
+    ) -> None:
         self.times: list[float] = []  # of the start, then of each token
         self.memory_bytes = 0
-        self._device, self._write = device, write
+        self.text = ""  # what came after the prompt
+        self._tokenizer, self._device, self._write = tokenizer, device, write
+        self._ids = list(prompt)
+        self._context, self._out = max(0, len(prompt) - CONTEXT_TOKENS), len(prompt)  # where these begin and end
 
-    def put(self, value: Any) -> None:
-        """The prompt, then token after token."""
+    def put(self, value: Tensor) -> None:
+        """The prompt (1, tokens), then token after token (1,)."""
         self.times.append(time.perf_counter())
+        if len(self.times) == 1:
+            return
         if len(self.times) == 2:
             self.memory_bytes = used_bytes(self._device)
             self.times[-1] = time.perf_counter()
-        super().put(value)
+        self._ids += value.tolist()
+        self._hand_on(last=False)
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+    def end(self) -> None:
+        """No token comes any more."""
+        self._hand_on(last=True)
+
+    def _hand_on(self, last: bool) -> None:
+        known = self._decode(self._ids[self._context : self._out])
+        text = self._decode(self._ids[self._context :])
+        if len(text) <= len(known) or (text.endswith("\ufffd") and not last):  # part of a character
+            return
+        piece = text[len(known) :]
+        self._context, self._out = self._out, len(self._ids)
+        self.text += piece
         if self._write is not None:
-            self._write(text)
+            self._write(piece)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def tokens_per_second(self) -> float | None:
         """After the first token."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import llmsparse
 from llmsparse.cli import main
+from llmsparse.generation import Clock
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 PROMPT = "def parse("
@@ -63,7 +64,42 @@ def test_the_command_streams_text_and_keeps_figures_apart(packed: Path, capsys: 
     assert "dense runs 14 weights" in error and "tokens/s" in error and "tokens/s" not in out
     assert main(["generate", str(packed), "--prompt", PROMPT, "--max-new-tokens", "4", "--json"]) == 0
     document, error = capsys.readouterr()
-    assert out.rstrip("\n") == json.loads(document)["text"].rstrip("\n") and "tokens/s" not in error
+    assert out == PROMPT + json.loads(document)["text"] + "\n" and "tokens/s" not in error
+
+
+def test_pieces_are_the_text_that_the_whole_would_be() -> None:
+    """Blanks at the start of a word and of a line stay, and a character of several tokens comes when it is whole."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [
+        "<unk>",
+        "\u2581Once",
+        "\u2581upon",
+        "\u2581a",
+        "\n",
+        "\u2581\u2581",
+        "def",
+        *(f"<0x{b:02X}>" for b in "é€".encode()),
+    ]
+    backend = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, [], byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    prompt, new = [1], [2, 3, 4, 5, 6, 3, 7, 8, 9, 10, 11, 4, 3, 7]
+    pieces: list[str] = []
+
+    clock = Clock(tokenizer, prompt, torch.device("cpu"), pieces.append)
+    clock.put(torch.tensor([prompt]))
+    for token in new:
+        clock.put(torch.tensor([token]))
+    clock.end()
+
+    assert tokenizer.decode(prompt) + clock.text == tokenizer.decode(prompt + new)
+    assert pieces[:5] == [" upon", " a", "\n", "  ", "def"] and "".join(pieces) == clock.text
+    assert "é" in pieces and "€" in pieces and pieces[-1] == "\ufffd", "a character that never becomes whole"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -252,6 +253,13 @@ def test_an_unknown_backend_is_named_and_the_nearest_offered() -> None:
     one_line(caught.value)
     with pytest.raises(RecipeError, match="memory or speed"):
         llmsparse.SparseConfig(optimize="sped")
+
+
+def test_what_runs_the_weights_is_said_in_a_few_lines(folders: Folders) -> None:
+    said = str(llmsparse.explain(load(folders("llama")[1], quantization_config=config("dense-lowmem")))).splitlines()
+    assert said[0] == "15 weights run by dense-lowmem: asked for"
+    assert re.fullmatch(r"0\.\d MB packed, 0\.\d MB dense", said[1])
+    assert "not dense: another was asked for" in said and len(said) < 12
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the backend can run")

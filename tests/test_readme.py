@@ -7,7 +7,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -35,7 +36,8 @@ def test_the_commands_run_one_after_the_other(folder: Path, capsys: pytest.Captu
     for command in COMMANDS:
         arguments = shlex.split(command, comments=True)[1:]
         if arguments[0] == "serve":
-            assert served(arguments) == {"status": "ok"}, command
+            with serving(arguments) as address, urlopen(f"{address}/health", timeout=30) as answer:
+                assert json.load(answer)["status"] == "ok", command
             continue
         if arguments[0] in ("prune", "plan"):
             arguments += SMALLER
@@ -45,8 +47,9 @@ def test_the_commands_run_one_after_the_other(folder: Path, capsys: pytest.Captu
         assert main(arguments) == (3 if needs_network else 0), (command, capsys.readouterr().err)
 
 
-def served(arguments: list[str]) -> object:
-    """What /health of a server started in this way says; its port is one that is free."""
+@contextmanager
+def serving(arguments: list[str]) -> Generator[str, None, None]:
+    """The address of a server started in this way, on a port that is free."""
     arguments[arguments.index("--port") + 1] = "0"
     with subprocess.Popen(
         [sys.executable, "-m", "llmsparse", *arguments], stdout=subprocess.PIPE, text=True
@@ -54,24 +57,30 @@ def served(arguments: list[str]) -> object:
         assert process.stdout is not None
         try:
             found = (re.search(r"http://[\d.]+:\d+", line) for line in process.stdout)
-            address = next(match[0] for match in found if match)
-            with urlopen(f"{address}/health", timeout=30) as answer:
-                return {"status": json.load(answer)["status"]}
+            yield next(match[0] for match in found if match)
         finally:
             process.terminate()
 
 
 def test_the_python_examples_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     examples = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(examples) == 2
-    assert (
-        main(["prune", "my-model", "-o", "my-model-2of4", "--pattern", "2:4", "--calibration", "notes.txt", *SMALLER])
-        == 0
-    )
+    assert len(examples) == 4
+    run = ["--calibration", "notes.txt", *SMALLER]
+    assert main(["prune", "my-model", "-o", "my-model-2of4", "--pattern", "2:4", *run]) == 0
+    assert main(["prune", "my-model", "-o", "my-model-70", "--sparsity", "70%", *run]) == 0
+    assert main(["pack", "my-model-70", "-o", "my-model-70-packed"]) == 0
+    capsys.readouterr()
     for example in examples:
         smaller = example.replace('calibration="notes.txt")', 'calibration="notes.txt", seq_len=32, match_steps=0)')
-        exec(compile(smaller, "README.md", "exec"), {})
+        if "openai" not in example:
+            exec(compile(smaller, "README.md", "exec"), {})
+            continue
+        shown = len(capsys.readouterr().out)
+        with serving(["serve", "my-model-70-packed", "--port", "8000"]) as address:
+            exec(compile(example.replace("http://127.0.0.1:8000", address), "README.md", "exec"), {})
+        assert shown and len(capsys.readouterr().out) > 1, "an answer"
     assert re.search(r"0\.5 \d+\.\d+", capsys.readouterr().out)
+    assert (folder / "my-model-70-packed-too" / "model.safetensors").exists()
 
 
 def test_every_flag_the_readme_names_exists(

@@ -59,28 +59,29 @@ def join24(x: Tensor, pairs: Tensor, places: Tensor, bias: Tensor | None) -> Ten
     programs, tiles = triton.cdiv(n, ROWS), triton.cdiv(m, tokens)
     count = max(min(WARPS_WANTED // (programs * tiles * WARPS), words // WORDS), 1)
     parts = parts_for(x, n, count) if count > 1 else None
-    join24_kernel[(programs, tiles, count)](
-        aligned(x),
-        pairs,
-        places,
-        y if bias is None else bias,
-        y if parts is None else parts,
-        m,
-        n,
-        k,
-        words,
-        count,
-        ROWS=ROWS,
-        TOKENS=tokens,
-        WORDS=WORDS,
-        FINISHED=parts is None,
-        BIAS=bias is not None and parts is None,
-        INTERPRETED=INTERPRETED,
-        num_warps=WARPS,
-        enable_fp_fusion=True,
-    )
-    if parts is not None:
-        add_parts(parts, bias, y)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        join24_kernel[(programs, tiles, count)](
+            aligned(x),
+            pairs,
+            places,
+            y if bias is None else bias,
+            y if parts is None else parts,
+            m,
+            n,
+            k,
+            words,
+            count,
+            ROWS=ROWS,
+            TOKENS=tokens,
+            WORDS=WORDS,
+            FINISHED=parts is None,
+            BIAS=bias is not None and parts is None,
+            INTERPRETED=INTERPRETED,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )
+        if parts is not None:
+            add_parts(parts, bias, y)
     return y
 
 

@@ -87,7 +87,8 @@ def linear(x: Tensor, packed: Fragments24, bias: Tensor | None = None) -> Tensor
 def mma24(x: Tensor, vals: Tensor, meta: Tensor, n: int, bias: Tensor | None) -> Tensor:
     y = x.new_empty(x.shape[0], n)
     if len(y):
-        run(aligned(x), vals, meta, bias, y, plan(n, x.shape[1], len(x)))
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            run(aligned(x), vals, meta, bias, y, plan(n, x.shape[1], len(x)))
     return y
 
 

@@ -57,26 +57,27 @@ def select24(x: Tensor, pairs: Tensor, places: Tensor, bias: Tensor | None) -> T
     programs = triton.cdiv(n, ROWS)
     count = max(min(WARPS_WANTED // (programs * WARPS), words // WORDS), 1)
     parts = parts_for(x, n, count) if count > 1 else None
-    select24_kernel[(programs, count)](
-        aligned(x),
-        pairs,
-        places,
-        y if bias is None else bias,
-        y if parts is None else parts,
-        n,
-        k,
-        words,
-        count,
-        ROWS=ROWS,
-        WORDS=WORDS,
-        FINISHED=parts is None,
-        BIAS=bias is not None and parts is None,
-        BF16=x.dtype == torch.bfloat16,
-        num_warps=WARPS,
-        enable_fp_fusion=True,
-    )
-    if parts is not None:
-        add_parts(parts, bias, y)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        select24_kernel[(programs, count)](
+            aligned(x),
+            pairs,
+            places,
+            y if bias is None else bias,
+            y if parts is None else parts,
+            n,
+            k,
+            words,
+            count,
+            ROWS=ROWS,
+            WORDS=WORDS,
+            FINISHED=parts is None,
+            BIAS=bias is not None and parts is None,
+            BF16=x.dtype == torch.bfloat16,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )
+        if parts is not None:
+            add_parts(parts, bias, y)
     return y
 
 

@@ -107,9 +107,10 @@ def split24(x: Tensor, vals: Tensor, meta: Tensor, entries: Tensor, offsets: Ten
     y = x.new_empty(m, n)
     if m:
         cut = plan(n, k, m)
-        x, parts = aligned(x), parts_for(x, n, cut.parts)
-        launch(x, vals, meta, None, parts, cut)
-        add_residual(x, parts, entries, offsets, bias, y)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            x, parts = aligned(x), parts_for(x, n, cut.parts)
+            launch(x, vals, meta, None, parts, cut)
+            add_residual(x, parts, entries, offsets, bias, y)
     return y
 
 

@@ -5,7 +5,7 @@ writes eval/results/cpu.csv. bf16, random weights, x of a few rows:
 
     torch bf16, torch fp32    torch.nn.functional.linear with the dense weight
     C bf16                    eval/dense_gemv.c: a dense loop that reads as fast as a core can
-    llmsparse                 llmsparse.cpu.matvec; above gain_rows() expand() into a scratch buffer, then torch
+    llmsparse                 llmsparse.cpu.matvec; above kernel_rows() expand() into a scratch buffer, then torch
 
 The variants take turns. Each has as many copies of its weight as it takes to read more than twice the L3 cache before
 one is read again. Two ratios are printed, because most of the first is a better loop: to torch bf16 and to C bf16.
@@ -158,7 +158,7 @@ class Case:
         return {"torch fp32": self.full.bytes, "llmsparse": self.sparse.bytes}.get(variant, self.half.bytes)
 
     def _ours(self, x: Tensor) -> Tensor:
-        if len(x) <= cpu.gain_rows(x.dtype, x.dtype):
+        if len(x) <= cpu.kernel_rows(x.dtype, x.dtype):
             return cpu.matvec(self.sparse.next(), x)
         return linear(x, cpu.expand(self.sparse.next(), self._scratch))
 

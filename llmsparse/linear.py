@@ -53,8 +53,8 @@ class PackedMatrix:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., in) → x · Wᵀ + bias (..., out)."""
-        limit = self.choice.tokens
-        if limit is None or x.numel() <= limit * x.shape[-1]:
+        limit, wants_gradient = self.choice.tokens, torch.is_grad_enabled() and x.requires_grad  # no kernel has one
+        if not wants_gradient and (limit is None or x.numel() <= limit * x.shape[-1]):
             return self.backend.run(self.prepared, x, bias)
         weight = self.backend.borrow(self.prepared) if self.copy is None else self.copy
         return functional.linear(x, weight, bias)

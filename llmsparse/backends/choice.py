@@ -74,7 +74,9 @@ def choose(
             reason = why_not(row.backend, spec) or backend_of_row.wrong(spec.device)
             if reason is None:
                 limit = backend_of_row.tokens(spec)
-                chosen, tokens = row.backend, None if limit is None else min(limit, row.tokens)
+                # beyond the row's tokens dense is faster, but only a dense copy is dense without being unpacked first
+                tokens = min(limit, row.tokens) if limit is not None and optimize == "speed" else limit
+                chosen = row.backend
                 because = f"{row.speedup:g} × dense: {row.measured}"
                 break
             refused[row.backend] = reason

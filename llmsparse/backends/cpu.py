@@ -50,7 +50,7 @@ class CpuBitmask:
         return None
 
     def tokens(self, spec: WeightSpec) -> int | None:
-        return cpu.gain_rows(spec.dtype, spec.dtype)
+        return cpu.kernel_rows(spec.dtype, spec.dtype)
 
     def prepare(self, packed: Bitmask, spec: WeightSpec) -> cpu.CpuWeight:
         return cpu.prepare(packed)

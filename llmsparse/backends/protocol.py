@@ -58,7 +58,7 @@ class Backend(Protocol):
         ...
 
     def tokens(self, spec: WeightSpec) -> int | None:
-        """Up to how many rows of activations at once `run` is worth calling; None: any number."""
+        """Up to how many rows of activations at once `run` beats unpacking the weight for a product; None: any number."""
         ...
 
     def prepare(self, packed: Bitmask, spec: WeightSpec) -> Any:

@@ -1,6 +1,6 @@
 """Backend "cpu-bitmask": products with bitmask-packed weights on the CPU, by a C kernel built at first use.
 
-For few rows of x (`gain_rows`), where reading the weight is what takes the time: a weight without its zeros is read sooner.
+For few rows of x (`kernel_rows`), where reading the weight is what takes the time: a weight without its zeros is read sooner.
 For more rows `expand` it into a scratch buffer and let torch multiply. AVX-512 (VBMI2, BF16), AVX2 and portable kernels are
 chosen by what the CPU has; the result does not depend on the number of threads, which is torch's.
 """
@@ -12,10 +12,10 @@ import ctypes
 import torch
 from torch import Tensor
 
-from llmsparse.cpu.library import DTYPES, gain_rows, kernels, library, why_not
+from llmsparse.cpu.library import DTYPES, kernel_rows, kernels, library, why_not
 from llmsparse.cpu.weight import CpuWeight, prepare
 
-__all__ = ["CpuWeight", "expand", "gain_rows", "kernels", "matvec", "prepare", "why_not"]
+__all__ = ["CpuWeight", "expand", "kernel_rows", "kernels", "matvec", "prepare", "why_not"]
 
 
 def matvec(weight: CpuWeight, x: Tensor, bias: Tensor | None = None, *, kernel: str | None = None) -> Tensor:

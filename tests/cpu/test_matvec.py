@@ -11,7 +11,7 @@ from sparse_weights import n_of_m, sparse
 from torch import Tensor
 from torch.nn.functional import linear
 
-from llmsparse.cpu import CpuWeight, expand, gain_rows, kernels, matvec, prepare
+from llmsparse.cpu import CpuWeight, expand, kernel_rows, kernels, matvec, prepare
 from llmsparse.formats.bitmask import Bitmask
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -182,4 +182,4 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_the_rows_that_gain_are_those_of_the_fastest_kernel() -> None:
     for dtype, x_dtype in ((BF16, BF16), (BF16, FP32), (FP32, FP32)):
         fastest = next(iter(kernels(dtype, x_dtype)))
-        assert (gain_rows(dtype, x_dtype) == 0) == (fastest == "portable")
+        assert (kernel_rows(dtype, x_dtype) == 0) == (fastest == "portable")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from llmsparse.seeding import generator_for
 from llmsparse.tap import Tap
 
 PROFILE_TOKENS = 2**12  # that neurons are clustered by, and scales fitted on
-ROUTER_TOKENS = 2**15  # that a router is trained on
+ROUTER_TOKENS = 2**14  # that a router is trained on
 MEASURED_TOKENS = 2**12  # that what routing captures is measured on
 
 
@@ -90,6 +91,10 @@ def load_ffn(block: Block, target: Target, plan: FactorPlan) -> FFN:
     return FFN(*matrices)
 
 
+class Seen(Exception):
+    """What was wanted of a block is known; the rest of it need not run."""
+
+
 def ffn_inputs(block: Block, acts: Activations) -> list[Tensor]:
     """What enters the FFN, one (tokens, width) a batch, on the device of the activations."""
     inputs: list[Tensor] = []
@@ -97,8 +102,12 @@ def ffn_inputs(block: Block, acts: Activations) -> list[Tensor]:
     def note(slot: InputSlot, x: Tensor) -> None:
         if slot[0] == "mlp.gate_proj.weight":
             inputs.append(x.to(acts.hidden[0].device, copy=True))
+            raise Seen  # the FFN is most of the block
 
-    block.run(acts, Tap(block, note))
+    with Tap(block, note):
+        for batch in range(len(acts.hidden)):
+            with suppress(Seen):
+                block.call(acts, batch)
     if not all(torch.isfinite(x).all() for x in inputs):
         raise NumericalError(
             f"the activations that enter the FFN of {block.name} are NaN or Inf; try --dtype float32, or check the model"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmsparse.factorization.ffn import FFN
-from llmsparse.factorization.refit import routed_hidden
+from llmsparse.factorization.refit import gated
 from llmsparse.factorization.router import Router, expert_outputs, tokens_at_once
 from llmsparse.factorization.split import Split
 
@@ -57,12 +57,13 @@ def measure(dense: FFN, written: FFN, split: Split, router: Router, inputs: Iter
     for batch in inputs:
         for part in batch.split(tokens_at_once(dense, split)):
             x = part.to(dense.down.device, torch.float32)
-            outputs = expert_outputs(dense, split, x)
+            hidden = dense.hidden(x)  # `written` has another down projection, no other neurons
+            outputs = expert_outputs(dense, split, x, hidden)
             routed = outputs.sum(1)
-            target = dense(x)
+            target = hidden @ dense.down.T
             gates = router.gates(x)
             errors = (
-                target - routed_hidden(written, split, router, x) @ written.down.T,
+                target - gated(hidden, split, gates) @ written.down.T,
                 routed - (outputs * gates[..., None]).sum(1),
                 routed - (outputs * greedy(outputs, router.active)[..., None]).sum(1),
             )

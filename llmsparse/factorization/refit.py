@@ -27,10 +27,14 @@ JUDGES = 2**14  # … up to this number
 
 
 def routed_hidden(ffn: FFN, split: Split, router: Router, x: Tensor) -> Tensor:
-    """g ⊙ h: what the down projection of the mixture sees, (tokens, neurons); shared neurons always, routed gated."""
-    gates = router.gates(x)
+    """g ⊙ h: what the down projection of the mixture sees, (tokens, neurons)."""
+    return gated(ffn.hidden(x), split, router.gates(x))
+
+
+def gated(hidden: Tensor, split: Split, gates: Tensor) -> Tensor:
+    """h (tokens, neurons) with each routed neuron times the gate of its expert, (tokens, routed); shared ones as they are."""
     always = gates.new_ones(len(gates), 1)
-    return ffn.hidden(x) * torch.cat([gates, always], 1)[:, split.owner.to(x.device)]
+    return hidden * torch.cat([gates, always], 1)[:, split.owner.to(hidden.device)]
 
 
 def scaled(ffn: FFN, split: Split, factors: Tensor) -> FFN:
@@ -54,8 +58,9 @@ def fit_scales(ffn: FFN, split: Split, router: Router, inputs: Iterable[Tensor])
     products = torch.zeros(count, count, dtype=torch.float64)
     targets = torch.zeros(count, dtype=torch.float64)
     for x in _chunks(ffn, split, inputs):
-        shared = ffn.hidden(x)[:, split.shared] @ ffn.down[:, split.shared].T
-        outputs = expert_outputs(ffn, split, x)
+        hidden = ffn.hidden(x)
+        shared = hidden[:, split.shared] @ ffn.down[:, split.shared].T
+        outputs = expert_outputs(ffn, split, x, hidden)
         parts = torch.cat([outputs * router.gates(x)[..., None], shared[:, None]], 1)  # (tokens, routed + 1, width)
         products += torch.einsum("tid,tjd->ij", parts, parts).double().cpu()
         targets += torch.einsum("tid,td->i", parts, shared + outputs.sum(1)).double().cpu()
@@ -74,31 +79,32 @@ def refit(dense: FFN, start: FFN, split: Split, router: Router, inputs: Iterable
     fit is better on the tokens held back. NumericalError where no damping makes the equations solvable.
     """
     order = torch.cat([split.shared, *split.routed]).to(start.down.device)  # experts as spans of neurons
+    back = order.argsort()
     arranged = FFN(dense.gate[order], dense.up[order], dense.down[:, order])
     equations = Equations(start.neurons, [len(members) for members in split.routed], len(start.down), order.device)
-    held_back: list[Tensor] = []
+    judges: list[tuple[Tensor, Tensor]] = []  # g ⊙ h and y of tokens held back
     for x in _chunks(dense, split, inputs):
+        hidden, gates = arranged.hidden(x), router.gates(x)  # (tokens, neurons), (tokens, routed)
+        target = hidden @ arranged.down.T  # (tokens, width)
         judge = torch.arange(len(x), device=x.device) % HELD_BACK == HELD_BACK - 1
-        if sum(map(len, held_back)) < JUDGES:
-            held_back.append(x[judge])
-        hidden = arranged.hidden(x[~judge])  # (tokens, neurons)
-        equations.add(hidden, router.gates(x[~judge]), hidden @ arranged.down.T)
-    back = order.argsort()
-    gram, targets = equations.gram()[back][:, back], equations.targets[back]
+        if sum(len(seen) for seen, _ in judges) < JUDGES:
+            judges.append((equations.gated(hidden[judge], gates[judge]), target[judge]))
+        equations.add(hidden[~judge], gates[~judge], target[~judge])
+    gram, targets = equations.gram(), equations.targets
 
     if not gram.any():
         return start, {"refit": "no neuron that runs says anything on the calibration text"}
-    best, least = start, _error(dense, start, split, router, held_back)
+    first = start.down[:, order]
+    best, least = start, _error(first, judges)
     solved, notes = 0, {"refit": "no fit is better on the tokens held back"}
     for damp in DAMPS:
-        down = solve(gram, targets, start.down, damp)
+        down = solve(gram, targets, first, damp)
         if down is None:
             continue
         solved += 1
-        fitted = FFN(start.gate, start.up, down)
-        error = _error(dense, fitted, split, router, held_back)
+        error = _error(down, judges)
         if error < least:
-            best, least, notes = fitted, error, {"damp": damp}
+            best, least, notes = FFN(start.gate, start.up, down[:, back]), error, {"damp": damp}
         elif "damp" in notes:
             break
     if not solved:
@@ -122,8 +128,7 @@ class Equations:
     def add(self, hidden: Tensor, gates: Tensor, target: Tensor) -> None:
         """Take in h (tokens, neurons), which is overwritten, gates (tokens, routed) and y (tokens, width)."""
         shared = self._shared
-        owner = torch.repeat_interleave(torch.tensor(self._sizes, device=gates.device))
-        hidden[:, shared:] *= gates[:, owner]
+        hidden = self.gated(hidden, gates)
         always = hidden[:, :shared]
         self._gram[:shared, :shared] += always.T @ always
         self.targets[:shared] += always.T @ target
@@ -134,6 +139,12 @@ class Equations:
             self._gram[span] += seen[:, span].T @ seen
             self.targets[span] += seen[:, span].T @ target[rows]
             start += size
+
+    def gated(self, hidden: Tensor, gates: Tensor) -> Tensor:
+        """g ⊙ h, in place."""
+        owner = torch.repeat_interleave(torch.tensor(self._sizes, device=gates.device))
+        hidden[:, self._shared :] *= gates[:, owner]
+        return hidden
 
     def gram(self) -> Tensor:
         """HᵀH, (neurons, neurons); its upper right was left to its lower left."""
@@ -156,12 +167,9 @@ def solve(gram: Tensor, targets: Tensor, down: Tensor, damp: float) -> Tensor | 
     return torch.cholesky_solve(targets + damping * down.T, factor).T.contiguous()
 
 
-def _error(dense: FFN, written: FFN, split: Split, router: Router, inputs: Iterable[Tensor]) -> float:
-    """Σ ‖y − ŷ‖² over some tokens."""
-    total = 0.0
-    for x in inputs:
-        total += (dense(x) - routed_hidden(written, split, router, x) @ written.down.T).square().sum().item()
-    return total
+def _error(down: Tensor, judges: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Σ ‖y − W̃ (g ⊙ h)‖² over tokens, given as (g ⊙ h, y), for `down` W̃ in the same order of neurons."""
+    return sum((target - hidden @ down.T).square().sum().item() for hidden, target in judges)
 
 
 def _chunks(ffn: FFN, split: Split, inputs: Iterable[Tensor]) -> Iterator[Tensor]:

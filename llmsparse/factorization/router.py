@@ -98,9 +98,9 @@ class Lesson(NamedTuple):
     generator: torch.Generator  # on the CPU
 
 
-def expert_outputs(ffn: FFN, split: Split, x: Tensor) -> Tensor:
-    """oᵢ(x) of every routed expert: (tokens, routed, width)."""
-    hidden = ffn.hidden(x)
+def expert_outputs(ffn: FFN, split: Split, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """oᵢ(x) of every routed expert: (tokens, routed, width). `hidden`: ffn.hidden(x), where it is known already."""
+    hidden = ffn.hidden(x) if hidden is None else hidden
     return torch.stack([hidden[:, members] @ ffn.down[:, members].T for members in split.routed], 1)
 
 
@@ -178,6 +178,7 @@ def _train(lesson: Lesson, loss: Callable[[Tensor, Tensor], Tensor]) -> Scores:
     x, affine = lesson.x, lesson.affine
     centre = x.mean(0) if affine else x.new_zeros(x.shape[1])
     scale = (x - centre).square().mean(0).sqrt().clamp_min(1e-6)
+    standard = (x - centre) / scale  # (tokens, width)
     weight = x.new_zeros(len(lesson.split.routed), x.shape[1]).requires_grad_()
     bias = x.new_zeros(len(lesson.split.routed)).requires_grad_(affine)
     optimizer = torch.optim.Adam([weight, bias] if affine else [weight], lr=LEARNING_RATE)
@@ -185,7 +186,7 @@ def _train(lesson: Lesson, loss: Callable[[Tensor, Tensor], Tensor]) -> Scores:
     for _ in range(lesson.steps):
         rows = torch.randint(len(x), (min(BATCH, len(x)),), generator=lesson.generator).to(x.device)
         with torch.enable_grad():
-            value = loss(((x[rows] - centre) / scale) @ weight.T + bias, rows)
+            value = loss(standard[rows] @ weight.T + bias, rows)
             value.backward()
         optimizer.step()
         optimizer.zero_grad()

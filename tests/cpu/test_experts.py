@@ -151,7 +151,8 @@ def test_a_gated_layer(kernel: str, dtype: torch.dtype) -> None:
         x, gate_up, down, index, shares = mixture(tokens, 1, 1, width, inner, dtype)
         y = gated(x, gate_up[0, :inner], gate_up[0, inner:], down[0], kernel=kernel)
         check(y, exact(x, gate_up, down, index, torch.ones_like(shares)), dtype)
-        assert torch.equal(gated(x.view(1, tokens, 1, width), gate_up[0, :inner], gate_up[0, inner:], down[0], kernel=kernel), y.view(1, tokens, 1, width))  # fmt: skip
+        split = gated(x.view(1, tokens, 1, width), gate_up[0, :inner], gate_up[0, inner:], down[0], kernel=kernel)
+        assert torch.equal(split, y.view(1, tokens, 1, width))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)

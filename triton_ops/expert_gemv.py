@@ -21,7 +21,8 @@ from triton_ops.requirements import INTERPRETED
 
 MAX_TOKENS = 8
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-ROWS = 4  # a program's, of gate and of up; and of down
+ENTER_ROWS = 4  # a program's, of gate and of up
+LEAVE_ROWS = 8  # of down: loads are as many, and as wide, as in the first launch
 
 
 def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -48,8 +49,12 @@ def experts(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, index: Tensor, sh
         raise ValueError(f"expert_gemv: x is {x.dtype}, the weights {gate.dtype}, {up.dtype} and {down.dtype}")
     if x.device.type == "cpu" and not INTERPRETED:
         raise ValueError("expert_gemv needs a CUDA device, x is on the CPU")
-    rows_first = [weight if weight.stride(2) == 1 and weight.stride(1) == weight.shape[2] else weight.contiguous() for weight in (gate, up, down)]  # fmt: skip
-    return expert_gemv(x, *rows_first, index, shares)
+    return expert_gemv(x, *map(rows_in_order, (gate, up, down)), index, shares)
+
+
+def rows_in_order(weight: Tensor) -> Tensor:
+    """(E, rows, columns), copied where the rows of an expert do not lie one behind the other."""
+    return weight if weight.stride()[1:] == (weight.shape[2], 1) else weight.contiguous()
 
 
 @torch.library.custom_op("triton_ops::expert_gemv", mutates_args=())
@@ -63,13 +68,13 @@ def expert_gemv(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, index: Tensor
     h = x.new_empty(tokens * k, inner, dtype=torch.float32)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         if h.numel():
-            enter_kernel[(tokens * k, triton.cdiv(inner, ROWS))](
+            enter_kernel[(tokens * k, triton.cdiv(inner, ENTER_ROWS))](
                 x, gate, up, index, shares, h, count, inner, width, k, gate.stride(0), up.stride(0),
-                ROWS=ROWS, **enter_plan(width, x.element_size()), enable_fp_fusion=True,
+                ROWS=ENTER_ROWS, COLUMNS=columns(width, x.element_size()), enable_fp_fusion=True,
             )  # fmt: skip
-        leave_kernel[(tokens, triton.cdiv(width, ROWS))](
+        leave_kernel[(tokens, triton.cdiv(width, LEAVE_ROWS))](
             h, down, index, y, count, inner, width, k, down.stride(0),
-            ROWS=ROWS, **leave_plan(inner, x.element_size()), enable_fp_fusion=True,
+            ROWS=LEAVE_ROWS, COLUMNS=columns(0, x.element_size()), enable_fp_fusion=True,
         )  # fmt: skip
     return y
 
@@ -79,16 +84,10 @@ def _(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, index: Tensor, shares: 
     return x.new_empty(x.shape)
 
 
-def enter_plan(width: int, size: int) -> dict[str, int]:
-    """Columns of an iteration: 16 bytes a thread for each row of a warp, twice as many where rows are long."""
-    columns = 32 * 16 // size  # a warp reads a row
-    return {"COLUMNS": columns * (2 if width >= 4 * columns else 1), "num_warps": 4}
-
-
-def leave_plan(inner: int, size: int) -> dict[str, int]:
-    """The same; experts are narrow, so that rows are short."""
-    columns = 32 * 16 // size
-    return {"COLUMNS": columns if inner > columns // 2 else columns // 2, "num_warps": 4}
+def columns(width: int, size: int) -> int:
+    """Of an iteration: a warp reads a row, 16 bytes a thread, and twice where the row is long."""
+    once = 32 * 16 // size
+    return 2 * once if width >= 4 * once else once
 
 
 @triton.jit

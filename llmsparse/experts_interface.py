@@ -7,6 +7,7 @@ llmsparse.fuse(model)                                                           
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -66,6 +67,19 @@ def fuse(model: Any, experts: str = AUTO) -> Any:
             _fuse_shared(model, name, one)
     model.set_experts_implementation(PACKED if experts == AUTO else experts)
     return model
+
+
+def run_by(block: nn.Module, implementation: str) -> nn.Module:
+    """The FFN of a block again, with the same weights, and its experts run by `implementation`."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
+    twin = copy.deepcopy(block, shared)
+    for name, module in list(twin.named_modules()):
+        if hasattr(module, "is_transposed"):
+            config: Any = module.config
+            config._experts_implementation = implementation
+            if implementation == PACKED:
+                _fuse_shared(twin, name, module)
+    return twin
 
 
 def _faster(module: Any) -> bool:

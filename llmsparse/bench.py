@@ -55,7 +55,8 @@ def bench(
     progress: Progress | None = None,
 ) -> Benchmark:
     """Measure the distinct weights of `model` (a pruned or packed folder, or hub id), its mixtures of dense experts and
-    its decoding unless not `end_to_end`; or synthetic weights of `shapes`, a name of workloads.SHAPES or `OUTxIN,...`, at `sparsity` or N:M.
+    its decoding unless not `end_to_end`; or synthetic weights of `shapes`, a name of workloads.SHAPES or `OUTxIN,...`, at
+    `sparsity` or N:M.
 
     `save` puts what is faster than dense into the table that `auto` reads, and takes out what is not. MachineError for
     a named backend that can run none of the weights, CheckpointError for a model that is dense.

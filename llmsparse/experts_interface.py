@@ -45,7 +45,7 @@ def fuse(model: Any, experts: str = AUTO) -> Any:
     """Let the experts of a loaded model run by `experts`, and return the model.
 
     `llmsparse`: fused for few tokens, shared experts beside them too; MachineError with the reason where it cannot.
-    `auto`: the same where it is measured faster, which is on CPUs with AVX2 or AVX-512, else as they are. Any other
+    `auto`: the same where it is measured faster, which is on a CPU, else as they are. Any other
     implementation of transformers by its name; RecipeError for one that is not known, or a model without experts.
     """
     known = [AUTO, "eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]

@@ -23,13 +23,17 @@ from llmsparse.cpu import experts as cpu
 from llmsparse.cpu.library import DTYPES
 
 NAME = "llmsparse"  # of the implementation of experts
-CPU_TOKENS = {
-    "avx512-bf16": 8,
-    "avx512": 8,
-    "avx2": 8,
-    "portable": 0,
-}  # faster up to as many, see eval/results/experts.csv
-GPU_TOKENS = 8
+BF16, FP32 = torch.bfloat16, torch.float32
+CPU_TOKENS = {  # kernel, dtype → up to how many tokens at once it beats torch on Zen 5 (eval/experts.py): experts, and
+    ("avx512-bf16", BF16): (16, 8),  # a gated layer, which all of the tokens go through
+    ("avx512", BF16): (16, 4),
+    ("avx512", FP32): (16, 16),
+    ("avx2", BF16): (16, 4),
+    ("avx2", FP32): (16, 16),
+    ("portable", BF16): (0, 0),
+    ("portable", FP32): (1, 1),
+}
+GPU_TOKENS = 8  # what the kernel takes
 LAYOUT = {  # flag of transformers' experts → what the kernels take, and what else it would be
     "has_gate": (True, "they have no gate"),
     "has_bias": (False, "they have biases"),
@@ -58,7 +62,7 @@ class FusedMlp(nn.Module):
         weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
         if not torch.compiler.is_compiling() and not wants_gradient(x, *weights):
             rows = x.numel() // x.shape[-1]
-            if 0 < rows <= most_tokens(x.device, x.dtype) and x.dtype == weights[0].dtype:
+            if 0 < rows <= most_tokens(x.device, x.dtype, gated=True) and x.dtype == weights[0].dtype:
                 return run_gated(x, *weights)
         return super().forward(x)
 
@@ -128,8 +132,8 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
         if dtype not in DTYPES:
             return f"on a CPU for float32 and bfloat16, these are {str(dtype).removeprefix('torch.')}"
         reason = cpu.why_not()
-        if reason is None and not CPU_TOKENS[kernel_name(dtype)]:
-            reason = "this CPU has neither AVX-512 nor AVX2, and torch is faster"
+        if reason is None and not CPU_TOKENS[kernel_name(dtype), dtype][0]:
+            reason = "this CPU has neither AVX-512 nor AVX2, without which torch is faster in bfloat16"
         return reason
     if device.type != "cuda":
         return f"runs on a CPU or an NVIDIA GPU; the device is {device}"
@@ -140,11 +144,11 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @cache
-def most_tokens(device: torch.device, dtype: torch.dtype) -> int:
-    """Up to how many tokens at once the fused kernel is worth calling; 0 where it never is."""
+def most_tokens(device: torch.device, dtype: torch.dtype, gated: bool = False) -> int:
+    """Up to how many tokens at once the fused kernel is worth calling, for experts or for a gated layer; 0: never."""
     if unusable(device, dtype) is not None:
         return 0
-    return CPU_TOKENS[kernel_name(dtype)] if device.type == "cpu" else GPU_TOKENS
+    return CPU_TOKENS[kernel_name(dtype), dtype][gated] if device.type == "cpu" else GPU_TOKENS
 
 
 def kernel_name(dtype: torch.dtype) -> str:
@@ -156,26 +160,24 @@ def fusions(model: Any) -> Iterator[Fusion]:
     """What runs the experts, and the gated layers that run fused, of a loaded model whose experts are not packed."""
     for name, module in model.named_modules():
         if isinstance(module, FusedMlp):
-            yield _fusion(
-                name,
-                module.get_parameter("gate_proj.weight"),
-                type(module).__mro__[2].__name__,
-                "as the module does it",
-            )
+            own = type(module).__mro__[2].__name__
+            yield _fusion(name, module.get_parameter("gate_proj.weight"), True, own, "as the module does it")
         elif hasattr(module, "is_transposed") and "stacks" not in vars(module):
             implementation = str(getattr(module.config, "_experts_implementation", "eager"))
             reason = why_not(module) if implementation == NAME else f"the implementation of experts is {implementation}"
             if reason is None:
-                yield _fusion(name, module.get_parameter("gate_up_proj"), "grouped_mm", "all experts in one product")
+                yield _fusion(
+                    name, module.get_parameter("gate_up_proj"), False, "grouped_mm", "all experts in one product"
+                )
             else:
                 stock = "grouped_mm" if implementation == NAME else implementation
                 yield Fusion(name, stock, None, stock, reason)
 
 
-def _fusion(name: str, weight: Tensor, beyond: str, how: str) -> Fusion:
+def _fusion(name: str, weight: Tensor, gated: bool, beyond: str, how: str) -> Fusion:
     kernel = kernel_name(weight.dtype) if weight.device.type == "cpu" else "triton"
     because = f"only what is needed is read, in one call; for more tokens {how}"
-    return Fusion(name, f"{NAME} {kernel}", most_tokens(weight.device, weight.dtype), beyond, because)
+    return Fusion(name, f"{NAME} {kernel}", most_tokens(weight.device, weight.dtype, gated), beyond, because)
 
 
 def _why_not(module: Any, weight: Tensor | None) -> str | None:

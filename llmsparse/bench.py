@@ -21,7 +21,7 @@ from llmsparse.benchmark import DENSE, GAIN, Benchmark, Measured, MixtureMeasure
 from llmsparse.decoding import Decoding, decode
 from llmsparse.device import DTYPES, choose_device
 from llmsparse.errors import CheckpointError, LlmsparseError, MachineError, RecipeError
-from llmsparse.expert_bench import STOCK, dense_source, has_experts, measure_mixture, mixtures
+from llmsparse.expert_bench import STOCK, Mixture, dense_source, has_experts, measure_mixture, mixtures
 from llmsparse.formats.bitmask import Bitmask
 from llmsparse.formats.slicing import moved
 from llmsparse.fused import NAME
@@ -72,8 +72,11 @@ def bench(
     progress, place = progress or Silent(), choose_device(device)
     names = list(BACKENDS) if backend == ALL else list(dict.fromkeys((DENSE, backend)))
     folder = None if model is None else source.resolve(model, revision)
-    mixed = folder is not None and backend == ALL and _is_mixture(folder, trust_remote_code)
+    mixed: list[Mixture] = []
     if folder is not None:
+        if backend == ALL and _is_mixture(folder, trust_remote_code):
+            loaded = load_model(folder, device=place, experts=STOCK[0], trust_remote_code=trust_remote_code)
+            mixed = mixtures(loaded, max(batches))
         try:
             workloads = of_model(folder, trust_remote_code, progress)
         except CheckpointError:
@@ -85,18 +88,16 @@ def bench(
     cache = cache_bytes(place)
     bandwidth = copy_bandwidth(place, cache)
     measured: list[Measured] = []
+    mixed_measured: list[MixtureMeasured] = []
+    sizes = sorted(set(batches))
     with progress:
-        progress.start(len(workloads))
+        progress.start(len(workloads) + len(mixed))
         for workload in workloads:
             progress.block(workload.name)
-            measured.append(measure(workload, names, sorted(set(batches)), place, cache, bandwidth, seconds))
-    mixed_measured: list[MixtureMeasured] = []
-    if folder is not None and mixed:
-        loaded = load_model(folder, device=place, experts=STOCK[0], trust_remote_code=trust_remote_code)
-        sizes = sorted(set(batches))
-        for mixture in mixtures(loaded, sizes[-1]):
+            measured.append(measure(workload, names, sizes, place, cache, bandwidth, seconds))
+        for mixture in mixed:
+            progress.block(mixture.name)
             mixed_measured.append(measure_mixture(mixture, sizes, place, bandwidth, seconds))
-        del loaded
     if backend != ALL and all(backend in one.refused for one in measured):
         raise MachineError(f"backend {backend} cannot run here: {measured[0].refused[backend]}")
     protocol = _protocol(place, cache, bandwidth, seconds)

@@ -28,6 +28,7 @@ from llmsparse.skeleton import build
 from llmsparse.timing import Call, cache_bytes, copies_for, side_by_side
 
 STOCK = ("grouped_mm", "eager")
+WAITS = "reads back what was chosen, which a CUDA graph cannot"
 WINDOWS = 16  # of the random text, each as long as the largest batch
 
 
@@ -62,7 +63,7 @@ class Mixture:
 
 
 def mixtures(model: Any, tokens: int) -> list[Mixture]:
-    """One for each shape among the blocks of a loaded model; `tokens`: of the largest batch."""
+    """One for each shape among the blocks of a loaded model whose experts can run fused; `tokens`: of the largest batch."""
     found: dict[tuple[Any, ...], tuple[str, int]] = {}
     for name, module in model.named_modules():
         if hasattr(module, "is_transposed") and why_not(module) is None:
@@ -91,7 +92,9 @@ def measure_mixture(
         x = mixture.inputs[: batch * WINDOWS].view(WINDOWS, batch, width)
         chosen[batch] = sum(_touched(mixture, one) for one in x) / WINDOWS
         read = {NAME: round(chosen[batch] * mixture.expert_bytes) + mixture.shared_bytes, DENSE: dense_bytes}
-        running = [name for name in names if name != NAME or batch <= most]
+        refused = {NAME: f"for up to {most} at once"} if batch > most else {}
+        refused |= {"eager": WAITS} if device.type == "cuda" else {}
+        running = [name for name in names if name not in refused]
         calls = _calls(mixture, x, running, read, cache)
         times = side_by_side(calls, device, seconds)
         speeds = [
@@ -105,7 +108,6 @@ def measure_mixture(
             )
             for name, taken in times.items()
         ]
-        refused = {NAME: f"for up to {most} at once"} if NAME not in running else {}
         tables.append(Speeds(batch, speeds, refused))
     experts, _, inner = weight.shape
     dtype = next(name for name, one in DTYPES.items() if one == weight.dtype)

@@ -24,6 +24,7 @@ test-gpu: $(READY)    ## the tests that need a CUDA device
 bench: $(READY)       ## what pruning and the kernels cost, side by side with the dense or published way
 	$(BIN)/python -m eval.speed
 	$(BIN)/python -m eval.cpu_speed
+	$(BIN)/python -m eval.experts
 	$(BIN)/python -m eval.kernels
 
 $(READY): pyproject.toml constraints.txt

@@ -66,7 +66,7 @@ def compiler_version() -> str:
 
 def dense_loop() -> Callable[[Tensor, Tensor], Tensor] | None:
     """x, weight → y by the C loop, where this CPU has its instructions."""
-    c, runtime = load(DENSE, HERE / "tiles.h"), openmp_runtime()
+    c, runtime = load(DENSE, *(HERE / name for name in ("tiles.h", "floats.h", "team.h"))), openmp_runtime()
     if not c.dense_runs_here():
         return None
     if runtime is not None:

@@ -28,6 +28,7 @@ from llmsparse.errors import (
 if TYPE_CHECKING:
     from llmsparse.doctor import Diagnosis, diagnose
     from llmsparse.evaluation import Perplexity, perplexity
+    from llmsparse.experts_interface import fuse
     from llmsparse.explanation import Explanation, explain
     from llmsparse.factorization.pipeline import factorize
     from llmsparse.factorization.recipe import FactorRecipe
@@ -71,6 +72,7 @@ __all__ = [
     "diagnose",
     "explain",
     "factorize",
+    "fuse",
     "generate",
     "inspect",
     "pack",
@@ -98,6 +100,7 @@ _MODULES = {
     "diagnose": "doctor",
     "explain": "explanation",
     "factorize": "factorization.pipeline",
+    "fuse": "experts_interface",
     "generate": "generation",
     "inspect": "inspection",
     "pack": "packing",

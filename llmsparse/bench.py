@@ -1,4 +1,4 @@
-"""Measure dense and every backend side by side on the weights of a model, and say where there is no gain."""
+"""Measure dense and every backend side by side on the weights and mixtures of a model, and say where there is no gain."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,18 +17,20 @@ from llmsparse import __version__, source
 from llmsparse.backends import BACKENDS, WeightSpec, table
 from llmsparse.backends.choice import check_names, why_not
 from llmsparse.backends.table import Row, device_kinds
-from llmsparse.benchmark import GAIN, Benchmark, Measured, Speed, Speeds
+from llmsparse.benchmark import DENSE, GAIN, Benchmark, Measured, MixtureMeasured, Speed, Speeds
 from llmsparse.decoding import Decoding, decode
 from llmsparse.device import DTYPES, choose_device
-from llmsparse.errors import LlmsparseError, MachineError, RecipeError
+from llmsparse.errors import CheckpointError, LlmsparseError, MachineError, RecipeError
+from llmsparse.expert_bench import STOCK, Mixture, dense_source, has_experts, measure_mixture, mixtures
 from llmsparse.formats.bitmask import Bitmask
 from llmsparse.formats.slicing import moved
+from llmsparse.fused import NAME
+from llmsparse.loading import load_model
 from llmsparse.progress import Progress, Silent
 from llmsparse.timing import cache_bytes, copies_for, copy_bandwidth, side_by_side
 from llmsparse.workloads import Workload, of_model, of_shapes
 
 ALL = "all"
-DENSE = "dense"
 SECONDS = 1.0  # for each weight and batch
 BATCHES = (1, 2, 4, 8, 16, 32)
 DECODE_TOKENS = 48
@@ -51,8 +54,9 @@ def bench(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Benchmark:
-    """Measure the distinct weights of `model` (a pruned or packed folder, or hub id), and its decoding unless not
-    `end_to_end`; or synthetic weights of `shapes`, a name of workloads.SHAPES or `OUTxIN,...`, at `sparsity` or N:M.
+    """Measure the distinct weights of `model` (a pruned or packed folder, or hub id), its mixtures of dense experts and
+    its decoding unless not `end_to_end`; or synthetic weights of `shapes`, a name of workloads.SHAPES or `OUTxIN,...`, at
+    `sparsity` or N:M.
 
     `save` puts what is faster than dense into the table that `auto` reads, and takes out what is not. MachineError for
     a named backend that can run none of the weights, CheckpointError for a model that is dense.
@@ -68,25 +72,38 @@ def bench(
     progress, place = progress or Silent(), choose_device(device)
     names = list(BACKENDS) if backend == ALL else list(dict.fromkeys((DENSE, backend)))
     folder = None if model is None else source.resolve(model, revision)
+    mixed: list[Mixture] = []
     if folder is not None:
-        workloads = of_model(folder, trust_remote_code, progress)
+        if backend == ALL and _is_mixture(folder, trust_remote_code):
+            loaded = load_model(folder, device=place, experts=STOCK[0], trust_remote_code=trust_remote_code)
+            mixed = mixtures(loaded, max(batches))
+        try:
+            workloads = of_model(folder, trust_remote_code, progress)
+        except CheckpointError:
+            if not mixed:
+                raise
+            workloads = []  # nothing but dense experts
     else:
         workloads = of_shapes(str(shapes), sparsity, pattern, DTYPES[dtype])
     cache = cache_bytes(place)
     bandwidth = copy_bandwidth(place, cache)
     measured: list[Measured] = []
+    mixed_measured: list[MixtureMeasured] = []
+    sizes = sorted(set(batches))
     with progress:
-        progress.start(len(workloads))
+        progress.start(len(workloads) + len(mixed))
         for workload in workloads:
             progress.block(workload.name)
-            measured.append(measure(workload, names, sorted(set(batches)), place, cache, bandwidth, seconds))
+            measured.append(measure(workload, names, sizes, place, cache, bandwidth, seconds))
+        for mixture in mixed:
+            progress.block(mixture.name)
+            mixed_measured.append(measure_mixture(mixture, sizes, place, bandwidth, seconds))
     if backend != ALL and all(backend in one.refused for one in measured):
         raise MachineError(f"backend {backend} cannot run here: {measured[0].refused[backend]}")
-    result = Benchmark(model or str(shapes), _protocol(place, cache, bandwidth, seconds), versions(place), measured)
+    protocol = _protocol(place, cache, bandwidth, seconds)
+    result = Benchmark(model or str(shapes), protocol, versions(place), measured, mixed_measured)
     if folder is not None and end_to_end:
-        decodings, reason = _end_to_end(
-            str(folder), source.is_packed(source.read_config(folder)), result, str(place), backend
-        )
+        decodings, reason = _end_to_end(folder, result, str(place), backend)
         result = dataclasses.replace(result, decodings=decodings, not_decoded=reason)
     if save:
         faster, lost = rows(result, place)
@@ -208,17 +225,25 @@ def _protocol(device: torch.device, cache: int, bandwidth: float, seconds: float
     }
 
 
-def _end_to_end(
-    model: str, packed: bool, result: Benchmark, device: str, backend: str
-) -> tuple[list[Decoding], str | None]:
+def _is_mixture(folder: Path, trust_remote_code: bool) -> bool:
+    return not source.is_packed(source.read_config(folder)) and has_experts(folder, trust_remote_code)
+
+
+def _end_to_end(folder: Path, result: Benchmark, device: str, backend: str) -> tuple[list[Decoding], str | None]:
     """Decoding, dense beside the backend that was named, or the one that is fastest at the smallest batch over all
-    weights; and why there is none."""
-    best = result.fastest() if backend == ALL else backend
-    runs = {DENSE: DENSE if packed else "auto"}
+    weights; or, of mixtures, the model that they were made from beside each way to run them. And why there is none."""
+    model, best = str(folder), result.fastest() if backend == ALL else backend
+    runs: dict[str, list[str]] = {}
+    if result.mixtures:
+        dense = dense_source(folder)
+        runs = {} if dense is None else {DENSE: [dense]}
+        runs |= {name: [model, "--experts", name] for name in (STOCK[0], NAME)}
+    else:
+        runs[DENSE] = [model, "--backend", DENSE if source.is_packed(source.read_config(folder)) else "auto"]
     if best is not None and best != DENSE:
-        runs[best] = best
+        runs[best] = [model, "--backend", best]
     try:
-        return decode(model, runs, device=device, tokens=DECODE_TOKENS), None
+        return decode(runs, device=device, tokens=DECODE_TOKENS), None
     except LlmsparseError as error:
         return [], str(error)
 

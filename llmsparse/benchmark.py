@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from llmsparse.decoding import Decoding
     from llmsparse.timing import Spread
 
+DENSE = "dense"
 GAIN = 1.05  # of medians, from which on a backend counts as faster: less is what two runs of the same thing differ by
 
 
@@ -65,6 +66,23 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class MixtureMeasured:
+    """The FFN of a block that is a mixture of experts, standing for `count`, beside a dense one of all its neurons. GB/s
+    are the bytes of the experts that a batch chose and of what runs for every token, or those of the dense FFN."""
+
+    name: str
+    count: int
+    experts: int  # routed
+    inner: int  # neurons of each
+    width: int
+    neurons: int  # of all, shared ones too
+    dtype: str
+    dense_bytes: int
+    touched: dict[int, float]  # batch → routed experts that it chooses, on average
+    tables: list[Speeds]
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """What `llmsparse bench` shows."""
 
@@ -72,6 +90,7 @@ class Benchmark:
     protocol: dict[str, Any]
     versions: dict[str, str | None]
     measured: list[Measured]
+    mixtures: list[MixtureMeasured] = field(default_factory=list[MixtureMeasured])
     decodings: list[Decoding] = field(default_factory=list["Decoding"])
     not_decoded: str | None = None
     saved: str | None = None
@@ -94,7 +113,8 @@ class Benchmark:
 
     def to_json(self) -> dict[str, Any]:
         content = asdict(self)
-        for one, described in zip(self.measured, content["measured"], strict=True):
+        both = (*self.measured, *self.mixtures)
+        for one, described in zip(both, content["measured"] + content["mixtures"], strict=True):
             for speeds, written in zip(one.tables, described["tables"], strict=True):
                 written |= {"best": speeds.best.backend, "gain": speeds.gain}
         return content
@@ -103,9 +123,11 @@ class Benchmark:
         from rich.console import Group
 
         parts = [part for one in self.measured for part in (_table(one), "")]
+        parts += [part for one in self.mixtures for part in (_mixture(one), "")]
         refused = {name: reason for one in self.measured for name, reason in one.refused.items()}
         lines = [f"not {name}: {reason}" for name, reason in refused.items()]
-        if not all(speed.streamed for one in self.measured for speeds in one.tables for speed in speeds.speeds):
+        both = (*self.measured, *self.mixtures)
+        if not all(speed.streamed for one in both for speeds in one.tables for speed in speeds.speeds):
             lines.append("* stays in the cache, also as 64 copies: no statement about memory")
         if self.decodings:
             parts += [_decodings(self.decodings), ""]
@@ -131,13 +153,24 @@ class Benchmark:
 
 
 def _table(one: Measured) -> RenderableType:
-    from rich.table import Table
-
     title = f"{one.shape[0]}×{one.shape[1]} {one.dtype}, {one.pattern}, sparsity {one.sparsity:.3f}"
     title += f"; packed {one.packed_bytes / max(1, one.dense_bytes):.3f} × dense; {one.count} like {one.name}"
+    return _speeds(title, one.tables)
+
+
+def _mixture(one: MixtureMeasured) -> RenderableType:
+    chosen = ", ".join(f"{touched:.1f} for {batch}" for batch, touched in one.touched.items())
+    title = f"FFN of {one.neurons} neurons × {one.width}, {one.dtype}, {one.experts} routed experts of {one.inner}"
+    title += f"; chosen by a batch: {chosen}; {one.count} like {one.name}"
+    return _speeds(title, one.tables)
+
+
+def _speeds(title: str, tables: list[Speeds]) -> RenderableType:
+    from rich.table import Table
+
     columns = ("batch", "backend", "µs", "quartiles", "× dense", "GB/s", "of copy", "")
     table = Table(*columns, box=None, pad_edge=False, title=title, title_justify="left")
-    for speeds in one.tables:
+    for speeds in tables:
         for number, speed in enumerate(sorted(speeds.speeds, key=lambda speed: speed.seconds.median)):
             t = speed.seconds
             verdict = ("fastest" if speeds.gain else "no gain here: dense is as fast") if number == 0 else ""
@@ -151,7 +184,7 @@ def _table(one: Measured) -> RenderableType:
                 f"{speed.of_copy:.0%}",
                 verdict,
             )
-    notes = {name: reason for speeds in one.tables for name, reason in speeds.refused.items()}
+    notes = {name: reason for speeds in tables for name, reason in speeds.refused.items()}
     table.caption = "; ".join(f"{name} {reason}" for name, reason in notes.items()) or None
     table.caption_justify = "left"
     return table
@@ -161,7 +194,8 @@ def _decodings(decodings: list[Decoding]) -> RenderableType:
     from rich.table import Table
 
     dense = decodings[0]
-    table = Table("decoding", "tokens/s", "least–most", "× dense", "GB", "× dense", box=None, pad_edge=False)
+    beside = f"× {dense.run}"
+    table = Table("decoding", "tokens/s", "least–most", beside, "GB", beside, box=None, pad_edge=False)
     for one in decodings:
         speed = one.tokens_per_second / dense.tokens_per_second if dense.tokens_per_second else 0.0
         table.add_row(

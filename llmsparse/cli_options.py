@@ -28,6 +28,10 @@ Revision = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.", show_default=False)
 ]
+Experts = Annotated[
+    str,
+    typer.Option(metavar="auto|NAME", help="What runs dense experts: llmsparse, or as transformers calls it."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", show_default=False)]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmsparse.cli_options import Json, Model, Revision, TrustRemoteCode, verb
+from llmsparse.cli_options import Experts, Json, Model, Revision, TrustRemoteCode, verb
 from llmsparse.terminal import Terminal
 
 app = typer.Typer()
@@ -28,6 +28,7 @@ def generate(
     ] = "memory",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    experts: Experts = "auto",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
@@ -53,6 +54,7 @@ def generate(
         optimize=optimize,
         device=device,
         dtype=dtype,
+        experts=experts,
         revision=revision,
         trust_remote_code=trust_remote_code,
         write=None if json else write,

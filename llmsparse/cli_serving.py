@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llmsparse.cli_options import Json, Model, Revision, TrustRemoteCode, verb
+from llmsparse.cli_options import Experts, Json, Model, Revision, TrustRemoteCode, verb
 from llmsparse.errors import RecipeError
 from llmsparse.terminal import Terminal
 
@@ -33,6 +33,7 @@ def serve(
     ] = "auto",
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    experts: Experts = "auto",
     cache_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Of all conversations together; what fits a GPU, 16384 on a CPU.", show_default=False),
@@ -55,6 +56,7 @@ def serve(
         backend=backend,
         device=device,
         dtype=dtype,
+        experts=experts,
         revision=revision,
         trust_remote_code=trust_remote_code,
         cache_tokens=cache_tokens,

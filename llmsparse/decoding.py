@@ -1,4 +1,4 @@
-"""Tokens per second and memory of a whole model, dense beside packed: each run in a process of its own, by turns."""
+"""Tokens per second and memory of whole models, dense beside sparse: each run in a process of its own, by turns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
 class Decoding:
     """What `llmsparse generate` measured, several times over. Memory is after the first token."""
 
-    run: str  # dense, or the backend
+    run: str  # dense, or the backend or implementation of experts
     tokens_per_second: float
     least: float
     most: float
@@ -36,24 +36,15 @@ class Decoding:
     new_tokens: int
 
 
-def decode(
-    model: str,
-    runs: Mapping[str, str],
-    *,
-    device: str,
-    tokens: int,
-    repeats: int = REPEATS,
-    options: Sequence[str] = (),
-) -> list[Decoding]:
-    """Generate with `model` once for each of `runs` (what to call it → value of --backend), `repeats` times over.
+def decode(runs: Mapping[str, Sequence[str]], *, device: str, tokens: int, repeats: int = REPEATS) -> list[Decoding]:
+    """Generate once for each of `runs` (what to call it → model and options of `generate`), `repeats` times over.
 
     MachineError with the reason where a process fails.
     """
     taken: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
     for _ in range(repeats):
-        for name, backend in runs.items():
-            given = ["--backend", backend, "--device", device, "--max-new-tokens", str(tokens), *options]
-            taken[name].append(_generate(model, given))
+        for name, (model, *options) in runs.items():
+            taken[name].append(_generate(model, [*options, "--device", device, "--max-new-tokens", str(tokens)]))
     return [_summary(name, results) for name, results in taken.items()]
 
 

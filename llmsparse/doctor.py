@@ -1,4 +1,4 @@
-"""What this machine can run: versions, devices, and each backend, usable or why not. Loads no model."""
+"""What this machine can run: versions, devices, each backend and fused experts, usable or why not. Loads no model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from llmsparse import __version__, cpu
 from llmsparse.backends import BACKENDS, WeightSpec
 from llmsparse.backends.table import SHIPPED, cpu_info, device_kinds, read, shipped, user_file
+from llmsparse.fused import kernel_name, most_tokens, unusable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -49,6 +50,7 @@ class Diagnosis:
     versions: dict[str, str | None]
     devices: list[Device]
     backends: list[Usable]
+    experts: list[Usable]  # fused, one for each device
     measured: dict[str, int]  # file of measured speeds → rows
 
     def to_json(self) -> dict[str, Any]:
@@ -63,7 +65,7 @@ class Diagnosis:
             size = f"{device.memory_bytes / 1e9:.1f}"
             devices.add_row(device.name, " or ".join(device.kinds), size, device.details)
         backends = Table("backend", "on", "", "", box=None, pad_edge=False)
-        for backend in self.backends:
+        for backend in (*self.backends, *self.experts):
             usable = ("usable", backend.details) if backend.refused is None else ("no", backend.refused)
             backends.add_row(backend.name, backend.device, *usable)
         installed = ", ".join(f"{name} {number or 'missing'}" for name, number in self.versions.items())
@@ -80,6 +82,7 @@ def diagnose() -> Diagnosis:
         versions | {name: _version(name) for name in PACKAGES},
         [_cpu(), *map(_gpu, gpus)],
         [_usable(name, (gpus or [CPU])[0]) for name in BACKENDS],
+        [_fused(device) for device in (CPU, *gpus)],
         measured,
     )
 
@@ -94,6 +97,15 @@ def _usable(name: str, device: torch.device) -> Usable:
     if refused is None and name == "cpu-bitmask":
         details = f"kernels: {', '.join(cpu.kernels(torch.bfloat16, torch.bfloat16))}"
     return Usable(name, str(place), refused, details)
+
+
+def _fused(device: torch.device) -> Usable:
+    refused = unusable(device, torch.bfloat16)
+    details = ""
+    if refused is None:
+        kernel = kernel_name(torch.bfloat16) if device.type == "cpu" else "expert_gemv"
+        details = f"fused, kernel {kernel}, for up to {most_tokens(device, torch.bfloat16)} tokens at once"
+    return Usable("experts", str(device), refused, details)
 
 
 def _cpu() -> Device:

@@ -1,13 +1,14 @@
-"""What runs each packed weight of a loaded model, why, and why each other backend does not."""
+"""What runs each packed weight of a loaded model, why, and why each other backend does not; and what runs its experts."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmsparse.backends.choice import Choice
 from llmsparse.experts import packed_weights
+from llmsparse.fused import Fusion, fusions
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Explanation:
-    """One choice a weight, in the order of the model. Bytes are those of the weights listed."""
+    """One choice a packed weight, in the order of the model, and what runs each mixture of dense experts. Bytes are those
+    of the packed weights."""
 
     choices: list[Choice]
+    experts: list[Fusion] = field(default_factory=list[Fusion])
 
     @property
     def packed_bytes(self) -> int:
@@ -35,9 +38,15 @@ class Explanation:
         """Backend → how many weights it runs."""
         return dict(Counter(choice.backend for choice in self.choices))
 
+    @property
+    def experts_run_by(self) -> dict[str, int]:
+        """What runs dense experts, and gated layers beside them that run fused → how many modules it runs."""
+        return dict(Counter(fusion.runs for fusion in self.experts))
+
     def to_json(self) -> dict[str, Any]:
         totals = {"packed_bytes": self.packed_bytes, "dense_bytes": self.dense_bytes, "backends": self.backends}
-        return {**totals, "choices": [asdict(choice) for choice in self.choices]}
+        choices, experts = ([asdict(one) for one in found] for found in (self.choices, self.experts))
+        return {**totals, "choices": choices, "experts": experts}
 
     def table(self) -> RenderableType:
         from rich.table import Table
@@ -47,14 +56,19 @@ class Explanation:
             limit = "any" if choice.tokens is None else f"{choice.tokens} tokens"
             sizes = (f"{choice.packed_bytes / 1e6:.2f}", f"{choice.dense_bytes / 1e6:.2f}")
             table.add_row(choice.weight, choice.backend, limit, *sizes, choice.because)
+        for one in self.experts:
+            limit = "any" if one.tokens is None else f"{one.tokens} tokens"
+            table.add_row(one.module, one.runs, limit, "", "", one.because)
         table.caption, table.caption_justify = "\n".join(self._notes()), "left"
         return table
 
     def __str__(self) -> str:
         """A line for each reason, for `print(llmsparse.explain(model))`."""
-        reasons = Counter((choice.backend, choice.because) for choice in self.choices)
-        runs = [f"{count} weights run by {backend}: {because}" for (backend, because), count in reasons.items()]
-        return "\n".join([*runs, *self._notes()])
+        weights = Counter((choice.backend, choice.because) for choice in self.choices)
+        layers = Counter((one.runs, one.because) for one in self.experts)
+        runs = [f"{count} weights run by {backend}: {because}" for (backend, because), count in weights.items()]
+        runs += [f"{count} layers of experts run by {what}: {because}" for (what, because), count in layers.items()]
+        return "\n".join([*runs, *(self._notes() if self.choices else [])])
 
     def _notes(self) -> list[str]:
         refused = {name: reason for choice in self.choices for name, reason in choice.refused.items()}
@@ -63,5 +77,5 @@ class Explanation:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """What runs the packed weights of a model that `from_pretrained` gave."""
-    return Explanation([weight.choice for _, weight in packed_weights(model)])
+    """What runs the packed weights and the experts of a model that `from_pretrained` gave."""
+    return Explanation([weight.choice for _, weight in packed_weights(model)], list(fusions(model)))

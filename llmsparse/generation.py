@@ -44,6 +44,7 @@ class Generation:
     dtype: str
     threads: int
     backends: dict[str, int]  # backend → packed weights that it runs; empty for a model that runs as it is
+    experts: dict[str, int]  # what runs dense experts → how many modules; empty for a model without
     load_seconds: float
     first_token_seconds: float
     tokens_per_second: float | None  # None where there is one token
@@ -56,6 +57,7 @@ class Generation:
     def summary(self) -> str:
         """One line."""
         runs = ", ".join(f"{name} runs {count} weights" for name, count in self.backends.items()) or "nothing is packed"
+        runs += "".join(f", {name} runs {count} modules of experts" for name, count in self.experts.items())
         speed = "" if self.tokens_per_second is None else f", then {self.tokens_per_second:.1f} tokens/s"
         return (
             f"{self.new_tokens} tokens: the first after {self.first_token_seconds:.2f} s{speed}; loaded in "
@@ -78,13 +80,14 @@ def generate(
     optimize: str = "memory",
     device: str = "auto",
     dtype: str = "auto",
+    experts: str = AUTO,
     revision: str | None = None,
     trust_remote_code: bool = False,
     write: Callable[[str], None] | None = None,
 ) -> Generation:
     """Continue `prompt` by at most `max_new_tokens` tokens; `write` is given the text piece by piece as it comes.
 
-    `model` is a folder, a hub id or `builtin`, `backend` as in `load_model`. Raises a LlmsparseError of one line.
+    `model` is a folder, a hub id or `builtin`, `backend` and `experts` as in `load_model`. Raises a LlmsparseError of one line.
     """
     if max_new_tokens < 1:
         raise RecipeError(f"max_new_tokens {max_new_tokens}: wanted 1 or more")
@@ -95,7 +98,13 @@ def generate(
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]  # (1, tokens)
         _check_length(source.read_config(folder), ids.shape[1], max_new_tokens)
         loaded = load_model(
-            folder, backend=backend, optimize=optimize, device=place, dtype=dtype, trust_remote_code=trust_remote_code
+            folder,
+            backend=backend,
+            optimize=optimize,
+            device=place,
+            dtype=dtype,
+            experts=experts,
+            trust_remote_code=trust_remote_code,
         )
         load_seconds = time.perf_counter() - started
         clock = Clock(tokenizer, ids[0].tolist(), place, write)
@@ -108,7 +117,7 @@ def generate(
             streamer=clock,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
-        new = output[0, ids.shape[1] :]
+        new, explained = output[0, ids.shape[1] :], explain(loaded)
         return Generation(
             model=model,
             prompt=prompt,
@@ -118,7 +127,8 @@ def generate(
             device=str(place),
             dtype=str(loaded.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
-            backends=explain(loaded).backends,
+            backends=explained.backends,
+            experts=explained.experts_run_by,
             load_seconds=load_seconds,
             first_token_seconds=clock.times[1] - clock.times[0],
             tokens_per_second=clock.tokens_per_second(),

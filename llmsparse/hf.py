@@ -30,7 +30,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmsparse.backends import BACKENDS
 from llmsparse.backends.choice import AUTO, check_names
 from llmsparse.errors import CheckpointError, RecipeError
-from llmsparse.experts import PackedStack, packed_weights, prepare_experts, sparse_experts
+from llmsparse.experts import PackedStack, packed_weights, prepare_experts
+from llmsparse.experts_interface import llmsparse_experts
 from llmsparse.formats.bitmask import Bitmask, layout, measure, stored_bytes
 from llmsparse.formats.slicing import moved
 from llmsparse.linear import SparseLinear, fill, place
@@ -236,7 +237,7 @@ class PackWhileLoading(ConversionOps):
 
 
 auto.register_quantizer(PACKED)(SparseQuantizer)
-ExpertsInterface.register(PACKED, sparse_experts)
+ExpertsInterface.register(PACKED, llmsparse_experts)
 
 
 def matrices(model: nn.Module) -> Iterator[tuple[str, bool]]:

@@ -22,16 +22,18 @@ def load_model(
     optimize: str = "memory",
     device: torch.device,
     dtype: str = "auto",
+    experts: str = AUTO,
     trust_remote_code: bool = False,
 ) -> Any:
     """The causal LM in `folder`, by transformers, on `device`; `dtype` `auto` is that of the checkpoint.
 
     A packed folder runs on `backend`. Any other runs as it is where `backend` is `auto`, and is packed while it loads
-    where one is named. Raises CheckpointError for a folder that cannot be loaded whole, RecipeError for an unknown
-    backend, MachineError for one that cannot run here.
+    where one is named. Dense experts of a mixture run by `experts`, as in `fuse`. Raises CheckpointError for a folder
+    that cannot be loaded whole, RecipeError for an unknown backend, MachineError for one that cannot run here.
     """
     from transformers import AutoModelForCausalLM
 
+    from llmsparse.experts_interface import fuse
     from llmsparse.hf import SparseConfig
 
     check_names(backend, optimize)
@@ -54,4 +56,4 @@ def load_model(
             f"{folder}: {len(missing)} of the tensors that config.json asks for are not on disk, {missing[0]!r} among "
             "them; download or pack the checkpoint again"
         )
-    return model
+    return fuse(model, experts)

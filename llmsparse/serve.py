@@ -44,6 +44,7 @@ def serve(
     backend: str = AUTO,
     device: str = "auto",
     dtype: str = "auto",
+    experts: str = AUTO,
     revision: str | None = None,
     trust_remote_code: bool = False,
     cache_tokens: int | None = None,
@@ -63,7 +64,14 @@ def serve(
     bound = _bind(host, port)  # before the model is read: a port in use shows at once
     try:
         tokenizer = source.load_tokenizer(folder, trust_remote_code)
-        loaded = load_model(folder, backend=backend, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
+        loaded = load_model(
+            folder,
+            backend=backend,
+            device=place,
+            dtype=dtype,
+            experts=experts,
+            trust_remote_code=trust_remote_code,
+        )
         engine = TransformersServer(model, loaded, tokenizer, cache_tokens)
         address = bound.getsockname()
 

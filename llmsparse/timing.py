@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 Call = Callable[[], object]
+Name = TypeVar("Name")
 Timer = Callable[[], float]  # runs something once and returns the seconds of one call
 
 TIMES_CACHE = 4  # bytes that the copies of a weight have together, over those of the last-level cache
@@ -36,14 +38,14 @@ class Spread:
     rounds: int
 
 
-def side_by_side(candidates: Mapping[str, Sequence[Call]], device: torch.device, seconds: float) -> dict[str, Spread]:
+def side_by_side(candidates: Mapping[Name, Sequence[Call]], device: torch.device, seconds: float) -> dict[Name, Spread]:
     """Time candidates by turns, for about `seconds` in all, a few rounds at least."""
     with torch.inference_mode():
         timers = {name: timer(calls, device) for name, calls in candidates.items()}
         for _ in range(WARM_ROUNDS):
             for once in timers.values():
                 once()
-        taken: dict[str, list[float]] = {name: [] for name in timers}
+        taken: dict[Name, list[float]] = {name: [] for name in timers}
         started, rounds = time.perf_counter(), 0
         while rounds < LEAST_ROUNDS or (rounds < MOST_ROUNDS and time.perf_counter() - started < seconds):
             for name, once in timers.items():

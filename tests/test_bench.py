@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from architectures import save_random, tiny_config
 from rich.console import Console
 
 import llmsparse
@@ -19,6 +21,10 @@ from llmsparse.bench import bench, rows
 from llmsparse.benchmark import Benchmark, Measured, Speed, Speeds
 from llmsparse.cli import main
 from llmsparse.errors import CheckpointError
+from llmsparse.expert_bench import dense_source, mixtures
+from llmsparse.experts_interface import run_by
+from llmsparse.fused import fusions
+from llmsparse.loading import load_model
 from llmsparse.progress import Silent
 from llmsparse.timing import MOST_COPIES, Spread, copies_for, side_by_side, spread
 from llmsparse.workloads import SHAPES, of_model, of_shapes
@@ -238,9 +244,77 @@ def test_copies_are_larger_together_than_the_cache() -> None:
 
 
 @pytest.mark.slow
+def test_a_mixture_is_decoded_by_each_implementation(mixture: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(mixture, tmp_path / "moe")
+    shutil.copytree(tokenizer_folder, tmp_path / "moe", dirs_exist_ok=True)
+    folder = save_random(tiny_config("glm4_moe", vocab_size=384), tmp_path / "moe")
+    result = bench(str(folder), batches=[1], seconds=0)
+    assert result.not_decoded is None
+    assert [one.run for one in result.decodings] == ["grouped_mm", "llmsparse"]
+
+
+@pytest.mark.slow
 def test_a_model_is_decoded_dense_beside_packed(capsys: pytest.CaptureFixture[str], pruned: Path) -> None:
     code, out, _ = run(capsys, str(pruned), "--backend", "dense-lowmem", "--seconds", "0", "--batch", "1", "--json")
     result = json.loads(out)
     assert code == 0 and result["not_decoded"] is None
     assert [one["run"] for one in result["decodings"]] == ["dense", "dense-lowmem"]
     assert all(one["tokens_per_second"] > 0 and one["memory_bytes"] > 0 for one in result["decodings"])
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random(tiny_config("glm4_moe"), tmp_path_factory.mktemp("mixture"))
+
+
+def test_a_mixture_is_measured_beside_a_dense_ffn(mixture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, str(mixture), *QUICK, "--json")
+    assert code == 0
+    result = json.loads(out)
+    (one,) = result["mixtures"]
+    assert result["measured"] == [] and one["name"] == "model.layers.1.mlp"
+    assert (one["experts"], one["inner"], one["width"], one["neurons"]) == (4, 24, 32, 5 * 24)
+    assert one["dense_bytes"] == 3 * 5 * 24 * 32 * 4
+    assert one["touched"]["1"] == 2 and 2 < one["touched"]["32"] <= 4
+    few, many = one["tables"]
+    assert {speed["backend"] for speed in few["speeds"]} == {"dense", "grouped_mm", "eager", "llmsparse"}
+    assert {speed["backend"] for speed in many["speeds"]} == {"dense", "grouped_mm", "eager"}
+    assert many["refused"] == {"llmsparse": "for up to 16 at once"}
+    assert all(isinstance(speeds["gain"], bool) for speeds in one["tables"])
+
+
+def test_the_table_of_a_mixture_says_what_a_batch_chose(mixture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, str(mixture), *QUICK)
+    assert code == 0 and "FFN of 120 neurons × 32, float32, 4 routed experts of 24; chosen by a batch: 2.0 for 1" in out
+    assert "grouped_mm" in out and "llmsparse for up to 16 at once" in out
+
+
+def test_what_a_mixture_reads_is_what_was_chosen_and_what_always_runs(mixture: Path) -> None:
+    (one,) = mixtures(load_model(mixture, device=CPU, experts="grouped_mm"), 4)
+    assert one.expert_bytes == 3 * 24 * 32 * 4
+    assert one.shared_bytes == 3 * 24 * 32 * 4 + 4 * 32 * 4  # the shared expert, and the router
+    assert one.inputs.shape == (16 * 4, 32)
+
+
+def test_candidates_share_weights_and_differ_in_what_runs_them(mixture: Path) -> None:
+    (one,) = mixtures(load_model(mixture, device=CPU, experts="grouped_mm"), 4)
+    x = one.inputs[:3].unsqueeze(1)
+    twins = {name: run_by(one.block, name) for name in ("grouped_mm", "eager", "llmsparse")}
+    for name, twin in twins.items():
+        assert [id(p) for p in twin.parameters()] == [id(p) for p in one.block.parameters()]
+        assert {fusion.runs.split()[0] for fusion in fusions(twin)} == {name}
+        with torch.inference_mode():
+            torch.testing.assert_close(twin(x), one.block(x))
+
+
+def test_the_dense_model_of_a_factorized_one_is_found(tmp_path: Path) -> None:
+    assert dense_source(tmp_path) is None
+    report = tmp_path / "llmsparse_report.json"
+    for model, container, found in (
+        ("builtin", "mixtral", "builtin"),
+        (str(tmp_path / "gone"), "mixtral", None),
+        ("owner/name", "mixtral", None),
+        ("builtin", None, None),  # pruned, not factorized
+    ):
+        report.write_text(json.dumps({"model": model} | ({"container": container} if container else {})))
+        assert dense_source(tmp_path) == found

@@ -36,4 +36,4 @@ def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) 
     assert all(name in table for name in BACKENDS)
     assert main(["doctor", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert {"versions", "devices", "backends", "measured"} == set(document)
+    assert {"versions", "devices", "backends", "experts", "measured"} == set(document)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from architectures import save_random, tiny_config
 from safetensors.torch import load_file, save_file
 
 import llmsparse
@@ -45,6 +47,22 @@ def test_packed_text_is_that_of_the_pruned_model(pruned: Path, packed: Path) -> 
     assert sparse.text == dense.text and sparse.backends == {"dense": 14}
     while_loading = llmsparse.generate(str(pruned), PROMPT, max_new_tokens=6, backend="dense-lowmem")
     assert while_loading.backends == {"dense-lowmem": 14}
+
+
+def test_a_mixture_says_what_runs_its_experts(
+    tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_random(tiny_config("mixtral", vocab_size=384), tmp_path)
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+    stock = llmsparse.generate(str(folder), PROMPT, max_new_tokens=6, experts="grouped_mm")
+    assert stock.experts == {"grouped_mm": 2} and "grouped_mm runs 2 modules of experts" in stock.summary()
+    capsys.readouterr()
+    assert main(["generate", str(folder), "--prompt", PROMPT, "--max-new-tokens", "6", "--json"]) == 0
+    ours = json.loads(capsys.readouterr().out)
+    assert ours["text"] == stock.text and [name.split()[0] for name in ours["experts"]] == ["llmsparse"]
+    few = ["--prompt", PROMPT, "--max-new-tokens", "6"]
+    assert main(["generate", str(folder), *few, "--experts", "group_mm"]) == 2
+    assert "did you mean 'grouped_mm'?" in capsys.readouterr().err
 
 
 def test_it_counts_tokens_time_and_memory(packed: Path) -> None:

@@ -15,7 +15,9 @@ import llmsparse
 
 ROOT = Path(llmsparse.__file__).parent
 HEAVY = ("torch", "yaml", "transformers", "datasets", "safetensors", "huggingface_hub", "numpy")
-USES_INTERNALS = {"llmsparse.hf", "llmsparse.naming", "llmsparse.serve", "llmsparse.skeleton"}  # of transformers
+USES_INTERNALS = {  # of transformers
+    "llmsparse.experts_interface", "llmsparse.hf", "llmsparse.naming", "llmsparse.serve", "llmsparse.skeleton",
+}  # fmt: skip
 
 
 def module_name(path: Path) -> str:

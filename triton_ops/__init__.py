@@ -5,6 +5,7 @@
     mma24.py       2:4, M = 1…32, sparse tensor core       select24.py  2:4, M = 1, portable
     join24.py      2:4, any M, portable                    split24.py   unstructured as 2:4 and a small residual
     bitmask.py     unstructured, M = 1…32, fewest bytes    sell.py     unstructured, M = 1…4, few instructions
+    expert_gemv.py dense experts of a mixture, 1…8 tokens
     selftest.py    is a kernel right on this device?
 
 Importing this package imports neither torch nor triton: each op is a module of its own.

@@ -26,6 +26,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
+def experts(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, index: Tensor, shares: Tensor) -> Tensor:
+    """x (T, D), gate and up (E, N, D), down (E, D, N), index and shares (T, K) → (T, D) in x's dtype: summed in float64,
+    rounded once. An index that is no expert adds nothing."""
+    y = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for t, row in enumerate(index.tolist()):
+        for k, e in enumerate(row):
+            if 0 <= e < len(gate):
+                g, u = gate[e].double() @ x[t].double(), up[e].double() @ x[t].double()  # (N,)
+                y[t] += shares[t, k].double() * (down[e].double() @ (g * g.sigmoid() * u))
+    return y.to(x.dtype)
+
+
 def stored(weight: Tensor) -> Tensor:
     """(N, K) bool: every place whose bits are not all 0. -0.0 and NaN are stored."""
     return weight.view(torch.int16) != 0

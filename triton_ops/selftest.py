@@ -28,6 +28,7 @@ KERNELS = {
 }  # name → tokens tried
 UNSTRUCTURED = ("split24", "bitmask", "sell")
 BOUND = {torch.float16: 1e-3, torch.bfloat16: 8e-3}  # rms against float64; one rounding is 0.0002 and 0.0017
+EXPERTS = ((5, 200), (4, 30, 200), (4, 30, 200), (4, 200, 30))  # x, gate, up, down
 SHAPE = (80, 4360)  # rows and inputs that fill neither the last tile nor the last block, with more than one part
 
 
@@ -53,6 +54,28 @@ def wrong(name: str, device: torch.device) -> str | None:
             error = float((y - wanted).norm() / wanted.norm())
             if not error <= BOUND[dtype]:  # NaN too
                 return f"{name} is wrong on {device}: error {error:.1e} for {m} tokens in {dtype}, at most {BOUND[dtype]:.0e} is right"
+    return None
+
+
+@cache
+def experts_wrong(device: torch.device) -> str | None:
+    """The same of `expert_gemv`, in its three dtypes: compared with `reference.experts`."""
+    from triton_ops.expert_gemv import experts
+
+    generator = torch.Generator().manual_seed(0)
+    for dtype, bound in (BOUND | {torch.float32: 1e-5}).items():
+        tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in EXPERTS]
+        x, gate, up, down = [tensor.to(device) for tensor in tensors]
+        index = torch.randint(-1, len(gate) + 1, (len(x), 2), generator=generator).to(device)
+        shares = torch.rand(index.shape, generator=generator).to(device)
+        try:
+            y = experts(x, gate, up, down, index, shares).double()
+        except Exception as error:
+            return f"expert_gemv fails on {device}: {type(error).__name__}: {str(error).splitlines()[0]}"
+        wanted = reference.experts(x, gate, up, down, index, shares).double()
+        error = float((y - wanted).norm() / wanted.norm())
+        if not error <= bound:
+            return f"expert_gemv is wrong on {device}: error {error:.1e} in {dtype}, at most {bound:.0e} is right"
     return None
 
 

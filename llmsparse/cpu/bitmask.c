@@ -9,28 +9,13 @@
  * Kernels read up to SLACK elements behind the last value; the tiled buffer is ours and has them. Neutral buffers, which
  * may end where a mapped file does, are only copied from, to the byte.
  *
- * Threads come from the OpenMP runtime that is already in the process (`use_team`): linking one could bring a second,
- * and two pools of spinning threads would fight for the cores.
+ * Threads come from the OpenMP runtime that is already in the process (team.h).
  */
 #include "tiles.h"
 
 enum { MOST = 4 };     /* rows of x in one pass over a tile */
 enum { AHEAD = 8192 }; /* bytes prefetched ahead: of 0, 1, 2, 4, 8, 12 and 16 KB the best on Zen 5, 1.2 to 1.6 times none */
 
-static float widen(uint16_t half) {
-    uint32_t bits = (uint32_t)half << 16;
-    float wide;
-    memcpy(&wide, &bits, sizeof wide);
-    return wide;
-}
-
-static uint16_t narrow(float wide) { /* to nearest, ties to even; NaN stays NaN */
-    uint32_t bits;
-    memcpy(&bits, &wide, sizeof bits);
-    return wide == wide ? (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : (uint16_t)(bits >> 16 | 0x40);
-}
-
-#define INLINE static inline __attribute__((always_inline))
 #define TILE const void *values, const uint32_t *masks, const void *x, int64_t stride, int64_t groups, float *sums
 #define FOR_EACH_M(name, target)                                                                          \
     target static void name##_1(TILE) { name(values, masks, x, stride, groups, sums, 1); }                \
@@ -38,7 +23,6 @@ static uint16_t narrow(float wide) { /* to nearest, ties to even; NaN stays NaN 
     target static void name##_3(TILE) { name(values, masks, x, stride, groups, sums, 3); }                \
     target static void name##_4(TILE) { name(values, masks, x, stride, groups, sums, 4); }
 #define EACH_M(name) {name##_1, name##_2, name##_3, name##_4}
-#define UNROLL _Pragma("GCC unroll 4")
 
 typedef void tile_kernel(TILE); /* sums (M, ROWS) of values, masks of the tile, x (M, stride), zero behind the last column */
 typedef int64_t group_kernel(const void *values, uint32_t mask, void *out); /* COLUMNS of out; how many values it took */

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping, Sequence
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,8 +15,8 @@ from llmsparse.cpu.build import BuildError, load, openmp_runtime
 from llmsparse.errors import MachineError, RecipeError
 
 HERE = Path(__file__).parent
-SOURCES = (HERE / "bitmask.c", HERE / "tiles.h", HERE / "x86.h")
-DTYPES = {torch.bfloat16: 2, torch.float32: 4}  # as enum { BF16, FP32 } of tiles.h
+SOURCES = tuple(HERE / name for name in ("bitmask.c", "tiles.h", "x86.h", "avx.h", "floats.h", "team.h"))
+DTYPES = {torch.bfloat16: 2, torch.float32: 4}  # as enum { BF16, FP32 } of floats.h
 ROWS, COLUMNS, SLACK = 4, 32, 32  # as in tiles.h
 KERNEL_ROWS = {  # rows of x up to which a kernel beats unpacking for torch's product, at 50 % and above, on Zen 5
     "avx512-bf16": 48,  # it beats torch's product with a dense weight up to 24
@@ -38,8 +40,8 @@ class Matrix(ctypes.Structure):
     )
 
 
+TEAM = {"use_team": (None, (c_void_p, c_void_p, c_void_p))}
 SIGNATURES = {
-    "use_team": (None, (c_void_p, c_void_p, c_void_p)),
     "first_tile": (c_int64, (c_void_p, c_int64, c_int64)),
     "first_bad_row": (c_int64, (c_void_p, c_void_p, c_int64, c_int64, c_int64)),
     "repack": (None, (c_void_p, c_void_p, c_void_p, c_void_p, c_int32)),
@@ -93,10 +95,15 @@ def kernel_rows(dtype: torch.dtype, x_dtype: torch.dtype) -> int:
 @cache
 def _load_once() -> ctypes.CDLL | str:
     try:
-        c = load(*SOURCES)
+        return declared(SOURCES, SIGNATURES)
     except BuildError as error:
         return str(error)
-    for name, (result, arguments) in SIGNATURES.items():
+
+
+def declared(sources: Sequence[Path], signatures: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> ctypes.CDLL:
+    """The library of C sources that include team.h, given torch's threads. BuildError where it cannot be built."""
+    c = load(*sources)
+    for name, (result, arguments) in {**signatures, **TEAM}.items():
         function = getattr(c, name)
         function.restype, function.argtypes = result, arguments
     runtime = openmp_runtime()

@@ -1,11 +1,11 @@
 /* How a weight lies in memory for the kernels, how its tiles are shared out to threads, and the way from the neutral
  * format and back. */
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
+
+#include "floats.h"
+#include "team.h"
 
 enum { ROWS = 4, COLUMNS = 32, SLACK = 32 };
-enum { BF16 = 2, FP32 = 4 }; /* a dtype is named by its bytes */
 enum { WORD_COST = 12 }; /* a mask word takes as long as 12 values, on Zen 5 */
 
 struct weight {
@@ -21,14 +21,6 @@ static int64_t groups_of(const struct weight *w) { return (w->columns + COLUMNS 
 static int64_t rows_of(const struct weight *w, int64_t tile) {
     int64_t left = w->rows - tile * ROWS;
     return left < ROWS ? left : ROWS;
-}
-
-typedef void team_parallel(void (*)(void *), void *, unsigned threads, unsigned flags); /* GOMP_parallel */
-static team_parallel *parallel;
-static int (*team_rank)(void), (*team_size)(void);
-
-void use_team(team_parallel *run, int (*rank)(void), int (*size)(void)) {
-    parallel = run, team_rank = rank, team_size = size;
 }
 
 struct share {

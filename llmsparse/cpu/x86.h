@@ -1,8 +1,6 @@
 /* The kernels of bitmask.c for x86-64, each compiled for the instructions it uses and chosen by what the CPU has. */
-#include <immintrin.h>
+#include "avx.h"
 
-#define WITH_AVX2 __attribute__((target("avx2,fma,popcnt")))
-#define WITH_AVX512F __attribute__((target("avx512f,popcnt")))
 #define WITH_VBMI2 __attribute__((target("avx512f,avx512bw,avx512vbmi2,popcnt")))
 #define WITH_BF16 __attribute__((target("avx512f,avx512bw,avx512vbmi2,avx512bf16,popcnt")))
 
@@ -30,11 +28,6 @@ WITH_AVX2 INLINE __m256 eight_fp32(const float *p, uint32_t mask) {
 WITH_AVX2 INLINE __m256 eight_wide(const char *p, uint32_t mask, int dtype) {
     if (dtype == FP32) return eight_fp32((const float *)p, mask);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight_bf16((const uint16_t *)p, mask)), 16));
-}
-WITH_AVX2 INLINE float sum_of(__m256 v) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 WITH_AVX2 INLINE void avx2(TILE, int m, int dtype) {
     const char *p = values;
@@ -71,9 +64,6 @@ WITH_AVX2 static int64_t avx2_group_fp32(const void *values, uint32_t mask, void
     for (int b = 0; b < 4; b++, p += __builtin_popcount(mask & 0xff), mask >>= 8)
         _mm256_storeu_ps((float *)out + b * 8, eight_fp32(p, mask & 0xff));
     return p - (const float *)values;
-}
-static int has_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
 }
 
 /* Expanding in place, in assembly, for two reasons measured on Zen 5: with a memory operand the instruction is
@@ -150,7 +140,6 @@ WITH_AVX512F static int64_t avx512_group_fp32(const void *values, uint32_t mask,
     stream((float *)out + 16, _mm512_castps_si512(expand_fp32((const float *)values + low, mask >> 16)));
     return low + __builtin_popcount(mask >> 16);
 }
-static int has_avx512f(void) { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("popcnt"); }
 static int has_vbmi2(void) {
     return has_avx512f() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi2");
 }

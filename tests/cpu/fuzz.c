@@ -2,34 +2,7 @@
  * sanitizers by test_sanitized.py: `fuzz ROUNDS SEED`. Exit 1 where a result is wrong; the sanitizers say the rest. */
 #include "bitmask.c"
 
-#include <math.h>
-#include <omp.h>
-#include <stdio.h>
-
-void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned);
-
-static uint64_t state;
-static uint64_t draw(uint64_t below) { /* xorshift64 */
-    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-    return state % below;
-}
-
-static void *buffer(int64_t elements, int64_t size) {
-    char *bytes = malloc((size_t)(elements * size)); /* of 0 bytes too: reading one of them is then an error */
-    for (int64_t b = 0; b < elements * size; b++) bytes[b] = (char)0xff; /* NaN, or a mask of ones */
-    return bytes;
-}
-
-static double get(const void *p, int64_t i, int dtype) {
-    return dtype == FP32 ? ((const float *)p)[i] : widen(((const uint16_t *)p)[i]);
-}
-static void put(void *p, int64_t i, int dtype, float value) {
-    if (dtype == FP32) ((float *)p)[i] = value;
-    else ((uint16_t *)p)[i] = narrow(value);
-}
-static void fill(void *p, int64_t elements, int dtype) {
-    for (int64_t i = 0; i < elements; i++) put(p, i, dtype, (float)draw(2001) / 1000 - 1);
-}
+#include "fuzz.h"
 
 static void fail(const char *what, int64_t rows, int64_t columns, const char *kernel) {
     printf("%s is wrong at %ld x %ld with %s\n", what, (long)rows, (long)columns, kernel);

@@ -1,4 +1,4 @@
-"""The C sources under AddressSanitizer and UndefinedBehaviorSanitizer, with random matrices."""
+"""The C sources under AddressSanitizer and UndefinedBehaviorSanitizer, with random matrices and mixtures."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FLAGS = ("-O1", "-g", "-std=gnu11", "-fno-strict-aliasing", "-fopenmp", "-Wall",
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
-@pytest.fixture(scope="module")
-def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    program = tmp_path_factory.mktemp("fuzz") / "fuzz"
-    source = Path(__file__).with_name("fuzz.c")
+@pytest.fixture(scope="module", params=["fuzz", "fuzz_experts"])
+def fuzz(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("fuzz") / request.param
+    source = Path(__file__).with_name(f"{request.param}.c")
     command = [*build.find_compiler(), *FLAGS, *SANITIZERS, f"-I{HERE}", str(source), "-o", str(program), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "cannot find" in done.stderr:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_ops import mma24, reference, selftest
+from triton_ops import expert_gemv, mma24, reference, selftest
 from triton_ops.pack24 import pack24, pack_rows
 
 pytestmark = pytest.mark.gpu
@@ -103,3 +103,53 @@ def test_it_compiles_as_part_of_a_model(name: str) -> None:
     packed = kernel.prepare(weight)
     compiled = torch.compile(lambda x: kernel.linear(x, packed, bias).relu(), fullgraph=True)
     assert torch.equal(compiled(x), kernel.linear(x, packed, bias).relu())
+
+
+def mixture(t: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """x, gate, up, down, index, shares of 16 experts of a Llama-3-8B's FFN, 4 of which a token chooses."""
+    generator = torch.Generator(CUDA).manual_seed(0)
+    x = torch.randn(t, 4096, generator=generator, device=CUDA).to(dtype)
+    gate_up = (torch.randn(16, 1792, 4096, generator=generator, device=CUDA) / 64).to(dtype)
+    down = (torch.randn(16, 4096, 896, generator=generator, device=CUDA) / 30).to(dtype)
+    index = torch.stack([torch.randperm(16, generator=generator, device=CUDA)[:4] for _ in range(t)])
+    return x, gate_up[:, :896], gate_up[:, 896:], down, index, torch.rand(t, 4, generator=generator, device=CUDA)
+
+
+def test_the_self_test_of_experts_passes() -> None:
+    assert selftest.experts_wrong(CUDA) is None
+
+
+@pytest.mark.parametrize("t", [1, 2, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_the_error_of_experts_is_that_of_torch(t: int, dtype: torch.dtype) -> None:
+    given = mixture(t, dtype)
+    exact = reference.experts(*(tensor.double() if tensor.is_floating_point() else tensor for tensor in given))
+    x, gate, up, down, index, shares = given
+    torchs = torch.zeros_like(x, dtype=torch.float32)
+    for row, k in ((row, k) for row in range(t) for k in range(4)):
+        e = index[row, k]
+        inner = torch.nn.functional.silu(gate[e] @ x[row]) * (up[e] @ x[row])
+        torchs[row] += shares[row, k] * (down[e] @ inner)
+    ours = (expert_gemv.experts(*given).double() - exact).norm()
+    assert ours <= 1.2 * (torchs.to(dtype).double() - exact).norm()
+
+
+@pytest.mark.parametrize("t", [1, 8])
+def test_a_graph_of_experts_follows_other_choices(t: int) -> None:
+    x, gate, up, down, index, shares = mixture(t, torch.bfloat16)
+    wanted = expert_gemv.experts(x, gate, up, down, index, shares)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = expert_gemv.experts(x, gate, up, down, index, shares)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(again, wanted)
+    graph, other = torch.cuda.CUDAGraph(), index.clone()
+    with torch.cuda.graph(graph):
+        y = expert_gemv.experts(x, gate, up, down, other, shares)
+    other.copy_((index + 1) % 16)
+    graph.replay()
+    assert torch.equal(y, expert_gemv.experts(x, gate, up, down, (index + 1) % 16, shares))
+    other.copy_(index)
+    graph.replay()
+    assert torch.equal(y, wanted)

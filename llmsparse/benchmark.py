@@ -166,10 +166,12 @@ def _mixture(one: MixtureMeasured) -> RenderableType:
 
 
 def _speeds(title: str, tables: list[Speeds]) -> RenderableType:
+    """Title and notes are lines of their own: a table would break them to its own width."""
+    from rich.console import Group
     from rich.table import Table
 
     columns = ("batch", "backend", "µs", "quartiles", "× dense", "GB/s", "of copy", "")
-    table = Table(*columns, box=None, pad_edge=False, title=title, title_justify="left")
+    table = Table(*columns, box=None, pad_edge=False)
     for speeds in tables:
         for number, speed in enumerate(sorted(speeds.speeds, key=lambda speed: speed.seconds.median)):
             t = speed.seconds
@@ -185,9 +187,8 @@ def _speeds(title: str, tables: list[Speeds]) -> RenderableType:
                 verdict,
             )
     notes = {name: reason for speeds in tables for name, reason in speeds.refused.items()}
-    table.caption = "; ".join(f"{name} {reason}" for name, reason in notes.items()) or None
-    table.caption_justify = "left"
-    return table
+    lines = ["; ".join(f"{name} {reason}" for name, reason in notes.items())] if notes else []
+    return Group(title, table, *lines)
 
 
 def _decodings(decodings: list[Decoding]) -> RenderableType:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
+from transformers import TextStreamer
 
 from llmsparse import source
 from llmsparse.backends.choice import AUTO
@@ -137,7 +137,7 @@ def generate(
         )
 
 
-class Clock(BaseStreamer):
+class Clock(TextStreamer):
     """Hands the text on as it comes, and notes when each token did.
 
     A token's text depends on those before it: a tokenizer drops the blank at the start of what it decodes, and some
@@ -147,6 +147,7 @@ class Clock(BaseStreamer):
     def __init__(
         self, tokenizer: Any, prompt: Sequence[int], device: torch.device, write: Callable[[str], None] | None
     ) -> None:
+        super().__init__(tokenizer)
         self.times: list[float] = []  # of the start, then of each token
         self.memory_bytes = 0
         self.text = ""  # what came after the prompt
@@ -154,7 +155,7 @@ class Clock(BaseStreamer):
         self._ids = list(prompt)
         self._context, self._out = max(0, len(prompt) - CONTEXT_TOKENS), len(prompt)  # where these begin and end
 
-    def put(self, value: Tensor) -> None:
+    def put(self, value: Tensor) -> None:  # what TextStreamer would do loses blanks
         """The prompt (1, tokens), then token after token (1,)."""
         self.times.append(time.perf_counter())
         if len(self.times) == 1:

@@ -285,6 +285,7 @@ def test_a_mixture_is_measured_beside_a_dense_ffn(mixture: Path, capsys: pytest.
 
 def test_the_table_of_a_mixture_says_what_a_batch_chose(mixture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, str(mixture), *QUICK)
+    out = " ".join(out.split())  # whatever the width
     assert code == 0 and "FFN of 120 neurons × 32, float32, 4 routed experts of 24; chosen by a batch: 2.0 for 1" in out
     assert "grouped_mm" in out and "llmsparse for up to 16 at once" in out
 

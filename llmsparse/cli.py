@@ -88,7 +88,7 @@ def prune(
     if dry_run:
         from llmsparse.planning import make_plan
 
-        return terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite), json)
+        return terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite, download=False), json)
     terminal.partial = _partial(chosen.output_folder)
     from llmsparse import pipeline
 
@@ -110,7 +110,7 @@ def plan(
     terminal.calm_libraries()
     from llmsparse.planning import make_plan
 
-    terminal.show(make_plan(chosen), json)
+    terminal.show(make_plan(chosen, download=False), json)
 
 
 @verb(app, recipe_flags=True, keys=FACTORIZATION)
@@ -146,7 +146,7 @@ def factorize(
     if dry_run:
         from llmsparse.factorization.planning import make_plan
 
-        return terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite), json)
+        return terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite, download=False), json)
     terminal.partial = _partial(chosen.output_folder)
     from llmsparse.factorization import pipeline
 

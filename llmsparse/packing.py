@@ -177,9 +177,7 @@ class Selection:
         PackedCheckpoint(target)  # what was written must be what a reader wants
 
 
-def select(
-    folder: Path, trust_remote_code: bool, progress: Progress, drop_negative_zeros: bool = False
-) -> Selection:
+def select(folder: Path, trust_remote_code: bool, progress: Progress, drop_negative_zeros: bool = False) -> Selection:
     """Measure every weight that could be packed. CheckpointError where none would become smaller."""
     reader = CheckpointReader(folder)
     model = StreamedModel(reader, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=trust_remote_code)

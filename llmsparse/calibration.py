@@ -9,7 +9,7 @@ padding; a remainder is dropped. A stored `input_ids` tensor is taken as it is: 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from llmsparse.errors import CalibrationError
 from llmsparse.home import expand_home
 from llmsparse.texts import TOKEN_FILE_SUFFIX, open_texts
+from llmsparse.tokens import special_tokens, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,15 +83,18 @@ def load_windows(
     texts = open_texts(source, "calibration", text_field)
     protocol = texts.protocol | {"seed": seed} | _tokenizer_protocol(tokenizer)
     if texts.endless:
-        documents = _tokens(texts.documents, tokenizer, vocabulary, samples * seq_len)
+        documents, _ = _tokens(texts.documents, tokenizer, vocabulary, samples * seq_len)
         ids = _cut(documents, seq_len)[:samples]
-        held = _cut(_tokens(texts.documents, tokenizer, vocabulary, held_out * seq_len), seq_len)[:held_out]
+        others, _ = _tokens(texts.documents, tokenizer, vocabulary, held_out * seq_len)
+        held = _cut(others, seq_len)[:held_out]
         protocol |= {"choice": "first texts in order", "held_out_from": "the texts that follow"}
     else:
-        documents = _tokens(texts.documents, tokenizer, vocabulary, MAX_TOKENS)
+        documents, cut = _tokens(texts.documents, tokenizer, vocabulary, MAX_TOKENS)
         ids, held, origin = _draw(documents, seq_len, samples, held_out, torch.Generator().manual_seed(seed))
         protocol |= {"choice": "seeded, of all windows", "held_out_from": origin}
-        if next(texts.documents, None) is not None:
+        if cut:
+            protocol["read"] = f"the first {sum(map(len, documents)):,} tokens"
+        elif next(texts.documents, None) is not None:
             protocol["read"] = f"the first {len(documents):,} texts"
     _refuse_short(ids, documents, seq_len, source)
     return Windows.of(ids, held, protocol | _note(len(ids), samples, len(held), held_out))
@@ -116,27 +120,34 @@ def load_evaluation(
     seq_len = seq_len or DEFAULT_SEQ_LEN
     texts = open_texts(source, "evaluation", text_field)
     limit = ENDLESS_WINDOWS if limit is None and texts.endless else limit
-    documents = _tokens(texts.documents, tokenizer, vocabulary, None if limit is None else limit * seq_len)
+    documents, _ = _tokens(texts.documents, tokenizer, vocabulary, None if limit is None else limit * seq_len)
     ids = _cut(documents, seq_len)[:limit]
     _refuse_short(ids, documents, seq_len, source)
     return Windows.of(ids, ids[:0], texts.protocol | _tokenizer_protocol(tokenizer))
 
 
 def _tokens(
-    documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, vocabulary: int | None, wanted: int | None
-) -> list[Tensor]:
-    """The ids of each document, until they are `wanted` in total; the iterator is left behind the last one used."""
-    tokens: list[Tensor] = []
+    texts: Iterator[Iterable[str]], tokenizer: PreTrainedTokenizerBase, vocabulary: int | None, wanted: int | None
+) -> tuple[list[Tensor], bool]:
+    """The ids of each text, until they are `wanted` in total, and whether that cut the last text short.
+
+    The iterator is left behind the last text used.
+    """
+    documents: list[Tensor] = []
     total = 0
     while wanted is None or total < wanted:
-        document = next(documents, None)
-        if document is None:
+        text = next(texts, None)
+        if text is None:
             break
-        ids = torch.tensor(tokenizer(document, verbose=False)["input_ids"], dtype=torch.int64)
-        _refuse_beyond(ids, vocabulary, f"tokenizer {_name(tokenizer)}")
-        tokens.append(ids)
-        total += len(ids)
-    return tokens
+        pieces: list[Tensor] = []
+        for ids in tokenize(text, tokenizer):
+            if wanted is not None and total >= wanted:
+                return [*documents, torch.cat(pieces)], True
+            pieces.append(torch.tensor(ids, dtype=torch.int64))
+            _refuse_beyond(pieces[-1], vocabulary, f"tokenizer {_name(tokenizer)}")
+            total += len(ids)
+        documents.append(torch.cat(pieces))
+    return documents, False
 
 
 def _cut(documents: Sequence[Tensor], seq_len: int) -> Tensor:
@@ -232,11 +243,9 @@ def _stored_protocol(source: str) -> dict[str, Any]:
 
 
 def _tokenizer_protocol(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    with_special: list[int] = tokenizer("a")["input_ids"]  # pyright: ignore[reportAssignmentType]
-    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
-    added = [token for token in with_special if token not in plain]
-    names = " ".join(map(str, tokenizer.convert_ids_to_tokens(added)))
-    return {"tokenizer": _name(tokenizer), "special_tokens": f"{names}, once per text" if added else "none"}
+    before, after = special_tokens(tokenizer) or ([], [])
+    names = " ".join(map(str, tokenizer.convert_ids_to_tokens([*before, *after])))
+    return {"tokenizer": _name(tokenizer), "special_tokens": f"{names}, once per text" if names else "none"}
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

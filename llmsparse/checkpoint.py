@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,18 @@ class CheckpointReader:
     """A checkpoint folder: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
 
     Only headers are read here, and held against the index and the files' sizes: a missing, truncated or corrupt shard
-    is a CheckpointError before any work is done. `config.json` is not looked at.
+    is a CheckpointError before any work is done. `config.json` is not looked at. `absent` are headers, by name, of
+    shards that are not there yet: enough for a plan, not to read a tensor.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, absent: Mapping[str, Header] | None = None) -> None:
         self.folder = Path(folder)
-        weight_map = _weight_map(self.folder)
+        absent = absent or {}
+        weight_map = _weight_map(self.folder, absent)
         self._headers: list[Header] = []
         self._specs: dict[str, TensorSpec] = {}
         for file in sorted({self.folder / name for name in weight_map.values()}) or [self.folder / SINGLE]:
-            header = read_header(file)
+            header = absent.get(file.name) or read_header(file)
             self._headers.append(header)
             for key, spec in header.specs.items():
                 if weight_map.get(key, file.name) != file.name:
@@ -234,11 +236,11 @@ def _read(spec: TensorSpec) -> Tensor:
     return tensor
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
+def _weight_map(folder: Path, absent: Collection[str]) -> dict[str, str]:
     """Tensor -> shard from the index; empty for a single file. Precedence as in transformers: the single file first."""
     index = folder / INDEX
     try:
-        if (folder / SINGLE).is_file():
+        if (folder / SINGLE).is_file() or SINGLE in absent:
             return {}
         if not index.is_file():
             raise CheckpointError(f"{folder}: {_no_weights(folder)}")
@@ -252,7 +254,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{index}: not a checkpoint index (no weight_map of names); download it again") from error
     if not bare or not weight_map:
         raise CheckpointError(f"{index}: weight_map is empty or names files outside of its folder")
-    missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
+    missing = sorted({name for name in weight_map.values() if name not in absent and not (folder / name).is_file()})
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(

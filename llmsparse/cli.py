@@ -5,37 +5,48 @@ stdout carries the result, stderr progress and errors. Imports neither torch nor
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from llmsparse import __version__, cli_recipes, cli_run, cli_serving
+from llmsparse import __version__, cli_packing, cli_recipes, cli_run, cli_serving
 from llmsparse.cli_exit import exit_code_of
-from llmsparse.cli_options import Debug, Json, Model, Quiet, Revision, TrustRemoteCode, Verbose, verb
+from llmsparse.cli_options import (
+    Assignments,
+    Debug,
+    Device,
+    DryRun,
+    Dtype,
+    FactorAssignments,
+    Json,
+    Model,
+    ModelOrRecipe,
+    Quiet,
+    RecipeName,
+    Restart,
+    Resume,
+    Revision,
+    TrustRemoteCode,
+    Verbose,
+    verb,
+)
 from llmsparse.errors import RecipeError
 from llmsparse.factorization.keys import KEYS as FACTORIZATION
+from llmsparse.recipe_keys import BATCH, COLUMN, WINDOW
 from llmsparse.terminal import Terminal
 
 if TYPE_CHECKING:
+    from llmsparse.factorization.recipe import FactorRecipe
     from llmsparse.recipe import Recipe
+
+    Chosen = TypeVar("Chosen", Recipe, FactorRecipe)
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 app.add_typer(cli_recipes.app, name="recipes", help="Look at the shipped recipes, copy one, check a file.")
-
-Assignments = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Any key of a recipe, such as method.damp=0.1.", show_default=False),
-]
-RecipeName = Annotated[
-    str | None,
-    typer.Option("--recipe", metavar="FILE|NAME", help="Start from a recipe; flags override it.", show_default=False),
-]
-Output = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.", show_default=False)]
-MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest file to write.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -61,19 +72,12 @@ def root(
 @verb(app, recipe_flags=True)
 def prune(
     terminal: Terminal,
-    model: Model,
+    model: ModelOrRecipe = None,
     assignments: Assignments = None,
     recipe: RecipeName = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Take up an interrupted run.", rich_help_panel="Output", show_default=False)
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel="Output", show_default=False)
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Only show what would be done.", rich_help_panel="Output", show_default=False),
-    ] = False,
+    resume: Resume = False,
+    overwrite: Restart = False,
+    dry_run: DryRun = False,
     json: Json = False,
     **flags: Any,
 ) -> None:
@@ -81,14 +85,16 @@ def prune(
 
     llmsparse prune meta-llama/Llama-3.2-1B --sparsity 0.5
     """
-    chosen = _recipe(model, assignments, recipe, flags)
+    from llmsparse.recipe import Recipe
+
+    chosen = _recipe(Recipe, model, assignments, recipe, flags)
     if resume and overwrite:
         raise RecipeError("--resume goes on with an unfinished run and --overwrite starts anew: choose one")
     terminal.calm_libraries()
     if dry_run:
         from llmsparse.planning import make_plan
 
-        return terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite), json)
+        return terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite, download=False), json)
     terminal.partial = _partial(chosen.output_folder)
     from llmsparse import pipeline
 
@@ -99,36 +105,33 @@ def prune(
 @verb(app, recipe_flags=True)
 def plan(
     terminal: Terminal,
-    model: Model,
+    model: ModelOrRecipe = None,
     assignments: Assignments = None,
     recipe: RecipeName = None,
+    resume: Resume = False,
+    overwrite: Restart = False,
     json: Json = False,
     **flags: Any,
 ) -> None:
-    """Show what `prune` would do: weights, memory, disk. Writes nothing."""
-    chosen = _recipe(model, assignments, recipe, flags)
+    """Show what `prune` would do: weights, memory, disk. Writes nothing, and downloads no weights."""
+    from llmsparse.recipe import Recipe
+
+    chosen = _recipe(Recipe, model, assignments, recipe, flags)
     terminal.calm_libraries()
     from llmsparse.planning import make_plan
 
-    terminal.show(make_plan(chosen), json)
+    terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite, download=False), json)
 
 
 @verb(app, recipe_flags=True, keys=FACTORIZATION)
 def factorize(
     terminal: Terminal,
-    model: Model,
-    assignments: Assignments = None,
+    model: ModelOrRecipe = None,
+    assignments: FactorAssignments = None,
     recipe: RecipeName = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Take up an interrupted run.", rich_help_panel="Output", show_default=False)
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel="Output", show_default=False)
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Only show what would be done.", rich_help_panel="Output", show_default=False),
-    ] = False,
+    resume: Resume = False,
+    overwrite: Restart = False,
+    dry_run: DryRun = False,
     json: Json = False,
     **flags: Any,
 ) -> None:
@@ -138,15 +141,14 @@ def factorize(
     """
     from llmsparse.factorization.recipe import FactorRecipe
 
-    given = {key: value for key, value in flags.items() if value is not None}
-    chosen = FactorRecipe.load(recipe, {"model": model, **given}, assignments or ())
+    chosen = _recipe(FactorRecipe, model, assignments, recipe, flags)
     if resume and overwrite:
         raise RecipeError("--resume goes on with an unfinished run and --overwrite starts anew: choose one")
     terminal.calm_libraries()
     if dry_run:
         from llmsparse.factorization.planning import make_plan
 
-        return terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite), json)
+        return terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite, download=False), json)
     terminal.partial = _partial(chosen.output_folder)
     from llmsparse.factorization import pipeline
 
@@ -160,21 +162,26 @@ def evaluate(
     model: Model,
     text: Annotated[
         str | None,
-        typer.Option(metavar="PATH|DATASET", help="wikitext2, c4, builtin, a file, or ORG/NAME.", show_default=False),
+        typer.Option(
+            metavar="TEXT",
+            help="wikitext2, c4, builtin, a .txt, .jsonl, .parquet or .safetensors file, or ORG/NAME:SPLIT.",
+            show_default=False,
+        ),
     ] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per window; min(2048, the model's maximum) if not given.")
+    seq_len: Annotated[int | None, typer.Option(min=2, metavar="N", help=f"{WINDOW}.", show_default=False)] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Measure only the first so many windows.", show_default=False),
     ] = None,
-    windows: Annotated[int | None, typer.Option(min=1, help="Only the first windows.", show_default=False)] = None,
-    text_field: Annotated[str | None, typer.Option(help="Column that holds the text.", show_default=False)] = None,
+    text_field: Annotated[str | None, typer.Option(metavar="COLUMN", help=f"{COLUMN}.", show_default=False)] = None,
     baseline: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Measure this one too, on the same text.", show_default=False)
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Windows run at once.", show_default=False)] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    batch_size: Annotated[int | None, typer.Option(min=1, metavar="N", help=f"{BATCH}.", show_default=False)] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     revision: Revision = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", show_default=False)] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Measure the perplexity of MODEL on a text, streamed: a model larger than memory will do.
@@ -207,7 +214,8 @@ def inspect(
     terminal: Terminal,
     model: Model,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check a packed checkpoint's masks and checksums.", show_default=False)
+        bool,
+        typer.Option("--verify", help="Check the masks and checksums of a packed MODEL too.", show_default=False),
     ] = False,
     revision: Revision = None,
     json: Json = False,
@@ -220,52 +228,6 @@ def inspect(
 
 
 @verb(app)
-def pack(
-    terminal: Terminal,
-    model: Model,
-    output: Output,
-    overwrite: Overwrite = False,
-    max_shard_size: MaxShardSize = "5GB",
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    json: Json = False,
-) -> None:
-    """Store a pruned MODEL without its zeros; `unpack` gives it back bit for bit.
-
-    llmsparse pack ./pruned -o ./packed
-    """
-    terminal.calm_libraries()
-    from llmsparse import packing
-
-    options: dict[str, Any] = {"revision": revision, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
-    options |= {"max_shard_size": max_shard_size, "progress": terminal.progress()}
-    terminal.show(packing.pack(model, output, **options), json)
-
-
-@verb(app)
-def unpack(
-    terminal: Terminal,
-    model: Model,
-    output: Output,
-    overwrite: Overwrite = False,
-    max_shard_size: MaxShardSize = "5GB",
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    json: Json = False,
-) -> None:
-    """Give a packed MODEL its zeros back: an ordinary checkpoint. Opens compressed-tensors' sparse formats too.
-
-    llmsparse unpack ./packed -o ./pruned
-    """
-    terminal.calm_libraries()
-    from llmsparse import unpacking
-
-    options: dict[str, Any] = {"revision": revision, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
-    options |= {"max_shard_size": max_shard_size, "progress": terminal.progress()}
-    terminal.show(unpacking.unpack(model, output, **options), json)
-
-
-@verb(app)
 def demo(terminal: Terminal, json: Json = False) -> None:
     """Prune the model that comes with llmsparse by every method, and compare. No download, about two minutes."""
     terminal.calm_libraries(downloads=False)
@@ -274,6 +236,7 @@ def demo(terminal: Terminal, json: Json = False) -> None:
     terminal.show(demo.run(terminal.progress()), json)
 
 
+app.add_typer(cli_packing.app)
 app.add_typer(cli_run.app)
 app.add_typer(cli_serving.app)
 
@@ -296,8 +259,11 @@ def _partial(output: Path) -> Path:
     return output.parent / f"{output.name}.partial"
 
 
-def _recipe(model: str, assignments: list[str] | None, recipe: str | None, flags: dict[str, Any]) -> Recipe:
-    from llmsparse.recipe import Recipe
-
+def _recipe(
+    kind: type[Chosen], model: str | None, assignments: list[str] | None, recipe: str | None, flags: dict[str, Any]
+) -> Chosen:
+    """The recipe of a command line; its first word may be an assignment where the recipe names the model."""
     given = {key: value for key, value in flags.items() if value not in (None, [])}
-    return Recipe.load(recipe, {"model": model, **given}, assignments or ())
+    if model is not None and "=" in model and not os.path.exists(model):
+        model, assignments = None, [model, *(assignments or ())]
+    return kind.load(recipe, {"model": model, **given}, assignments or ())

@@ -43,7 +43,8 @@ def exit_code_of(run: Callable[[], None], terminal: Terminal) -> int:
     except LlmsparseError as error:
         return _fail(terminal, error.exit_code, str(error))
     except USAGE_ERROR as error:
-        return _fail(terminal, 2, f"{error.format_message()} (llmsparse --help)")
+        command = error.ctx.command_path if error.ctx else "llmsparse"
+        return _fail(terminal, 2, f"{error.format_message()} ({command} --help)")
     except MemoryError:
         return _fail(terminal, 3, _out_of("memory", terminal))
     except OSError as error:

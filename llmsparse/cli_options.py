@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 
@@ -13,15 +13,73 @@ from llmsparse.terminal import Terminal
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.", show_default=False)]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show neither progress nor notes on stderr.", show_default=False)
+]
 Verbose = Annotated[
     bool,
     typer.Option(
-        "--verbose", "-v", help="Show what libraries log; in a pipe or file, a line a block.", show_default=False
+        "--verbose",
+        "-v",
+        help="Show what libraries log and, where no terminal shows bars, a line for every block.",
+        show_default=False,
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)]
-Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id, or builtin.", show_default=False)]
+MODEL = "Checkpoint folder, hub id, or builtin"
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{MODEL}.", show_default=False)]
+ModelOrRecipe = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help=f"{MODEL}; may be left out if the recipe names it.", show_default=False),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Any key of a recipe, such as method.damp=0.1.", show_default=False),
+]
+FactorAssignments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Any key of a recipe, such as router_steps=100.", show_default=False),
+]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="FILE|NAME",
+        help="Start from a recipe, a file or one of `llmsparse recipes list`; flags override it.",
+        show_default=False,
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Go on with an interrupted run to this output.", rich_help_panel="Output", show_default=False
+    ),
+]
+Restart = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace the checkpoint or the interrupted run that is there.",
+        rich_help_panel="Output",
+        show_default=False,
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Only show what would be done; nothing is written.",
+        rich_help_panel="Output",
+        show_default=False,
+    ),
+]
+Output = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the checkpoint that is there.", show_default=False)
+]
+MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Size of the largest file to write.")]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu or cuda:0.")]
+Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="auto, float32, bfloat16 or float16, to compute in.")]
 Revision = Annotated[
     str | None, typer.Option(metavar="R", help="Branch, tag or commit on the hub.", show_default=False)
 ]
@@ -32,7 +90,7 @@ Experts = Annotated[
     str,
     typer.Option(metavar="auto|NAME", help="What runs dense experts: llmsparse, or as transformers calls it."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.", show_default=False)]
 
 
 def verb(
@@ -65,6 +123,8 @@ def verb(
             *(_recipe_flags(keys) if recipe_flags else []),
             *(_flag(key, kind, False) for key, kind in (("quiet", Quiet), ("verbose", Verbose), ("debug", Debug))),
         ]
+        for parameter in parameters[1:]:
+            _show_no_type_of_switches(parameter)
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         run.__doc__ = function.__doc__
@@ -72,6 +132,13 @@ def verb(
         return function
 
     return register
+
+
+def _show_no_type_of_switches(parameter: inspect.Parameter) -> None:
+    """A switch takes no value, so `--help` need not say of which type."""
+    kind, *described = get_args(parameter.annotation)
+    if kind in (bool, bool | None):
+        described[0].metavar = ""
 
 
 def _recipe_flags(keys: Mapping[str, Mapping[str, Key]]) -> list[inspect.Parameter]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmsparse.cli_options import Experts, Json, Model, Revision, TrustRemoteCode, verb
+from llmsparse.cli_options import Device, Dtype, Experts, Json, Model, Revision, TrustRemoteCode, verb
 from llmsparse.terminal import Terminal
 
 app = typer.Typer()
@@ -17,17 +17,21 @@ app = typer.Typer()
 def generate(
     terminal: Terminal,
     model: Model,
-    prompt: Annotated[str, typer.Option(help="The text to continue.", show_default=False)],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most as many tokens.")] = 64,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to continue.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Stop after so many tokens.")] = 64,
     backend: Annotated[
         str,
         typer.Option(metavar="auto|NAME", help="What runs packed weights; a name packs a pruned MODEL as it loads."),
     ] = "auto",
     optimize: Annotated[
-        str, typer.Option(metavar="memory|speed", help="memory, or a dense copy for prompts.")
+        str,
+        typer.Option(
+            metavar="memory|speed",
+            help="For long prompts memory unpacks weights at every call, speed keeps dense copies.",
+        ),
     ] = "memory",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     experts: Experts = "auto",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,

@@ -8,35 +8,47 @@ from typing import Annotated
 
 import typer
 
-from llmsparse.cli_options import Experts, Json, Model, Revision, TrustRemoteCode, verb
+from llmsparse.cli_options import Device, Dtype, Experts, Json, Model, Revision, TrustRemoteCode, verb
 from llmsparse.errors import RecipeError
 from llmsparse.terminal import Terminal
 
 app = typer.Typer()
-
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda:0.")]
 
 
 @verb(app)
 def serve(
     terminal: Terminal,
     model: Model,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 is all of the machine's.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="N", help="Port to listen on; 0 takes a free one.")
+    ] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option(metavar="KEY", envvar="LLMSPARSE_API_KEY", help="Only answer who sends it.", show_default=False),
+        typer.Option(
+            metavar="KEY",
+            envvar="LLMSPARSE_API_KEY",
+            help="Answer only requests that carry this key.",
+            show_default=False,
+        ),
     ] = None,
     backend: Annotated[
         str,
         typer.Option(metavar="auto|NAME", help="What runs packed weights; a name packs a pruned MODEL as it loads."),
     ] = "auto",
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Dtype = "auto",
     experts: Experts = "auto",
     cache_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Of all conversations together; what fits a GPU, 16384 on a CPU.", show_default=False),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens kept of all conversations together; what fits on a GPU, 16384 on a CPU if not given.",
+            show_default=False,
+        ),
     ] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -67,23 +79,33 @@ def serve(
 @verb(app)
 def bench(
     terminal: Terminal,
-    model: Annotated[str | None, typer.Argument(help="Pruned or packed folder, or hub id.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Pruned or packed folder, or hub id.", show_default=False)
+    ] = None,
     shapes: Annotated[
         str | None,
         typer.Option(metavar="NAME|OUTxIN,...", help="Synthetic weights, such as llama-3-8b's.", show_default=False),
     ] = None,
-    sparsity: Annotated[float, typer.Option(min=0.0, max=0.99, help="Of --shapes.")] = 0.7,
-    pattern: Annotated[str, typer.Option(metavar="unstructured|N:M", help="Of --shapes.")] = "unstructured",
-    dtype: Annotated[str, typer.Option(help="Of --shapes: float32, bfloat16 or float16.")] = "bfloat16",
+    sparsity: Annotated[
+        float, typer.Option(min=0.0, max=0.99, metavar="S", help="Fraction of zeros in --shapes.")
+    ] = 0.7,
+    pattern: Annotated[
+        str, typer.Option(metavar="unstructured|N:M", help="Pattern of the zeros in --shapes.")
+    ] = "unstructured",
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16, of --shapes.")
+    ] = "bfloat16",
     batch: Annotated[str, typer.Option(metavar="N,...", help="Rows of activations at once.")] = "1,2,4,8,16,32",
     device: Device = "auto",
     backend: Annotated[str, typer.Option(metavar="all|NAME", help="What to measure beside dense.")] = "all",
-    seconds: Annotated[float, typer.Option(min=0.0, help="For each weight and batch.")] = 1.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.0, metavar="S", help="Time to measure each weight and batch for.")
+    ] = 1.0,
     decode: Annotated[
         bool, typer.Option("--decode/--no-decode", help="Generate with MODEL too, dense beside packed.")
     ] = True,
     save: Annotated[
-        bool, typer.Option("--save", help="Let `auto` choose by what was measured.", show_default=False)
+        bool, typer.Option("--save", help="Let the backend `auto` choose by what was measured.", show_default=False)
     ] = False,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,

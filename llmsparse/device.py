@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,18 @@ BATCH_NUMBERS_ON_CPU = (
     1 << 20
 )  # ... so wide models get small batches: a block's first one is run once more than the others
 DEFAULT_WINDOW = 2048
+
+
+@contextmanager
+def full_float32() -> Generator[None]:
+    """Within it float32 products on a GPU keep the full mantissa, which equations need; the caller's choice comes back."""
+    products = torch.backends.cuda.matmul
+    before: Any = products.fp32_precision
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def choose_device(name: str) -> torch.device:

@@ -27,17 +27,30 @@ def disk_error(path: Path, error: OSError, needed: int = 0) -> MachineError:
     return MachineError(f"{path}: cannot be written ({error.strerror or error})")
 
 
-def check_room(output: Path, size: int) -> None:
-    """MachineError unless the nearest existing parent of `output` has room for `size` bytes."""
+def spell_size(size: int) -> str:
+    """ "1.25 GB", "12.3 MB" or "640 B": three figures in the unit that fits, units of 1000."""
+    number, unit = float(size), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if number < 999.5:
+            break
+        number, unit = number / 1000, larger
+    return f"{number:.{2 if number < 9.995 else 1 if number < 99.95 else 0}f} {unit}" if unit != "B" else f"{size} B"
+
+
+def check_room(output: Path, size: int, held: int = 0) -> None:
+    """MachineError unless the nearest existing parent of `output` has room for `size` bytes, of which an unfinished
+    run that goes on or is replaced holds `held` already."""
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
         raise RecipeError(f"--output {output}: {parent} is not a folder")
-    free = shutil.disk_usage(parent).free
-    if free < size:
+    free, more = shutil.disk_usage(parent).free, max(0, size - held)
+    if free < more:
+        beside = f" beside the {spell_size(held)} of the unfinished run" if held else ""
         raise MachineError(
-            f"--output {output} needs {size / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; choose another --output"
+            f"--output {output} needs {spell_size(more)}{beside} and its disk has {spell_size(free)} free; "
+            "make room, or choose another --output"
         )
 
 

@@ -63,3 +63,9 @@ def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
     close = get_close_matches(name, known, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ";"
     return f"{hint} known: {', '.join(known)}"
+
+
+def one_line(error: BaseException) -> str:
+    """An error of another library, short and on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

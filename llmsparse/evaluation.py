@@ -6,6 +6,7 @@ figure papers report. It depends on the window length, so it never travels witho
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ from torch import Tensor
 from llmsparse import calibration, source
 from llmsparse.checkpoint import CheckpointReader
 from llmsparse.device import choose_device, choose_dtype, split_batches, window_length
-from llmsparse.errors import RecipeError
+from llmsparse.errors import CalibrationError, RecipeError
+from llmsparse.home import expand_home
 from llmsparse.memory import release_freed
 from llmsparse.model import Activations, StreamedModel
 from llmsparse.progress import Progress, Silent
@@ -28,6 +30,8 @@ from llmsparse.progress import Progress, Silent
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+REPORT = "llmsparse_report.json"
+ORIGIN = ("dataset", "config", "split", "file", "text")  # of a protocol: what says which text it is of
 LOGIT_ELEMENTS = 2**25  # logits computed at once: 128 MiB in fp32
 
 
@@ -98,6 +102,11 @@ def perplexity(
         vocabulary=streamed.vocabulary,
     )
     window_length(config, chosen.ids.shape[1], text)
+    if calibrated_on(folder, text, chosen.protocol):
+        progress.log(
+            f"warning: {model} was calibrated on {text} ({REPORT}), so its perplexity there is flattering; "
+            "measure it on another text"
+        )
     batches = split_batches(chosen.ids, batch_size, place, streamed.hidden_size)
     with torch.no_grad(), progress:
         acts = streamed.embed(batches)
@@ -112,6 +121,20 @@ def perplexity(
     tokens = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
     protocol = chosen.protocol | {"stride": chosen.ids.shape[1], "level": "token"}
     return Perplexity(model, perplexity_of(nll, tokens), tokens, time.perf_counter() - started, protocol)
+
+
+def calibrated_on(folder: Path, text: str, protocol: dict[str, Any]) -> bool:
+    """Whether the report of a pruned or factorized model names the text that `protocol` is of: the same part of a
+    dataset, or a file of that name, unless the one that was named is still there and is another."""
+    try:
+        report: Any = json.loads((folder / REPORT).read_bytes())
+        noted: dict[str, Any] = report["calibration"]
+        named = Path(report["recipe"]["calibration"])
+        if any(noted.get(key) != protocol.get(key) for key in ORIGIN):
+            return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # no report, or not one of ours
+    return "file" not in noted or not named.is_file() or named.samefile(expand_home(text, CalibrationError))
 
 
 def perplexity_of(nll: float, tokens: int) -> float:

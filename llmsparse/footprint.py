@@ -43,6 +43,7 @@ class Packing:
     left_dense: list[Footprint]  # they would be larger
     bytes: int
     dense_bytes: int
+    drops_negative_zeros: bool = False
 
     @property
     def packed_bytes(self) -> int:
@@ -78,18 +79,18 @@ class Packing:
             names = ", ".join(weight.name for weight in self.left_dense[:3])
             more = f" and {len(self.left_dense) - 3} more" if len(self.left_dense) > 3 else ""
             lines.append(("left dense", f"{names}{more}: packed they would be larger"))
-        negative = sum(weight.negative_zeros for weight in [*self.weights, *self.left_dense])
+        measured = self.weights if self.drops_negative_zeros else [*self.weights, *self.left_dense]
+        negative = sum(weight.negative_zeros for weight in measured)
         if negative:
-            lines.append(
-                (
-                    "negative zeros",
-                    f"{negative:,} places hold -0.0 and are stored as values, since every bit comes back; "
-                    "with 0.0 there it would be smaller",
-                )
-            )
+            kept = "hold -0.0 and are stored as values, since every bit comes back; --drop-negative-zeros gives that up"
+            became = "held -0.0 and hold 0.0 now; all else comes back bit for bit"
+            lines.append(("negative zeros", f"{negative:,} places {became if self.drops_negative_zeros else kept}"))
         if any(weight.shape[-1] < WIDE for weight in self.weights):
             lines.append(("narrow rows", NARROW))
         return lines
+
+    def _faithful(self) -> str:
+        return "with 0.0 for -0.0 but else bit for bit" if self.drops_negative_zeros else "bit for bit"
 
     def table(self) -> RenderableType:
         from rich.table import Table
@@ -113,7 +114,7 @@ class Packing:
             "",
             "Made with `llmsparse pack`: the pruned weights are stored without their zeros. Loading it takes llmsparse:",
             "`import llmsparse`, then transformers as usual. Software that does not know the format refuses to load it.",
-            "`llmsparse unpack` gives the dense checkpoint back, bit for bit.",
+            f"`llmsparse unpack` gives the dense checkpoint back, {self._faithful()}.",
             "",
             "| | |",
             "|---|---|",

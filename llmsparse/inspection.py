@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from llmsparse import source
 from llmsparse.checkpoint import CheckpointReader
 from llmsparse.errors import CheckpointError
 from llmsparse.footprint import NARROW, WIDE, compared
+from llmsparse.model import StreamedModel
 from llmsparse.packed import PackedCheckpoint
 from llmsparse.patterns import PATTERNS
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 SPARSE = 0.05  # below this fraction of zeros a weight counts as dense
+FULL = 0.95  # of the places an N:M may keep: where so many are kept, it is what made the zeros
+GROUPS = (2, 4, 8, 16, 32)  # M that is looked for
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class WeightInfo:
     dtype: str
     bytes: int  # as stored
     sparsity: float
-    pattern: str  # dense, unstructured, or N:M
+    pattern: str  # dense, unstructured, or N:M along the inputs
     dense_bytes: int
     packed: bool = False
 
@@ -50,6 +54,7 @@ class Inspection:
     embedding_zeros: int
     dense_bytes: int  # of the same tensors, none of them packed
     verified: bool = False  # checksums and counts were found right
+    note: str | None = None
 
     @property
     def packed(self) -> list[WeightInfo]:
@@ -74,6 +79,7 @@ class Inspection:
             "packed_bytes": sum(weight.bytes for weight in self.packed),
             "packed_dense_bytes": sum(weight.dense_bytes for weight in self.packed),
             "verified": self.verified,
+            "note": self.note,
             "weights": [asdict(weight) for weight in self.weights],
         }
 
@@ -105,7 +111,7 @@ class Inspection:
                 lines.append(NARROW)
         if self.verified:
             lines.append("verified: mask and offsets of every packed weight, sha256 of every file")
-        return lines
+        return [*lines, self.note] if self.note else lines
 
 
 def inspect(model: str, *, revision: str | None = None, verify: bool = False) -> Inspection:
@@ -121,6 +127,7 @@ def inspect(model: str, *, revision: str | None = None, verify: bool = False) ->
     if packed is not None and verify:
         packed.verify()
     reader = packed.reader if packed is not None else CheckpointReader(folder)
+    layout = _Layout(reader)
     weights: list[WeightInfo] = []
     parameters = zeros = embedding_parameters = embedding_zeros = dense_bytes = 0
     for key in [*packed.layers, *packed.plain_keys] if packed is not None else reader.keys():
@@ -128,7 +135,7 @@ def inspect(model: str, *, revision: str | None = None, verify: bool = False) ->
         if packed is not None and key in packed.layers:
             info, numel = _packed_info(packed, key, tensor), math.prod(packed.layers[key]["shape"])
         else:
-            info, numel = _info(key, tensor), tensor.numel()
+            info, numel = _info(key, tensor, layout), tensor.numel()
         zero = round(info.sparsity * numel)
         parameters += numel
         dense_bytes += info.dense_bytes
@@ -139,14 +146,14 @@ def inspect(model: str, *, revision: str | None = None, verify: bool = False) ->
         if len(info.shape) >= 2:
             weights.append(info)
     stored = sum(spec.end - spec.begin for spec in map(reader.spec, reader.keys()))
-    return Inspection(
-        str(model), weights, parameters, stored, zeros, embedding_parameters, embedding_zeros, dense_bytes, verify
-    )
+    totals = (parameters, stored, zeros, embedding_parameters, embedding_zeros, dense_bytes)
+    note = f"N:M is counted along the last dimension, which the model could not confirm: {layout.unknown}"
+    return Inspection(str(model), weights, *totals, verified=verify, note=note if layout.unknown else None)
 
 
-def _info(key: str, tensor: Tensor) -> WeightInfo:
+def _info(key: str, tensor: Tensor, layout: _Layout) -> WeightInfo:
     sparsity = (tensor.numel() - int(torch.count_nonzero(tensor))) / max(1, tensor.numel())
-    pattern = pattern_of(tensor, sparsity) if tensor.dim() >= 2 else "dense"
+    pattern = layout.pattern(key, tensor, sparsity) if tensor.dim() >= 2 else "dense"
     return WeightInfo(
         key.removesuffix(".weight"),
         tuple(tensor.shape),
@@ -180,18 +187,59 @@ def _packed(folder: Path) -> PackedCheckpoint | None:
 
 
 def pattern_of(weight: Tensor, sparsity: float) -> str:
-    """The narrowest N:M that every group of consecutive inputs obeys, else unstructured, else dense.
+    """What is true of the zeros of a weight (..., out, in), in one word, the tightest that can be said:
 
-    Inputs are the last dimension, or the one before it where the module stores (in, out).
+    1. `dense` below 5 % of zeros;
+    2. N:M where each M consecutive inputs keep at most N and almost all of these are kept, so that the pattern accounts
+       for the zeros: the one with the smallest N/M, of equal ones the one with the smallest M (a 1:2 is a 2:4 and a 4:8,
+       too), for M of 2, 4, 8, 16 and 32;
+    3. else the narrowest of 1:8, 1:4, 2:8, 2:4 and 4:8, which packing stores, that holds: there are more zeros still;
+    4. else `unstructured`.
     """
     if sparsity < SPARSE:
         return "dense"
-    kept = weight != 0
-    for n, m in PATTERNS:
-        for view in (kept, kept.transpose(-1, -2)):
-            if view.shape[-1] % m == 0 and not (view.unflatten(-1, (-1, m)).sum(dim=-1) > n).any():
-                return f"{n}:{m}"
-    return "unstructured"
+    most = _most_kept(weight != 0)
+    full = [(n / m, m, n) for m, n in most.items() if n < m and 1 - sparsity >= FULL * n / m]
+    if full:
+        _, m, n = min(full)
+        return f"{n}:{m}"
+    return next((f"{n}:{m}" for n, m in PATTERNS if most.get(m, m) <= n), "unstructured")
+
+
+def _most_kept(kept: Tensor) -> dict[int, int]:
+    """M → the most that M consecutive places of the last dimension keep anywhere, for each M that divides it."""
+    most: dict[int, int] = {}
+    counts = kept.to(torch.uint8)
+    for size in GROUPS:
+        if counts.shape[-1] % 2:
+            break
+        counts = counts[..., ::2] + counts[..., 1::2]  # (..., out, in / size)
+        most[size] = int(counts.max()) if counts.numel() else 0
+    return most
+
+
+class _Layout:
+    """Which weights a module stores as (in, out). Asked of the model only where it decides what a pattern is called."""
+
+    def __init__(self, reader: CheckpointReader) -> None:
+        self._reader = reader
+        self.unknown: str | None = None  # why it cannot be told
+
+    @cached_property
+    def _inputs_first(self) -> set[str]:
+        """On-disk keys; none where the model cannot be built."""
+        try:
+            model = StreamedModel(self._reader, device=torch.device("cpu"), dtype=torch.float32)
+        except CheckpointError as error:
+            self.unknown = str(error)
+            return set()
+        weights = [weight for index in range(len(model.block_names)) for weight in model.weights(index)]
+        return {weight.key for weight in [*weights, *model.head_weights()] if weight.transposed}
+
+    def pattern(self, key: str, tensor: Tensor, sparsity: float) -> str:
+        """The pattern along the inputs of the module, whatever the order on disk."""
+        last, other = pattern_of(tensor, sparsity), pattern_of(tensor.mT, sparsity)
+        return last if last == other or key not in self._inputs_first else other
 
 
 def _is_embedding(key: str) -> bool:

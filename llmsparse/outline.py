@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from llmsparse.activations import split_call, tensors_in
 from llmsparse.block import unwrap
-from llmsparse.errors import CheckpointError
+from llmsparse.errors import CheckpointError, LlmsparseError, one_line
 from llmsparse.skeleton import assign, drop, quiet, replaced
 from llmsparse.tap import Watched
 
@@ -71,7 +71,7 @@ def outline(model: PreTrainedModel, blocks: Sequence[nn.Module], device: torch.d
 
     with quiet(), _real_coefficients(model, device), _Zeros(model, found, device):
         with replaced(blocks, watch):
-            model(ids, use_cache=False)
+            _try_out(model, ids)
         for poisoned in ("embedding", "blocks"):
             with _stubbed(model, blocks, found, poisoned):
                 logits = model(ids, use_cache=False).logits
@@ -80,6 +80,19 @@ def outline(model: PreTrainedModel, blocks: Sequence[nn.Module], device: torch.d
             )
     found.transposed = _spread(found.transposed, [name for name, _ in model.named_parameters()])
     return found
+
+
+def _try_out(model: PreTrainedModel, ids: Tensor) -> None:
+    """Run it for the first time. A config that contradicts itself shows here, in whatever way the model's code has."""
+    try:
+        model(ids, use_cache=False)
+    except (LlmsparseError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+        raise CheckpointError(
+            f"{model.config.name_or_path or 'config.json'}: {type(model).__name__} does not run with the sizes in its "
+            f"config.json: {one_line(error)}; check that transformers alone runs it"
+        ) from error
 
 
 def _spread(transposed: dict[str, bool], names: Sequence[str]) -> dict[str, bool]:

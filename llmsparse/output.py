@@ -123,6 +123,19 @@ def check_output(out: Path, *, resume: bool, overwrite: bool, source: Path | Non
         raise disk_error(place.folder, error) from error
 
 
+def held_bytes(out: Path) -> int:
+    """Disk space of the unfinished run to `out`: a resume needs it no second time, and starting anew frees it first.
+
+    An old OUT is not counted, not even one that waits inside to be replaced: it stays until the new one is complete.
+    """
+    place = _Place(out, None)
+    try:
+        files = [path for path in place.folder.rglob("*") if place.replaced not in path.parents]
+        return sum(path.lstat().st_blocks * 512 for path in files)
+    except OSError as error:
+        raise disk_error(place.folder, error) from error
+
+
 class _Place:
     """The paths of a run, what lies there, and what may be done with it."""
 
@@ -194,7 +207,7 @@ class _Place:
         file = self.state / "run.json"
         if file.is_file():
             try:
-                run: Any = json.loads(file.read_bytes())
+                run: Any = {"resumable": True} | json.loads(file.read_bytes())
                 return {key: run[key] for key in ("fingerprint", "overwrite", "resumable")}
             except (ValueError, KeyError, TypeError) as error:
                 raise RecipeError(f"{file}: corrupt; delete {self.folder} and start anew") from error

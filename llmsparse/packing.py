@@ -45,9 +45,11 @@ def pack(
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     trust_remote_code: bool = False,
+    drop_negative_zeros: bool = False,
     progress: Progress | None = None,
 ) -> Packing:
-    """Pack `model` (folder or hub id) into the new folder `output`; `unpack` gives it back bit for bit.
+    """Pack `model` (folder or hub id) into the new folder `output`; `unpack` gives it back bit for bit, or with
+    `drop_negative_zeros` with 0.0 where a packed weight held -0.0, which `w * mask` leaves in pruned places.
 
     Raises CheckpointError for a checkpoint that is packed already or has no weight that gains by it, RecipeError and
     MachineError for an output that cannot be. A run that fails leaves nothing behind.
@@ -59,7 +61,7 @@ def pack(
     out = Path(output)
     check_output(out, resume=False, overwrite=overwrite, source=folder)
     with progress:
-        selection = select(folder, trust_remote_code, progress)
+        selection = select(folder, trust_remote_code, progress, drop_negative_zeros)
         with PartialOutput(
             out, source=folder, fingerprint={"pack": str(folder)}, resume=False, overwrite=overwrite, resumable=False
         ) as partial:
@@ -88,6 +90,7 @@ class Selection:
     packables: list[Packable]
     weights: list[Footprint]
     left_dense: list[Footprint]
+    drops_negative_zeros: bool
 
     @property
     def layers(self) -> dict[str, dict[str, Any]]:
@@ -120,13 +123,16 @@ class Selection:
             release_freed()
         writer.finish()
         sizes = [sum(spec.end - spec.begin for spec in map(file.spec, file.keys())) for file in (writer, self.reader)]
-        packing = Packing(model, output, self.weights, self.left_dense, sizes[0], sizes[1])
+        dropped = self.drops_negative_zeros
+        packing = Packing(model, output, self.weights, self.left_dense, sizes[0], sizes[1], dropped)
         self._write_side_files(target, packing, {writer.spec(key).file for key in writer.keys()})
         return packing
 
     def _pack(self, part: Packable) -> dict[str, Tensor]:
-        """The tensors to store, after they have been taken apart again and compared with those on disk."""
+        """The tensors to store, after they have been taken apart again and compared with those they were made of."""
         on_disk = self.reader.read(part.group.keys)
+        if self.drops_negative_zeros:
+            on_disk = {key: _positive_zeros(tensor) for key, tensor in on_disk.items()}
         stored: dict[str, Tensor] = {}
         back: dict[str, Tensor] = {}
         for name, tensor in self.naming.to_module(on_disk):
@@ -171,7 +177,7 @@ class Selection:
         PackedCheckpoint(target)  # what was written must be what a reader wants
 
 
-def select(folder: Path, trust_remote_code: bool, progress: Progress) -> Selection:
+def select(folder: Path, trust_remote_code: bool, progress: Progress, drop_negative_zeros: bool = False) -> Selection:
     """Measure every weight that could be packed. CheckpointError where none would become smaller."""
     reader = CheckpointReader(folder)
     model = StreamedModel(reader, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=trust_remote_code)
@@ -190,7 +196,8 @@ def select(folder: Path, trust_remote_code: bool, progress: Progress) -> Selecti
             if not _can_be_packed(model.naming, reader, name, tensor):
                 continue
             described = {"transposed": True} if transposed.get(name) else {}
-            described = measure(_outputs_first(tensor, described)) | described
+            stored = _positive_zeros(tensor) if drop_negative_zeros else tensor
+            described = measure(_outputs_first(stored, described)) | described
             footprint = _footprint(name, described, tensor)
             footprints.append(footprint)
             if footprint.pays:
@@ -204,12 +211,12 @@ def select(folder: Path, trust_remote_code: bool, progress: Progress) -> Selecti
         sparsest = max(footprints, key=lambda footprint: footprint.sparsity, default=None)
         found = f"its sparsest weight, {sparsest.name}, has {sparsest.sparsity:.1%} zeros" if sparsest else "no weights"
         if sparsest and sparsest.negative_zeros:
-            found += f", and {sparsest.negative_zeros:,} places of -0.0, which are kept"
+            found += f", and {sparsest.negative_zeros:,} places of -0.0, which are kept without --drop-negative-zeros"
         raise CheckpointError(
             f"{folder}: a dense checkpoint, nothing in it would become smaller ({found}); prune it first"
         )
     left_dense = [footprint for footprint in footprints if not footprint.pays]
-    return Selection(folder, reader, model.naming, packables, weights, left_dense)
+    return Selection(folder, reader, model.naming, packables, weights, left_dense, drop_negative_zeros)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -248,11 +255,18 @@ def _footprint(name: str, described: Mapping[str, Any], tensor: Tensor) -> Footp
 
 
 def _negative_zeros(tensor: Tensor) -> int:
-    if not tensor.is_floating_point():
-        return 0
+    return int(torch.count_nonzero(_is_negative_zero(tensor))) if tensor.is_floating_point() else 0
+
+
+def _positive_zeros(tensor: Tensor) -> Tensor:
+    """The same, to the bit, but for 0.0 in the place of -0.0."""
+    return tensor.masked_fill(_is_negative_zero(tensor), 0) if tensor.is_floating_point() else tensor
+
+
+def _is_negative_zero(tensor: Tensor) -> Tensor:
     kind = BITS[tensor.element_size()]
     sign = 128 if kind == torch.uint8 else torch.iinfo(kind).min  # the sign bit alone
-    return int(torch.count_nonzero(tensor.view(kind) == sign))
+    return tensor.view(kind) == sign
 
 
 def _bytes(tensor: Tensor) -> Tensor:

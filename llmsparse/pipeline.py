@@ -7,27 +7,31 @@ inputs, whatever the depth of the model.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from llmsparse import source
 from llmsparse.checkpoint import CheckpointReader, CheckpointWriter, parse_size
 from llmsparse.checksum import checksums, read_checked
+from llmsparse.device import full_float32
+from llmsparse.errors import RecipeError
 from llmsparse.evaluation import negative_log_likelihood, perplexity_of
 from llmsparse.memory import PeakMemory, release_freed
 from llmsparse.model import Activations, Block
 from llmsparse.output import PartialOutput
 from llmsparse.packing import select
-from llmsparse.planning import HEAD, Plan, make_plan, versions
+from llmsparse.planning import Plan, make_plan, versions
 from llmsparse.progress import Progress, Silent
 from llmsparse.pruning import prune_block
 from llmsparse.recipe import Recipe, from_arguments
 from llmsparse.report import BlockRecord, Report
+from llmsparse.selection import HEAD
 
 CHECKSUMS = "checksums"  # beside the record in the journal entry of a block
+Record = TypeVar("Record")
 OUTSIDE = "outside the blocks"  # journal entry: everything that is not pruned has been copied
 
 
@@ -46,10 +50,10 @@ def prune(
     LlmsparseError of one line.
     """
     progress = progress or Silent()
-    torch.backends.cuda.matmul.allow_tf32 = False  # Hessians need the full fp32 mantissa
     started = time.perf_counter()
     plan = make_plan(from_arguments(Recipe, recipe, keys), resume=resume, overwrite=overwrite)
     with (
+        full_float32(),
         PeakMemory(plan.device) as memory,
         PartialOutput(
             plan.output, source=plan.folder, fingerprint=plan.fingerprint, resume=resume, overwrite=overwrite
@@ -64,7 +68,7 @@ def prune(
             writer.sync()
             partial.journal(OUTSIDE, {})
 
-        report = Report(plan.name, str(plan.output), plan.recipe.resolved(), plan.windows.protocol, versions())
+        report = Report(plan.name, str(plan.output), plan.resolved.resolved(), plan.windows.protocol, versions())
         report.total_parameters = plan.total_parameters
         prune_blocks(plan, report, partial, writer, progress)
         writer.finish()
@@ -72,7 +76,7 @@ def prune(
         report.warn()
         report.seconds = time.perf_counter() - started
         report.peak_memory_bytes = memory.read()
-        recipe_text = plan.recipe.dump(versions() | {"calibration sha256": plan.windows.fingerprint})
+        recipe_text = plan.resolved.dump(versions() | {"calibration sha256": plan.windows.fingerprint})
         source.copy_side_files(plan.folder, folder)
         source.write_side_files(folder, recipe=recipe_text, report=report.stored(), card=report.card())
         check_written(folder, plan.tensors, partial)
@@ -129,8 +133,8 @@ def finish_block(
     """Leave `block` pruned, as it is on disk: pruned and written now, or read back from an interrupted run."""
     keys = sorted({choice.weight.key for choice in plan.choices[block.name]})
     if block.name in partial.finished:
-        record = BlockRecord.from_json(partial.finished[block.name])
-        block.stored.update(read_checked(writer, partial.finished[block.name][CHECKSUMS]))
+        record, expected = recall(partial, block.name, BlockRecord.from_json)
+        block.stored.update(read_checked(writer, expected))
     else:
         record = prune_block(block, acts, plan, progress)
         tensors = {key: block.stored[key] for key in keys}
@@ -140,6 +144,20 @@ def finish_block(
     if keys:
         block.reload()  # what runs on is what was stored, rounded to its dtype
     return record
+
+
+def recall(
+    partial: PartialOutput, name: str, read: Callable[[dict[str, Any]], Record]
+) -> tuple[Record, dict[str, str]]:
+    """What the journal says of a finished block: its record, and the checksums of its tensors."""
+    entry = partial.finished[name]
+    try:
+        return read(entry), entry[CHECKSUMS]
+    except (KeyError, TypeError) as error:
+        raise RecipeError(
+            f"{partial.folder}: another version of llmsparse began this run, and what it noted of {name} cannot be "
+            "held against what is on disk; start again with --overwrite"
+        ) from error
 
 
 def check_written(folder: Path, planned: Iterable[str], partial: PartialOutput) -> None:

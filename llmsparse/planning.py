@@ -6,7 +6,6 @@ window too long, a full disk. `llmsparse plan` prints the result; `prune` carrie
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,25 +18,23 @@ import transformers
 from torch import Tensor
 
 from llmsparse import __version__, calibration, source
-from llmsparse.checkpoint import CheckpointReader, parse_size
+from llmsparse.checkpoint import CheckpointReader
 from llmsparse.device import choose_device, choose_dtype, split_batches, window_length
-from llmsparse.disk import check_room
+from llmsparse.disk import check_room, spell_size
 from llmsparse.errors import RecipeError
 from llmsparse.formats.bitmask import stored_bytes
 from llmsparse.matching import HELD_OUT_SHARE, LEARNING_RATES, batches_per_step, probe_steps
 from llmsparse.memory import available_bytes
-from llmsparse.model import StreamedModel, Weight
-from llmsparse.output import check_output
-from llmsparse.patterns import Pattern
-from llmsparse.pruners import Pruner
+from llmsparse.model import StreamedModel
+from llmsparse.output import check_output, held_bytes
 from llmsparse.recipe import Recipe, from_arguments
-from llmsparse.selection import select
+from llmsparse.selection import Choice, choose
+from llmsparse.source import Origin
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 PACKED_LAST = "; the dense checkpoint stands beside it until the run is done"
-HEAD = "head"  # the pseudo-block of an untied output head
 MATCH_STEPS = (300, 150, 75)  # of block matching by default: the most that is affordable, or none
 MATCH_SECONDS_ON_CPU = 600
 FLOPS_PER_THREAD = 30e9  # fp32 with gradients on one core; AVX2 measured at 34e9
@@ -46,21 +43,11 @@ STATISTICS_SHARE = 0.4  # of the memory that is free, for statistics held togeth
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One weight, and how it will be pruned."""
-
-    weight: Weight
-    pruner: Pruner
-    method: str
-    pattern: Pattern
-
-
-@dataclass(frozen=True)
 class Plan:
     """A run that has passed every check that needs no weights."""
 
     recipe: Recipe
-    folder: Path  # the source checkpoint
+    origin: Origin
     output: Path
     reader: CheckpointReader
     model: StreamedModel
@@ -70,6 +57,23 @@ class Plan:
     dtype: torch.dtype
     match_steps: int
     packed_bytes: int  # what will be written in that format, as far as patterns alone can tell
+
+    @property
+    def folder(self) -> Path:
+        """The source checkpoint."""
+        return self.origin.folder
+
+    @property
+    def resolved(self) -> Recipe:
+        """The recipe with all that `auto`, the model and the hub decided in it: another run of it does the same."""
+        return self.recipe.replace(
+            match_steps=self.match_steps,
+            device=str(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            seq_len=self.windows.ids.shape[1],
+            batch_size=self.batches[0].shape[0],
+            revision=self.origin.commit or self.recipe.revision,
+        )
 
     @property
     def name(self) -> str:
@@ -84,7 +88,8 @@ class Plan:
 
     @cached_property
     def held_out(self) -> list[Tensor]:
-        return split_batches(self.windows.held_out, self.recipe.batch_size, self.device, self.model.hidden_size)
+        """In batches of the same size, so that this one number repeats the run."""
+        return split_batches(self.windows.held_out, self.batches[0].shape[0], self.device, self.model.hidden_size)
 
     @cached_property
     def selected_keys(self) -> set[str]:
@@ -113,7 +118,7 @@ class Plan:
         """What a resumed run must share with the one it resumes."""
         return {
             "recipe": {key: value for key, value in self.recipe.resolved().items() if key != "output"},
-            "model": self.reader.fingerprint() | {"config.json": _sha256(self.folder / "config.json")},
+            "model": self.reader.fingerprint() | source.fingerprint(self.folder, self.recipe.trust_remote_code),
             "calibration": self.windows.fingerprint,
             "versions": versions(),
             "threads": torch.get_num_threads(),
@@ -159,6 +164,7 @@ class Plan:
             "parameters_to_prune": sum(
                 c.weight.shape[0] * c.weight.shape[1] for cs in self.choices.values() for c in cs
             ),
+            "bytes_to_download": self.origin.bytes_to_download,
             "bytes_to_read": self.bytes_to_write,
             "bytes_to_write": self.bytes_to_write if self.recipe.format == "dense" else self.packed_bytes,
             "format": self.recipe.format,
@@ -185,10 +191,12 @@ class Plan:
             "matching": f"{self.match_steps} steps a block" if self.match_steps else "off",
             "calibration": ", ".join(f"{key} {value}" for key, value in self.windows.protocol.items()),
             "compute": f"{plan['device']}, {plan['dtype']}, {plan['batch_size']} windows a batch",
-            "read, write": f"{plan['bytes_to_read'] / 1e9:.2f} GB, {plan['bytes_to_write'] / 1e9:.2f} GB",
+            "read, write": f"{spell_size(plan['bytes_to_read'])}, {spell_size(plan['bytes_to_write'])}",
             "format": f"{plan['format']}{PACKED_LAST if plan['format'] == 'packed' else ''}",
-            "memory": f"about {plan['memory_bytes'] / 1e9:.2f} GB",
+            "memory": f"about {spell_size(plan['memory_bytes'])}",
         }
+        if self.origin.absent:
+            rows["download"] = f"{spell_size(self.origin.bytes_to_download)} of weights, not in the cache yet"
         for label, text in rows.items():
             table.add_row(Text(label, style="bold"), Text(text))
         return table
@@ -197,32 +205,35 @@ class Plan:
 def plan(
     recipe: Recipe | str | Path | None = None, *, resume: bool = False, overwrite: bool = False, **keys: Any
 ) -> Plan:
-    """What `prune` with the same recipe or keys would do; nothing is written."""
-    return make_plan(from_arguments(Recipe, recipe, keys), resume=resume, overwrite=overwrite)
+    """What `prune` with the same recipe or keys would do; nothing is written, and no weights are downloaded."""
+    return make_plan(from_arguments(Recipe, recipe, keys), resume=resume, overwrite=overwrite, download=False)
 
 
-def make_plan(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Plan:
-    """Resolve and check everything a run needs, from headers and shapes alone, then read the calibration text."""
+def make_plan(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, download: bool = True) -> Plan:
+    """Resolve and check everything a run needs, from headers and shapes alone, then read the calibration text.
+
+    Last of all weights are downloaded that are not here yet, unless `download` is off: a plan needs none.
+    """
     device = choose_device(recipe.device)
-    folder = source.resolve(recipe.model, recipe.revision)
-    config = source.load_config(folder, recipe.trust_remote_code)
+    output = recipe.output_folder
+    check_output(output, resume=resume, overwrite=overwrite)
+    origin = source.look(recipe.model, recipe.revision)
+    check_output(output, resume=resume, overwrite=overwrite, source=origin.folder)
+    config = source.load_config(origin.folder, recipe.trust_remote_code)
     length = window_length(config, recipe.seq_len, recipe.calibration)
-    reader = CheckpointReader(folder)
-    parse_size(recipe.max_shard_size)
+    reader = CheckpointReader(origin.folder, origin.absent)
     dtype = choose_dtype(recipe.dtype, device, reader)
     model = StreamedModel(reader, device=device, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
     choices = choose(recipe, model)
-    output = recipe.output_folder
-    check_output(output, resume=resume, overwrite=overwrite, source=folder)
     needed = sum(spec.end - spec.begin for spec in map(reader.spec, reader.keys()))
     packed = packed_bytes(reader, choices)
     if recipe.format == "packed" and packed == needed:
         raise RecipeError(
             "--format packed: at this sparsity no weight would become smaller; prune more, or write dense"
         )
-    check_room(output, needed + (packed if recipe.format == "packed" else 0))
+    check_room(output, needed + (packed if recipe.format == "packed" else 0), held_bytes(output))
     stored_tokens = recipe.calibration.endswith(calibration.TOKEN_FILE_SUFFIX)
-    tokenizer = None if stored_tokens else source.load_tokenizer(folder, recipe.trust_remote_code)
+    tokenizer = None if stored_tokens else source.load_tokenizer(origin.folder, recipe.trust_remote_code)
     windows = calibration.load_windows(
         recipe.calibration,
         tokenizer,
@@ -234,30 +245,14 @@ def make_plan(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
         vocabulary=model.vocabulary,
     )
     window_length(config, windows.ids.shape[1], recipe.calibration)
-    draft = Plan(recipe, folder, output, reader, model, choices, windows, device, dtype, 0, packed)
+    if origin.absent and download:
+        origin = Origin(source.resolve(recipe.model, recipe.revision), commit=origin.commit)
+        reader = CheckpointReader(origin.folder)
+        model = StreamedModel(reader, device=device, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
+    draft = Plan(recipe, origin, output, reader, model, choices, windows, device, dtype, 0, packed)
     return replace(
         draft, match_steps=default_match_steps(draft) if recipe.match_steps == "auto" else recipe.match_steps
     )
-
-
-def choose(recipe: Recipe, model: StreamedModel) -> dict[str, list[Choice]]:
-    """Which weights of each block are pruned, how, and to which pattern; the output head stands under its own name."""
-    blocks: dict[str, list[Weight]] = {name: model.weights(i) for i, name in enumerate(model.block_names)}
-    blocks[HEAD] = model.head_weights()
-    weights = [weight for block in blocks.values() for weight in block]
-    selected = select(weights, only=recipe.only, include=recipe.include, exclude=recipe.exclude, tied=model.tied_head)
-    recipe.check_rules([weight.name for weight in selected])
-    names = {weight.name for weight in selected}
-    choices: dict[str, list[Choice]] = {}
-    for block, members in blocks.items():
-        choices[block] = []
-        for weight in members:
-            if weight.name in names:
-                pattern = recipe.pattern_for(weight.name)
-                pattern.check(weight.name, weight.shape)
-                pruner = recipe.pruner_for(weight.name)
-                choices[block].append(Choice(weight, pruner, recipe.method_for(weight.name), pattern))
-    return choices
 
 
 def default_match_steps(plan: Plan) -> int:
@@ -277,10 +272,6 @@ def default_match_steps(plan: Plan) -> int:
         if total * per_step <= MATCH_SECONDS_ON_CPU * FLOPS_PER_THREAD * torch.get_num_threads():
             return steps
     return 0
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -20,11 +20,12 @@ from llmsparse.collect import Input, collect, learn_inputs
 from llmsparse.errors import CheckpointError, LlmsparseError
 from llmsparse.matching import Match, match
 from llmsparse.model import Activations, Block
-from llmsparse.planning import HEAD, Choice, Plan
+from llmsparse.planning import Plan
 from llmsparse.progress import Progress
 from llmsparse.pruners import Magnitude
 from llmsparse.report import BlockRecord, Row
 from llmsparse.seeding import generator_for
+from llmsparse.selection import HEAD, Choice
 from llmsparse.stats import Statistic, combine
 
 

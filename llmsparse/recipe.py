@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from decimal import Decimal
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, cast
 
@@ -99,7 +100,11 @@ Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**63)]
 
 
 class Rule(BaseModel):
-    """Other settings for the weights whose on-disk name (without `.weight`) matches a glob."""
+    """Other settings for the weights whose on-disk name (without `.weight`) matches a glob.
+
+    The last rule that matches a weight counts, alone: what it leaves out comes from the recipe's own keys, never from
+    an earlier rule that matches too. A pattern N:M brings its own sparsity.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -107,6 +112,11 @@ class Rule(BaseModel):
     sparsity: Sparsity | None = None
     pattern: str | None = None
     method: Method | None = None
+
+    @cached_property
+    def pruner(self) -> Pruner | None:
+        """The rule's method, if it names one."""
+        return None if self.method is None else methods.build(self.method)
 
 
 class Recipe(BaseModel):
@@ -179,7 +189,7 @@ class Recipe(BaseModel):
         """YAML that loads to an equal run, under `# key: value` comments."""
         return recipe_file.write(self.resolved(), comments or {})
 
-    @property
+    @cached_property
     def pruner(self) -> Pruner:
         """The method with its options, rules aside."""
         return methods.build(self.method)
@@ -208,7 +218,7 @@ class Recipe(BaseModel):
 
     def pruner_for(self, name: str) -> Pruner:
         rule = self.rule_for(name)
-        return methods.build(rule.method) if rule and rule.method is not None else self.pruner
+        return rule.pruner if rule and rule.pruner is not None else self.pruner
 
     def method_for(self, name: str) -> str:
         rule = self.rule_for(name)
@@ -237,7 +247,7 @@ class Recipe(BaseModel):
                 text = rule.pattern
                 sparsity = None if ":" in text else sparsity  # an N:M of its own brings its sparsity
             sparsity = sparsity if rule.sparsity is None else rule.sparsity
-            pruner = pruner if rule.method is None else methods.build(rule.method)
+            pruner = rule.pruner or pruner
         return parse_pattern(text, sparsity, pruner.scope if self.scope == "auto" else self.scope)
 
     @model_validator(mode="after")

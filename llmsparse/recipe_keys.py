@@ -17,16 +17,24 @@ class Key(NamedTuple):
     kind: type = str  # str: the recipe makes a value of it; bool: a switch; list: may be given again
 
 
+COLUMN = "Column of the text, if it is neither called text nor the only one"
+WINDOW = "Tokens per window; min(2048, the model's maximum) if not given"
+BATCH = "Windows run at once; chosen if not given"
+
 KEYS = {  # of every key but model and rules, by group
     "What is pruned, and how": {
         "method": Key("sparsegpt, alps, dsnot, wanda, magnitude or random.", "sparsegpt", "NAME"),
         "sparsity": Key("Fraction of zeros: 0.7 or 70%.", None, "S"),
         "pattern": Key("unstructured, or N:M such as 2:4: keep 2 of every 4.", "unstructured", "N:M"),
-        "scope": Key("auto, row or matrix: what an unstructured sparsity counts over.", "auto", "SCOPE"),
-        "only": Key("Prune only weights that match (repeatable).", None, "GLOB", list),
+        "scope": Key(
+            "row or matrix: what an unstructured sparsity counts over; auto: as the method has it.", "auto", "SCOPE"
+        ),
+        "only": Key("Prune only weights whose name matches (repeatable).", None, "GLOB", list),
         "include": Key("Prune these too, such as lm_head (repeatable).", None, "GLOB", list),
-        "exclude": Key("Leave these as they are (repeatable).", None, "GLOB", list),
-        "true_sequential": Key("Re-run a block after each group of its weights.", kind=bool),
+        "exclude": Key("Leave weights whose name matches as they are (repeatable).", None, "GLOB", list),
+        "true_sequential": Key(
+            "Measure a block's later weights on what its earlier ones became when pruned: slower.", kind=bool
+        ),
         "match_steps": Key(
             "Steps that tune a pruned block to the dense one's output; auto: where affordable, 0: off.", "auto", "N"
         ),
@@ -35,11 +43,11 @@ KEYS = {  # of every key but model and rules, by group
         "calibration": Key(
             "c4, wikitext2, builtin, a .txt, .jsonl, .parquet or .safetensors file, or ORG/NAME:SPLIT.", "c4", "TEXT"
         ),
-        "text_field": Key("Column that holds the text.", None, "COLUMN"),
+        "text_field": Key(f"{COLUMN}.", None, "COLUMN"),
         "calibration_samples": Key("Windows to calibrate on.", "128", "N"),
-        "seq_len": Key("Tokens per window; min(2048, the model's maximum) if not given.", None, "N"),
-        "batch_size": Key("Windows run at once; chosen if not given.", None, "N"),
-        "seed": Key("Same seed, data and device: same bytes.", "0", "N"),
+        "seq_len": Key(f"{WINDOW}.", None, "N"),
+        "batch_size": Key(f"{BATCH}.", None, "N"),
+        "seed": Key("Of all that is drawn: same seed, data and device, same bytes.", "0", "N"),
     },
     "Machine and model": {
         "device": Key("auto, cpu or cuda:0.", "auto", "DEVICE"),
@@ -50,6 +58,6 @@ KEYS = {  # of every key but model and rules, by group
     "Output": {
         "output": Key("Folder to write; ./NAME-METHOD-PERCENT if not given.", None, "DIR"),
         "format": Key("dense: ordinary, loads anywhere; packed: without the zeros.", "dense", "FORMAT"),
-        "max_shard_size": Key("Largest file to write.", "5GB", "SIZE"),
+        "max_shard_size": Key("Size of the largest file to write.", "5GB", "SIZE"),
     },
 }

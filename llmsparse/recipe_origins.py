@@ -89,7 +89,8 @@ class Origins:
             place = self.place(at)
             return RecipeError(f"{place + ': ' if place else ''}unknown key {spell(at)!r}{hint}")
         if first["type"] == "missing":
-            return RecipeError(self.located(at[:-1], f"{at[-1]} is missing"))
+            hint = "; name a folder, a hub id or builtin, or a recipe that does" if at == ("model",) else ""
+            return RecipeError(self.located(at[:-1], f"{at[-1]} is missing{hint}"))
         return RecipeError(self.located(at, f"got {first['input']!r}, wanted {_wanted(first)}"))
 
 

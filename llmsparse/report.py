@@ -40,7 +40,7 @@ class BlockRecord:
     name: str
     rows: list[Row]
     match: dict[str, Any] | None  # relative output error before and after block matching
-    seconds: dict[str, float]  # per weight, and "block"
+    seconds: dict[str, float]  # by name: for each weight of the block, and for the block as a whole
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,7 +61,7 @@ class Report:
     protocol: dict[str, Any]  # of the calibration windows
     versions: dict[str, str]
     blocks: list[BlockRecord] = field(default_factory=list[BlockRecord])
-    perplexity: dict[str, Any] | None = None  # {"before", "after", "protocol"} on held-out windows
+    perplexity: dict[str, Any] | None = None  # {"before", "after", "windows", "seq_len", "tokens"}, of held-out text
     packing: Packing | None = None  # what the packed format saved
     warnings: list[str] = field(default_factory=list[str])
     total_parameters: int = 0

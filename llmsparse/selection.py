@@ -1,4 +1,4 @@
-"""Which weights are pruned: globs over on-disk names (without `.weight`).
+"""Which weights are pruned, and how each: globs over on-disk names (without `.weight`), and a recipe's rules.
 
 The default is every matrix that a block multiplies activations with; the model says what that is (`Weight.prunable`).
 `only` restricts, `include` adds, `exclude` removes, in that order.
@@ -7,10 +7,46 @@ The default is every matrix that a block multiplies activations with; the model 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from llmsparse.errors import RecipeError, did_you_mean
-from llmsparse.model import Weight
+from llmsparse.model import StreamedModel, Weight
+from llmsparse.patterns import Pattern
+from llmsparse.pruners import Pruner
+from llmsparse.recipe import Recipe
+
+HEAD = "head"  # the pseudo-block of an untied output head
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One weight, and how it will be pruned."""
+
+    weight: Weight
+    pruner: Pruner
+    method: str
+    pattern: Pattern
+
+
+def choose(recipe: Recipe, model: StreamedModel) -> dict[str, list[Choice]]:
+    """Which weights of each block are pruned, how, and to which pattern; the output head stands under its own name."""
+    blocks: dict[str, list[Weight]] = {name: model.weights(i) for i, name in enumerate(model.block_names)}
+    blocks[HEAD] = model.head_weights()
+    weights = [weight for block in blocks.values() for weight in block]
+    selected = select(weights, only=recipe.only, include=recipe.include, exclude=recipe.exclude, tied=model.tied_head)
+    recipe.check_rules([weight.name for weight in selected])
+    names = {weight.name for weight in selected}
+    choices: dict[str, list[Choice]] = {}
+    for block, members in blocks.items():
+        choices[block] = []
+        for weight in members:
+            if weight.name in names:
+                pattern = recipe.pattern_for(weight.name)
+                pattern.check(weight.name, weight.shape)
+                pruner = recipe.pruner_for(weight.name)
+                choices[block].append(Choice(weight, pruner, recipe.method_for(weight.name), pattern))
+    return choices
 
 
 def select(

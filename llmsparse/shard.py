@@ -82,8 +82,24 @@ def read_header(file: Path) -> Header:
             header = stream.read(start - 8)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+    specs = _specs(file, start, header)
+    cursor = max((spec.end for spec in specs.values()), default=start)
+    if cursor != size:
+        fault = "truncated" if size < cursor else "corrupt"
+        raise CheckpointError(f"{file}: {fault}: {size} bytes, its header wants {cursor}; download it again")
+    return Header(file, size, status.st_mtime_ns, header, specs)
+
+
+def header_of(file: Path, text: bytes) -> Header:
+    """The header of a file that is not there, from its JSON: what it will hold, as far as a plan must know."""
+    specs = _specs(file, 8 + len(text), text)
+    return Header(file, max((spec.end for spec in specs.values()), default=8 + len(text)), 0, text, specs)
+
+
+def _specs(file: Path, start: int, text: bytes) -> dict[str, TensorSpec]:
+    """The tensors of a header's JSON in the order of their bytes, which begin at `start` and leave no gap."""
     try:
-        entries: Any = json.loads(header.decode())
+        entries: Any = json.loads(text.decode())
         entries.pop("__metadata__", None)
         specs = {key: _spec(file, start, key, entry) for key, entry in entries.items()}
     except CheckpointError:
@@ -96,10 +112,7 @@ def read_header(file: Path) -> Header:
         if spec.begin != cursor:
             raise CheckpointError(f"{file}: corrupt header: tensor {key!r} begins at {spec.begin}, wanted {cursor}")
         cursor = spec.end
-    if cursor != size:
-        fault = "truncated" if size < cursor else "corrupt"
-        raise CheckpointError(f"{file}: {fault}: {size} bytes, its header wants {cursor}; download it again")
-    return Header(file, size, status.st_mtime_ns, header, specs)
+    return specs
 
 
 def _spec(file: Path, start: int, key: str, entry: Mapping[str, Any]) -> TensorSpec:

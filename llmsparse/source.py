@@ -7,23 +7,23 @@ checkpoints, custom code without leave to run it, and whatever transformers does
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from llmsparse import demo
+from llmsparse import demo, hub
 from llmsparse.disk import disk_error
-from llmsparse.errors import CheckpointError, MachineError, RecipeError
+from llmsparse.errors import CheckpointError, RecipeError, one_line
 from llmsparse.formats import compressed_tensors
 from llmsparse.home import expand_home
+from llmsparse.shard import Header
 
 BUILTIN = "builtin"  # the embedded model
-DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
-# other copies of the same weights: Mistral's own layout, half-precision variants, exports in folders of their own
-NOT_DOWNLOADED = ["consolidated*", "*.fp16*", "*/*.safetensors", "*/*.json", "*/*.txt"]
 VOCABULARIES = ["tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json"]
 WEIGHTS = (
     ".safetensors",
@@ -44,11 +44,38 @@ PACKED = "llmsparse"  # the quant_method of a packed checkpoint
 CHAT_TEMPLATES = "additional_chat_templates"
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a plan needs of a model."""
+
+    folder: Path
+    absent: Mapping[str, Header] = field(default_factory=dict[str, Header])  # of shards that are not downloaded yet
+    commit: str | None = None  # on the hub
+
+    @property
+    def bytes_to_download(self) -> int:
+        return sum(header.size for header in self.absent.values())
+
+
 def resolve(model: str, revision: str | None = None) -> Path:
     """The folder of `model`: a local one, `builtin` for the embedded one, else a hub id, downloaded or cached (safetensors only).
 
     Raises CheckpointError where there is no such model or leave to read it, MachineError without a network.
     """
+    return _local(model, revision) or hub.fetch(model, revision)
+
+
+def look(model: str, revision: str | None = None) -> Origin:
+    """As `resolve`, but of a hub id's weights, unless they are in the cache, only headers are fetched."""
+    folder = _local(model, revision)
+    if folder is not None:
+        return Origin(folder)
+    folder, absent = hub.look(model, revision)
+    return Origin(folder, absent, hub.commit_of(folder))
+
+
+def _local(model: str, revision: str | None) -> Path | None:
+    """The folder of `model`, None for a hub id."""
     if not model:
         raise CheckpointError("model '': empty; name a folder or a hub id (owner/name)")
     if model == BUILTIN:
@@ -66,10 +93,16 @@ def resolve(model: str, revision: str | None = None) -> Path:
         raise CheckpointError(f"{model}: a file; name the folder that holds config.json and the weights")
     if model.startswith((".", "~", "/")) or model.count("/") > 1:
         raise CheckpointError(f"{model}: no such folder")
-    folder = _download(model, revision)
-    if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{model}: its hub repository holds no safetensors; pickled weights (.bin) are not read")
-    return folder
+    return None
+
+
+def fingerprint(folder: Path, trust_remote_code: bool = False) -> dict[str, str]:
+    """Checksums of what decides, weights aside, what a model computes: its config, and its code where that is run."""
+    files = [folder / "config.json", *(sorted(folder.glob("*.py")) if trust_remote_code else [])]
+    try:
+        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -82,7 +115,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not JSON: {_one_line(error)}") from error
+        raise CheckpointError(f"{file}: not JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: not a JSON object")
     return content
@@ -121,7 +154,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
-        raise CheckpointError(f"{file}: transformers cannot read it: {_one_line(error)}") from error
+        raise CheckpointError(f"{file}: transformers cannot read it: {one_line(error)}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(f"{file}: {kind} is an encoder-decoder; only decoder language models are handled")
     parts = [name for name in config.sub_configs if "vision" in name or "audio" in name]
@@ -148,7 +181,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises nothing narrower for a corrupt file
         hint = "; read its code, then allow it with --trust-remote-code" if "trust_remote_code" in str(error) else ""
-        raise CheckpointError(f"{folder}: tokenizer cannot be loaded: {_one_line(error)}{hint}") from error
+        raise CheckpointError(f"{folder}: tokenizer cannot be loaded: {one_line(error)}{hint}") from error
 
 
 def copy_side_files(source: Path, target: Path, leaving: Collection[str] = WRITTEN) -> None:
@@ -191,51 +224,3 @@ def _refuse_compressed(file: Path, config: Mapping[str, Any]) -> None:
     if quantized:
         method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else quantized
         raise CheckpointError(f"{file}: already quantized ({method}); start from the unquantized checkpoint")
-
-
-def _download(model: str, revision: str | None) -> Path:
-    from huggingface_hub import constants, errors, snapshot_download
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
-
-    what = f"{model} at revision {revision}" if revision else model
-    try:
-        return Path(
-            snapshot_download(model, revision=revision, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED)
-        )
-    except errors.HFValidationError as error:
-        raise CheckpointError(f"{model}: neither a folder nor a hub id (owner/name)") from error
-    except errors.GatedRepoError as error:
-        raise CheckpointError(
-            f"{model}: gated; accept its licence at {constants.ENDPOINT}/{model}, then run `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{model}: no such folder, and no such model at {constants.ENDPOINT}; "
-            "check the spelling, or run `hf auth login` if it is private"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(
-            f"{model}: has no revision {revision!r}; see {constants.ENDPOINT}/{model}/tree"
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise _unreachable(what, error) from error
-    except (OSError, HTTPError, RuntimeError) as error:  # RuntimeError comes from the chunk downloader, hf_xet
-        raise MachineError(f"{what}: download failed: {_one_line(error)}; run again to go on with it") from error
-
-
-def _unreachable(what: str, error: OSError) -> MachineError:
-    """No network, or none wanted, and no complete copy in the cache."""
-    from huggingface_hub import constants, errors
-
-    incomplete = isinstance(error, errors.IncompleteSnapshotError)
-    found = f"no such folder, and {'only part of it' if incomplete else 'nothing'} in the cache"
-    if constants.is_offline_mode():
-        return MachineError(f"{what}: {found} while offline (HF_HUB_OFFLINE=1); name a local folder, or go online once")
-    cause = _one_line(error.__cause__ or error)
-    return MachineError(f"{what}: {found}, and {constants.ENDPOINT} is out of reach ({cause}); name a local folder")
-
-
-def _one_line(error: BaseException) -> str:
-    """An error of another library, short and on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -23,8 +23,10 @@ from llmsparse.home import expand_home
 
 Purpose = Literal["calibration", "evaluation"]
 
-BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-TOKEN_FILE_SUFFIX = ".safetensors"
+TEXT_SUFFIX, TOKEN_FILE_SUFFIX = ".txt", ".safetensors"
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of tables, read through `datasets`
+KINDS = f"{TEXT_SUFFIX}, {', '.join(BUILDERS)} or {TOKEN_FILE_SUFFIX}"
+PART = 2**20  # characters of a text file read at once
 
 C4 = ("allenai/c4", "1588ec454efa1a09f29cd18ddd04fe05fc8653a2")
 C4_FILES = {
@@ -43,9 +45,9 @@ OPTION = {"calibration": "calibration", "evaluation": "text"}
 
 @dataclass(frozen=True)
 class Texts:
-    """`documents` to be read once; `endless` if there may be far more of them than anyone wants."""
+    """`documents` to be read once, each in parts as they are read; `endless` if there may be far more than anyone wants."""
 
-    documents: Iterator[str]
+    documents: Iterator[Iterable[str]]
     endless: bool
     protocol: dict[str, Any]
 
@@ -62,7 +64,7 @@ def open_texts(source: str, purpose: Purpose, text_field: str | None = None) -> 
     if source == "wikitext2":
         return _wikitext(purpose)
     path = expand_home(source, CalibrationError)
-    if path.exists() or path.suffix in BUILDERS:
+    if path.exists() or path.suffix in (TEXT_SUFFIX, *BUILDERS):
         return _file(path, text_field)
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.-]+))?", source)
     if hub is None:
@@ -76,30 +78,41 @@ def _builtin(purpose: Purpose) -> Texts:
     from llmsparse.demo import corpus
 
     protocol = {"dataset": "builtin", "text": corpus.describe(purpose), "python": platform.python_version()}
-    return Texts(iter(corpus.texts(purpose)), False, protocol)
+    return Texts(((text,) for text in corpus.texts(purpose)), False, protocol)
 
 
 def _file(path: Path, text_field: str | None) -> Texts:
     if path.is_dir():
-        raise CalibrationError(f"{path}: is a folder, wanted one {', '.join(BUILDERS)} or {TOKEN_FILE_SUFFIX} file")
-    if path.suffix not in BUILDERS:
-        raise CalibrationError(f"{path}: unknown kind of file, wanted {', '.join(BUILDERS)} or {TOKEN_FILE_SUFFIX}")
+        raise CalibrationError(f"{path}: is a folder, wanted one {KINDS} file")
+    if path.suffix not in BUILDERS and path.suffix != TEXT_SUFFIX:
+        raise CalibrationError(f"{path}: unknown kind of file, wanted {KINDS}")
     if not path.exists():
         raise CalibrationError(f"{path}: no such file")
     try:
         if path.stat().st_size == 0:
             raise CalibrationError(f"{path}: is empty, wanted text")
-        if path.suffix == ".txt" and _holds_nul(path):
-            raise CalibrationError(f"{path}: is binary, wanted UTF-8 text")
     except OSError as error:
         raise CalibrationError(f"{path}: cannot be read ({error.strerror})") from None
+    if path.suffix == TEXT_SUFFIX:
+        if text_field not in (None, "text"):
+            raise CalibrationError(f"{path}: no column {text_field!r}; a {TEXT_SUFFIX} file is one text")
+        return Texts(iter([_parts(path)]), False, {"file": path.name})
     rows = _rows(str(path), BUILDERS[path.suffix], str(path))
     return Texts(_documents(rows, text_field, str(path)), False, {"file": path.name})
 
 
-def _holds_nul(path: Path) -> bool:
-    with path.open("rb") as file:
-        return any(b"\0" in chunk for chunk in iter(lambda: file.read(2**20), b""))
+def _parts(path: Path) -> Iterator[str]:
+    """A text file, read as it is asked for: it may be larger than memory."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for part in iter(lambda: file.read(PART), ""):
+                if "\0" in part:
+                    raise CalibrationError(f"{path}: is binary, wanted UTF-8 text")
+                yield part
+    except UnicodeDecodeError:
+        raise CalibrationError(f"{path}: is binary, or not UTF-8; wanted UTF-8 text") from None
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _rows(path: str, builder: str, where: str) -> Iterator[dict[str, Any]]:
@@ -107,15 +120,10 @@ def _rows(path: str, builder: str, where: str) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
     try:
         with TemporaryDirectory() as cache:  # for its lock files: nothing is copied when streaming
-            rows: Any = load_dataset(
-                builder, data_files=path, split="train", streaming=True, cache_dir=cache, **options
-            )
+            rows: Any = load_dataset(builder, data_files=path, split="train", streaming=True, cache_dir=cache)
         yield from rows
-    except UnicodeDecodeError:
-        raise CalibrationError(f"{where}: is binary, or not UTF-8; wanted UTF-8 text") from None
     except (OSError, ValueError, TypeError, DatasetsError) as error:
         raise CalibrationError(f"{where}: cannot be read as {builder}: {_first_line(error)}") from None
 
@@ -145,7 +153,7 @@ def _wikitext(purpose: Purpose) -> Texts:
         except _network_errors() as error:
             raise _unreachable("wikitext2", purpose, error) from None
     text = "\n\n".join(str(row["text"]) for row in _rows(path, "parquet", name))
-    return Texts(iter([text]), False, {"dataset": name, "file": file, "revision": revision, "split": split})
+    return Texts(iter([(text,)]), False, {"dataset": name, "file": file, "revision": revision, "split": split})
 
 
 def _hub(name: str, config: str | None, split: str | None, purpose: Purpose, text_field: str | None) -> Texts:
@@ -193,13 +201,14 @@ def _reach(name: str, revision: str | None, purpose: Purpose, label: str) -> str
         raise _unreachable(label, purpose, error) from None
 
 
-def _documents(rows: Iterator[Any], text_field: str | None, where: str) -> Iterator[str]:
+def _documents(rows: Iterator[Any], text_field: str | None, where: str) -> Iterator[tuple[str]]:
     """The texts in `rows`, empty ones left out. Looks at the first row at once: a wrong column is known when opened."""
     first = next(rows, None)
     if first is None:
         raise CalibrationError(f"{where}: is empty, wanted text")
     field = _column(first, text_field, where)
-    return (_text(row, field, where) for row in chain([first], rows) if row[field])
+    numbered = enumerate(chain([first], rows), 1)
+    return ((_text(row, field, f"{where}: row {number}"),) for number, row in numbered if row[field] not in (None, ""))
 
 
 def _column(row: dict[str, Any], text_field: str | None, where: str) -> str:
@@ -207,9 +216,9 @@ def _column(row: dict[str, Any], text_field: str | None, where: str) -> str:
         if text_field in row:
             return text_field
         raise CalibrationError(f"{where}: no column {text_field!r}; it has {', '.join(row)}")
-    strings = [key for key, value in row.items() if isinstance(value, str)]
-    if "text" in strings:
+    if "text" in row:
         return "text"
+    strings = [key for key, value in row.items() if isinstance(value, str)]
     if len(strings) == 1:
         return strings[0]
     raise CalibrationError(
@@ -219,7 +228,7 @@ def _column(row: dict[str, Any], text_field: str | None, where: str) -> str:
 
 def _text(row: dict[str, Any], field: str, where: str) -> str:
     if not isinstance(row[field], str):
-        raise CalibrationError(f"{where}: column {field!r} holds {type(row[field]).__name__}, wanted text")
+        raise CalibrationError(f"{where}: {field!r} holds {row[field]!r:.40}, wanted text")
     return row[field]
 
 

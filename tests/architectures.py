@@ -56,6 +56,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "mistral": _PLAIN | {"sliding_window": 8},
     "qwen2": _PLAIN,
     "qwen3": _PLAIN,
+    "apertus": _PLAIN,  # with tensors of no dimension
     "gemma2": _PLAIN | _SLIDING,
     "gemma3_text": _PLAIN | _SLIDING,
     "phi": _PLAIN,

@@ -211,7 +211,9 @@ def test_a_tokenizer_of_another_model_is_noticed(story: str, tokenizer: Any) -> 
             b'{"a": "x", "b": "y"}\n',
             "which column is the text? call it 'text', or name it with --text-field; it has a, b",
         ),
-        ("number.jsonl", b'{"text": 5}\n', "which column is the text?"),
+        ("number.jsonl", b'{"text": 5}\n', "row 1: 'text' holds 5, wanted text"),
+        ("list.jsonl", b'{"text": ["a"]}\n', "row 1: 'text' holds ['a'], wanted text"),
+        ("later.jsonl", b'{"text": "a"}\n{"text": 5}\n', "row 2: 'text' holds 5, wanted text"),
         ("notes.md", b"# words", "unknown kind of file, wanted .txt, .jsonl"),
         ("folder", None, "is a folder"),
         ("absent.txt", None, "no such file"),
@@ -234,7 +236,12 @@ def test_files_that_cannot_be_used_are_refused(
 
 def test_a_column_that_is_not_there_is_refused(stories: str, tokenizer: Any) -> None:
     assert "no column 'body'; it has text, id" in refusal(lambda: load(stories, tokenizer, text_field="body"))
-    assert "column 'id' holds int, wanted text" in refusal(lambda: load(stories, tokenizer, text_field="id"))
+    assert "row 1: 'id' holds 0, wanted text" in refusal(lambda: load(stories, tokenizer, text_field="id"))
+
+
+def test_a_text_file_has_no_columns(story: str, tokenizer: Any) -> None:
+    assert "no column 'body'; a .txt file is one text" in refusal(lambda: load(story, tokenizer, text_field="body"))
+    assert torch.equal(load(story, tokenizer, text_field="text").ids, load(story, tokenizer).ids)
 
 
 def test_builtin_calibrates_and_evaluates_on_different_modules(tokenizer: Any) -> None:

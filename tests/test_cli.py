@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -81,7 +82,12 @@ def test_every_key_of_a_recipe_is_a_flag(run: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["prune"], "Missing argument"),
+        (["prune"], "model is missing; name a folder, a hub id or builtin, or a recipe that does"),
+        (["prune", "seed=3", "--sparsity", "0.5"], "model is missing"),
+        (["factorize", "--recipe", "factorize-50"], "model is missing"),
+        (["recipes"], "Missing command. (llmsparse recipes --help)"),
+        (["recipes", "shw"], "No such command 'shw'. Did you mean 'show'? (llmsparse recipes --help)"),
+        (["inspect"], "Missing argument 'MODEL'. (llmsparse inspect --help)"),
         (["prune", "m", "--sparsty", "0.5"], "--sparsty"),
         (["frobnicate"], "frobnicate"),
         (["prune", "m"], "nothing says how much to prune"),
@@ -116,6 +122,20 @@ def test_what_the_machine_lacks_is_one_line_and_exit_code_3(run: Any, here: Path
     code, _, err = run("prune", model, "--sparsity", "0.5")
     assert code == 3 and one_error(err).startswith("c4 cannot be read offline: use --calibration builtin")
     assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    "verb", ["prune", "plan", "factorize", "eval", "inspect", "pack", "serve", "bench", "generate"]
+)
+def test_help_says_what_every_switch_does(run: Any, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = run(verb, "--help")
+    assert code == 0 and "MODEL" in out and "{model}" not in out
+    shown = [line.strip("│ ").strip() for line in out.splitlines() if line.startswith("│ --")]
+    assert len(shown) > 5
+    for line in shown:
+        assert re.search(r"[a-z0-9]\.( \[|$)|\]$", line), line  # a sentence, then perhaps the default
+        assert "<bool>" not in line or line.startswith("--help")
 
 
 def test_debug_shows_the_traceback_before_or_after_the_verb(run: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, MambaConfig
 
 from llmsparse.checkpoint import CheckpointReader
-from llmsparse.device import choose_device, choose_dtype, split_batches, window_length
+from llmsparse.device import choose_device, choose_dtype, full_float32, split_batches, window_length
 from llmsparse.errors import MachineError, RecipeError
 
 CPU = torch.device("cpu")
@@ -66,3 +66,17 @@ def test_batches_of_a_wide_model_are_smaller_on_a_cpu_but_never_below_512_tokens
     ids = torch.arange(10 * 512).view(10, 512)
     assert [len(batch) for batch in split_batches(ids, None, CPU, 1024)] == [2] * 5
     assert [len(batch) for batch in split_batches(ids, None, CPU, 8192)] == [1] * 10
+
+
+@pytest.mark.parametrize("chosen", ["ieee", "tf32", "none"])
+def test_the_callers_precision_of_products_comes_back(chosen: str) -> None:
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = chosen
+    try:
+        with pytest.raises(KeyboardInterrupt), full_float32():
+            assert products.fp32_precision == "ieee"
+            raise KeyboardInterrupt
+        assert products.fp32_precision == chosen
+    finally:
+        products.fp32_precision = before

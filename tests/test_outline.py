@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from architectures import random_model, stream, tiny_config
 from torch import Tensor, nn
 
 from llmsparse.errors import CheckpointError
@@ -166,3 +168,13 @@ def test_of_two_lists_of_the_same_length_the_declared_one_is_taken() -> None:
     assert find_blocks(model)[0] == "layers.adapters"
     model._no_split_modules = ["Block"]
     assert find_blocks(model)[0] == "layers.blocks"
+
+
+def test_a_config_that_contradicts_itself_is_one_line(tmp_path: Path) -> None:
+    config = tiny_config("deepseek_v3", num_key_value_heads=2)  # of 4 heads; latent attention has no groups of them
+    random_model(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointError, match="DeepseekV3ForCausalLM does not run with the sizes in its config"
+    ) as error:
+        stream(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from llmsparse.disk import check_room, spell_size
 from llmsparse.errors import CheckpointError, LlmsparseError, MachineError, RecipeError
-from llmsparse.output import STATE, PartialOutput, check_output
+from llmsparse.output import STATE, PartialOutput, check_output, held_bytes
 
 FINGERPRINT: dict[str, Any] = {"recipe": {"method": "wanda"}, "model": {"size": 7}, "seed": 0}
 
@@ -114,6 +116,49 @@ def test_unfinished_run_wants_a_decision(tmp_path: Path) -> None:
         assert not partial.finished
         assert [path.name for path in partial.folder.iterdir()] == [STATE]
         assert [path.name for path in (partial.folder / STATE).iterdir()] == ["run.json"]
+
+
+def test_a_run_noted_before_runs_could_be_other_than_resumable_is_resumed(tmp_path: Path) -> None:
+    noted = unfinished(tmp_path / "out") / STATE / "run.json"
+    run = json.loads(noted.read_text())
+    noted.write_text(json.dumps({key: run[key] for key in ("fingerprint", "overwrite")}))
+    with start(tmp_path / "out", resume=True) as partial:
+        assert list(partial.finished) == ["block 0", "block 1"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"overwrite": false}'])
+def test_a_run_that_left_no_sense_is_refused(tmp_path: Path, content: str) -> None:
+    (unfinished(tmp_path / "out") / STATE / "run.json").write_text(content)
+    refused(tmp_path / "out", RecipeError, "corrupt; delete .* and start anew", resume=True)
+
+
+def test_what_an_unfinished_run_holds_is_counted_once(tmp_path: Path) -> None:
+    assert held_bytes(tmp_path / "out") == 0
+    partial = unfinished(tmp_path / "out")
+    before = held_bytes(tmp_path / "out")
+    (partial / "model.safetensors").write_bytes(b"x" * 2**20)
+    assert held_bytes(tmp_path / "out") - before == pytest.approx(2**20, abs=2**14)
+    checkpoint(partial / STATE / "replaced", "x" * 2**20)  # an old OUT, which stays until the new one is complete
+    assert held_bytes(tmp_path / "out") - before == pytest.approx(2**20, abs=2**14)
+
+
+def test_room_is_asked_for_what_is_not_there_yet(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    needed, held = free + 10**9, 2 * 10**9
+    check_room(tmp_path / "deep/out", needed, held)
+    with pytest.raises(MachineError, match=r"needs .* GB and its disk has .* GB free; make room, or choose another"):
+        check_room(tmp_path / "deep/out", needed)
+    with pytest.raises(MachineError, match=r"beside the 1\.00 MB of the unfinished run"):
+        check_room(tmp_path / "deep/out", needed, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (12_345, "12.3 kB"), (999_600, "1.00 MB"), (4_560_000, "4.56 MB"),
+     (123_456_789, "123 MB"), (2_470_000_000, "2.47 GB"), (10**15, "1000 TB")],
+)  # fmt: skip
+def test_sizes_are_spelled_in_the_unit_that_fits(size: int, text: str) -> None:
+    assert spell_size(size) == text
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:

@@ -160,6 +160,27 @@ def test_what_would_be_larger_stays_dense_and_is_listed(llama: Path, tmp_path: P
     assert_same_tensors(dense, tmp_path / "back")
 
 
+def test_negative_zeros_are_dropped_when_asked_and_nothing_else_changes(tmp_path: Path) -> None:
+    dense = save_sparse("llama", tmp_path / "dense", shard="1GB")
+    file = dense / "model.safetensors"
+    tensors = load_file(file)
+    for tensor in tensors.values():
+        if tensor.dim() == 2:
+            tensor.masked_fill_(tensor == 0, -0.0)  # as `w * mask` leaves it
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"places of -0\.0, which are kept without --drop-negative-zeros"):
+        llmsparse.pack(str(dense), tmp_path / "packed")
+    packing = llmsparse.pack(str(dense), tmp_path / "packed", drop_negative_zeros=True)
+    count = sum(int((tensors[f"{weight.name}.weight"] == 0).sum()) for weight in packing.weights)
+    assert dict(packing.summary())["negative zeros"].startswith(f"{count:,} places held -0.0")
+    assert "with 0.0 for -0.0" in (tmp_path / "packed/README.md").read_text()
+    llmsparse.unpack(str(tmp_path / "packed"), tmp_path / "back")
+    packed = {f"{weight.name}.weight" for weight in packing.weights}
+    wanted = {key: torch.where(t == 0, 0.0, t) if key in packed else t for key, t in tensors.items()}
+    save_file(wanted, file, metadata={"format": "pt"})
+    assert_same_tensors(dense, tmp_path / "back")
+
+
 def test_tied_embeddings_stay_one_dense_tensor(tmp_path: Path) -> None:
     packing = round_trip("llama", tmp_path, tie_word_embeddings=True)
     assert "lm_head" not in [weight.name for weight in packing.weights]

@@ -204,6 +204,23 @@ def test_the_last_rule_that_matches_wins() -> None:
     assert recipe.pruner_for("a.mlp.down_proj") == Wanda() and recipe.method_for("a.mlp.down_proj") == "wanda"
 
 
+def test_the_last_rule_counts_alone_whatever_an_earlier_one_says() -> None:
+    rules = [{"match": "*", "sparsity": 0.9, "method": "magnitude"}, {"match": "*.k_proj", "method": "sparsegpt"}]
+    recipe = Recipe(model="m", sparsity=0.5, method="wanda", rules=rules)
+    assert recipe.pattern_for("a.k_proj") == Unstructured(0.5, "matrix")  # the recipe's sparsity, not 0.9
+    assert recipe.pruner_for("a.k_proj") == SparseGPT()
+    reversed_ = recipe.replace(rules=rules[::-1])
+    assert reversed_.pattern_for("a.k_proj") == Unstructured(0.9, "matrix")
+    assert reversed_.pruner_for("a.k_proj") == Magnitude()
+
+
+def test_a_method_is_built_once_for_all_weights() -> None:
+    recipe = Recipe(model="m", sparsity=0.5, rules=[{"match": "*.k_proj", "method": "wanda"}])
+    assert recipe.pruner_for("a.q_proj") is recipe.pruner_for("b.q_proj")
+    assert recipe.pruner_for("a.k_proj") is recipe.pruner_for("b.k_proj")
+    assert recipe == recipe.replace() and hash(recipe.rules) == hash(recipe.replace().rules)
+
+
 def test_a_rule_that_matches_nothing_is_an_error() -> None:
     recipe = Recipe(model="m", sparsity=0.5, rules=[{"match": "*.down_prj", "sparsity": 0.6}])
     with pytest.raises(RecipeError, match=r"rules\[0\]: match '\*.down_prj' matches none of 2 weights"):
@@ -245,7 +262,7 @@ def test_python_gives_the_same_errors() -> None:
         Recipe(model="m", sparsity=70)
     with pytest.raises(RecipeError, match="did you mean 'sparsity'"):
         Recipe(model="m", sparsty=0.5)
-    with pytest.raises(RecipeError, match="model is missing"):
+    with pytest.raises(RecipeError, match="model is missing; name a folder, a hub id or builtin"):
         Recipe(sparsity=0.5)
 
 

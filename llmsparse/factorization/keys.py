@@ -11,10 +11,12 @@ KEYS = {  # of every key but model, by group
         "shared": Key("Of these, how many run for every token.", "4", "N"),
         "active": Key("Of the others, how many run for a token.", "4", "N"),
         "split": Key("clustered, contiguous or random: which neurons go together.", "clustered", "HOW"),
-        "router": Key("linear, gate-mean, prior-approximate or random.", "linear", "HOW"),
-        "router_steps": Key("Steps to train a router with.", "300", "N"),
+        "router": Key(
+            "linear, gate-mean, prior-approximate or random: what chooses experts for a token.", "linear", "HOW"
+        ),
+        "router_steps": Key("Steps that train the router.", "300", "N"),
         "scale": Key("fitted, ratio (experts over active) or none: a factor on each expert.", "fitted", "HOW"),
-        "refit": Key("Fit the down projection to the dense output.", "refit", kind=bool),
+        "refit": Key("Fit the down projections to the output of the dense FFN.", "refit", kind=bool),
         "container": Key("auto, glm4_moe, mixtral, qwen3_moe or qwen2_moe: what it is written as.", "auto", "NAME"),
         "keep_dense": Key("Blocks to leave as they are: none, or numbers such as 0,-1.", "none", "BLOCKS"),
     },

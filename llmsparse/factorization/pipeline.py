@@ -15,6 +15,7 @@ import torch
 from llmsparse import source
 from llmsparse.checkpoint import CheckpointReader, CheckpointWriter, parse_size
 from llmsparse.checksum import checksums, read_checked
+from llmsparse.device import full_float32
 from llmsparse.disk import disk_error
 from llmsparse.evaluation import negative_log_likelihood, perplexity_of
 from llmsparse.factorization.layer import LayerRecord, factorize_block
@@ -24,7 +25,7 @@ from llmsparse.factorization.report import FactorReport
 from llmsparse.memory import PeakMemory, release_freed
 from llmsparse.model import StreamedModel
 from llmsparse.output import PartialOutput
-from llmsparse.pipeline import CHECKSUMS, OUTSIDE, check_written
+from llmsparse.pipeline import CHECKSUMS, OUTSIDE, check_written, recall
 from llmsparse.planning import versions
 from llmsparse.progress import Progress, Silent
 from llmsparse.recipe import from_arguments
@@ -45,10 +46,10 @@ def factorize(
     the same bytes. Raises a LlmsparseError of one line.
     """
     progress = progress or Silent()
-    torch.backends.cuda.matmul.allow_tf32 = False  # the equations of the refit need the full fp32 mantissa
     started = time.perf_counter()
     plan = make_plan(from_arguments(FactorRecipe, recipe, keys), resume=resume, overwrite=overwrite)
     with (
+        full_float32(),
         PeakMemory(plan.device) as memory,
         PartialOutput(
             plan.output, source=plan.folder, fingerprint=plan.fingerprint, resume=resume, overwrite=overwrite
@@ -68,7 +69,7 @@ def factorize(
         report = FactorReport(
             plan.name,
             str(plan.output),
-            plan.recipe.resolved(),
+            plan.resolved.resolved(),
             plan.windows.protocol,
             versions(),
             describe(plan.layout),
@@ -81,7 +82,7 @@ def factorize(
         report.warn()
         report.seconds = time.perf_counter() - started
         report.peak_memory_bytes = memory.read()
-        recipe_text = plan.recipe.dump(versions() | {"calibration sha256": plan.windows.fingerprint})
+        recipe_text = plan.resolved.dump(versions() | {"calibration sha256": plan.windows.fingerprint})
         source.write_side_files(partial.folder, recipe=recipe_text, report=report.stored(), card=report.card())
         check_written(partial.folder, plan.tensors, partial)
         partial.publish()
@@ -105,8 +106,9 @@ def factorize_blocks(
         progress.block(name)
         done = name in partial.finished
         if name in plan.targets and done:
-            read_checked(writer, partial.finished[name][CHECKSUMS])  # what `made` will run
-            report.blocks.append(LayerRecord.from_json(partial.finished[name]))
+            record, expected = recall(partial, name, LayerRecord.from_json)
+            read_checked(writer, expected)  # what `made` will run
+            report.blocks.append(record)
         if before or (name in plan.targets and not done):
             block = dense.block(index)
             if before:

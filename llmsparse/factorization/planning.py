@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from llmsparse import calibration, source
 from llmsparse.checkpoint import CheckpointReader, parse_size
 from llmsparse.device import choose_device, choose_dtype, split_batches, window_length
-from llmsparse.disk import check_room
+from llmsparse.disk import check_room, spell_size
 from llmsparse.errors import CalibrationError, CheckpointError
 from llmsparse.factorization import containers, export
 from llmsparse.factorization.containers import Container, Shape
@@ -23,8 +23,9 @@ from llmsparse.factorization.export import Spec
 from llmsparse.factorization.recipe import FactorRecipe
 from llmsparse.factorization.split import Layout
 from llmsparse.model import StreamedModel, Weight
-from llmsparse.output import check_output
+from llmsparse.output import check_output, held_bytes
 from llmsparse.planning import HELD_OUT_TOKENS, versions
+from llmsparse.source import Origin
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -53,7 +54,7 @@ class FactorPlan:
     """A run that has passed every check that needs no weights."""
 
     recipe: FactorRecipe
-    folder: Path  # the source checkpoint
+    origin: Origin
     output: Path
     reader: CheckpointReader
     model: StreamedModel  # the dense one
@@ -66,6 +67,23 @@ class FactorPlan:
     dtype: torch.dtype
 
     @property
+    def folder(self) -> Path:
+        """The source checkpoint."""
+        return self.origin.folder
+
+    @property
+    def resolved(self) -> FactorRecipe:
+        """The recipe with all that `auto`, the model and the hub decided in it: another run of it does the same."""
+        return self.recipe.replace(
+            container=self.container.name,
+            device=str(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            seq_len=self.windows.ids.shape[1],
+            batch_size=self.batches[0].shape[0],
+            revision=self.origin.commit or self.recipe.revision,
+        )
+
+    @property
     def name(self) -> str:
         """The model as the user named it, without the path."""
         return Path(self.recipe.model).resolve().name if Path(self.recipe.model).exists() else self.recipe.model
@@ -76,7 +94,8 @@ class FactorPlan:
 
     @cached_property
     def held_out(self) -> list[Tensor]:
-        return split_batches(self.windows.held_out, self.recipe.batch_size, self.device, self.model.hidden_size)
+        """In batches of the same size, so that this one number repeats the run."""
+        return split_batches(self.windows.held_out, self.batches[0].shape[0], self.device, self.model.hidden_size)
 
     @cached_property
     def copied(self) -> list[str]:
@@ -117,7 +136,7 @@ class FactorPlan:
         """What a resumed run must share with the one it resumes."""
         return {
             "recipe": {key: value for key, value in self.recipe.resolved().items() if key != "output"},
-            "model": self.reader.fingerprint(),
+            "model": self.reader.fingerprint() | source.fingerprint(self.folder),
             "calibration": self.windows.fingerprint,
             "versions": versions(),
             "threads": torch.get_num_threads(),
@@ -146,6 +165,7 @@ class FactorPlan:
             "factorized": list(self.targets),
             "container": self.container.name,
             "layout": describe(self.layout),
+            "bytes_to_download": self.origin.bytes_to_download,
             "bytes_to_read": sum(spec.end - spec.begin for spec in map(self.reader.spec, self.reader.keys())),
             "bytes_to_write": self.bytes_to_write,
             "memory_bytes": self.memory_bytes(),
@@ -170,22 +190,32 @@ class FactorPlan:
             f"{'refit' if self.recipe.refit else 'no refit'}",
             "calibration": ", ".join(f"{key} {value}" for key, value in self.windows.protocol.items()),
             "compute": f"{plan['device']}, {plan['dtype']}, {plan['batch_size']} windows a batch",
-            "read, write": f"{plan['bytes_to_read'] / 1e9:.2f} GB, {plan['bytes_to_write'] / 1e9:.2f} GB",
-            "memory": f"about {plan['memory_bytes'] / 1e9:.2f} GB",
+            "read, write": f"{spell_size(plan['bytes_to_read'])}, {spell_size(plan['bytes_to_write'])}",
+            "memory": f"about {spell_size(plan['memory_bytes'])}",
         }
+        if self.origin.absent:
+            rows["download"] = f"{spell_size(self.origin.bytes_to_download)} of weights, not in the cache yet"
         for label, text in rows.items():
             table.add_row(Text(label, style="bold"), Text(text))
         return table
 
 
-def make_plan(recipe: FactorRecipe, *, resume: bool = False, overwrite: bool = False) -> FactorPlan:
-    """Resolve and check everything a run needs, from headers and shapes alone, then read the calibration text."""
+def make_plan(
+    recipe: FactorRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True
+) -> FactorPlan:
+    """Resolve and check everything a run needs, from headers and shapes alone, then read the calibration text.
+
+    Last of all weights are downloaded that are not here yet, unless `download` is off: a plan needs none.
+    """
     device = choose_device(recipe.device)
-    folder = source.resolve(recipe.model, recipe.revision)
-    config = source.load_config(folder)
+    output = recipe.output_folder
+    check_output(output, resume=resume, overwrite=overwrite)
+    origin = source.look(recipe.model, recipe.revision)
+    check_output(output, resume=resume, overwrite=overwrite, source=origin.folder)
+    config = source.load_config(origin.folder)
     containers.check_source(config, recipe.model)
     length = window_length(config, recipe.seq_len, recipe.calibration)
-    reader = CheckpointReader(folder)
+    reader = CheckpointReader(origin.folder, origin.absent)
     dtype = choose_dtype(recipe.dtype, device, reader)
     model = StreamedModel(reader, device=device, dtype=dtype)
     kept = recipe.kept(len(model.block_names))
@@ -195,12 +225,10 @@ def make_plan(recipe: FactorRecipe, *, resume: bool = False, overwrite: bool = F
     layout.check(f"each FFN of {recipe.model}")
     shape = Shape(config, layout, kept)
     container = containers.choose(recipe.container, shape)
-    output = recipe.output_folder
-    check_output(output, resume=resume, overwrite=overwrite, source=folder)
     stored_tokens = recipe.calibration.endswith(calibration.TOKEN_FILE_SUFFIX)
     windows = calibration.load_windows(
         recipe.calibration,
-        None if stored_tokens else source.load_tokenizer(folder),
+        None if stored_tokens else source.load_tokenizer(origin.folder),
         seq_len=length,
         samples=recipe.calibration_samples,
         seed=recipe.seed,
@@ -216,10 +244,14 @@ def make_plan(recipe: FactorRecipe, *, resume: bool = False, overwrite: bool = F
             f"wanted {needed} or more; give more text or --calibration-samples, or fewer --experts"
         )
     plan = FactorPlan(
-        recipe, folder, output, reader, model, layout, container, container.config(shape), targets, windows, device, dtype
+        recipe, origin, output, reader, model, layout, container, container.config(shape), targets, windows, device, dtype
     )  # fmt: skip
-    check_room(output, plan.bytes_to_write + parse_size("1MB"))
-    return plan
+    check_room(output, plan.bytes_to_write + parse_size("1MB"), held_bytes(output))
+    if not origin.absent or not download:
+        return plan
+    origin = Origin(source.resolve(recipe.model, recipe.revision), commit=origin.commit)
+    reader = CheckpointReader(origin.folder)
+    return replace(plan, origin=origin, reader=reader, model=StreamedModel(reader, device=device, dtype=dtype))
 
 
 def find_ffn(model: StreamedModel, reader: CheckpointReader, index: int) -> Target:

@@ -94,6 +94,10 @@ class FactorRecipe(BaseModel):
                 raise origins.explain(error.__cause__, cls) from None
             raise
 
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values, checked like a new one."""
+        return type(self)(**{**self.model_dump(), **changes})
+
     def resolved(self) -> dict[str, Any]:
         """The mapping that `dump` writes: every default spelled out, what is not set left out."""
         return self.model_dump(mode="json", exclude_none=True)

@@ -1,0 +1,169 @@
+"""A model on the hub, over real HTTP: what a plan fetches, what a run fetches, and what the written recipe pins."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llmsparse
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+MODEL = "owner/model"
+RUN = ["--method", "wanda", "--calibration", "builtin", "--calibration-samples", "4", "--seq-len", "32"]
+RUN += ["--match-steps", "0", "--device", "cpu"]
+
+
+COMMANDS = """
+import io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from llmsparse.cli import main
+for command in json.loads(sys.argv[1]):
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        code = main(command)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]))
+"""
+
+
+@dataclass
+class Hub:
+    """Serves one folder as the repository owner/model, and counts the bytes of weights that leave it."""
+
+    folder: Path
+    url: str = ""
+    cache: Path = Path()
+    weight_bytes: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def llmsparse(self, *commands: list[str], offline: bool = False) -> list[tuple[int, str, str]]:
+        """Exit code, stdout and stderr of commands, in one process: huggingface_hub reads its environment once."""
+        environment = {
+            "HF_HOME": str(self.cache),
+            "HF_ENDPOINT": self.url,
+            "HF_HUB_OFFLINE": str(int(offline)),
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+            "PYTHONPATH": str(Path(llmsparse.__file__).parents[1]),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", COMMANDS, json.dumps(commands)],
+            env={**os.environ, **environment},
+            cwd=self.cache,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+        def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            path = self.path.split("?")[0]
+            files = {file.name: file.stat().st_size for file in hub.folder.iterdir()}
+            if path.startswith(f"/api/models/{MODEL}") and "/tree/" in path:
+                tree = [
+                    {"type": "file", "path": name, "size": size, "oid": f"{number:040x}"}
+                    for number, (name, size) in enumerate(files.items())
+                ]
+                self.reply(200, json.dumps(tree).encode(), Content_Type="application/json")
+            elif path.startswith(f"/api/models/{MODEL}"):
+                info = {"id": MODEL, "sha": SHA, "siblings": [{"rfilename": name} for name in files]}
+                self.reply(200, json.dumps(info).encode(), Content_Type="application/json")
+            elif path.startswith(f"/{MODEL}/resolve/") and path.rpartition("/")[2] in files:
+                self.file(hub.folder / path.rpartition("/")[2])
+            elif path.startswith(f"/{MODEL}/resolve/"):
+                self.reply(404, X_Error_Code="EntryNotFound")
+            else:
+                self.reply(401, X_Error_Code="RepoNotFound")
+
+        def file(self, file: Path) -> None:
+            content, status = file.read_bytes(), 200
+            if (wanted := self.headers.get("Range", "")).startswith("bytes="):
+                first, _, last = wanted.removeprefix("bytes=").partition("-")
+                content, status = content[int(first) : int(last or len(content)) + 1], 206
+            if file.suffix == ".safetensors" and self.command == "GET":
+                with hub.lock:
+                    hub.weight_bytes += len(content)
+            self.reply(status, content, ETag=f'"{file.name}"', X_Repo_Commit=SHA)
+
+        do_HEAD = do_GET
+
+    return Handler
+
+
+@pytest.fixture(params=[pytest.param(1, marks=pytest.mark.slow), 2], ids=["one file", "two shards"])
+def hub(request: pytest.FixtureRequest, tiny_llama: Callable[..., Path], tmp_path: Path) -> Iterator[Hub]:
+    folder = tiny_llama(tmp_path / "repository", hidden=128, ffn=256, layers=3, shards=request.param)
+    hub = Hub(folder, cache=tmp_path)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(hub))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    yield hub
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_plan_fetches_headers_and_a_run_the_weights_once(hub: Hub) -> None:
+    weights = sum(file.stat().st_size for file in hub.folder.glob("*.safetensors"))
+    run = ["prune", MODEL, "-o", "out", "--sparsity", "0.5", *RUN]
+    (hub.cache / "taken").mkdir()
+    (hub.cache / "taken/mine.txt").touch()
+
+    planned, dry, narrow, taken = hub.llmsparse(
+        ["plan", *run[1:], "--json"],
+        [*run, "--dry-run"],
+        ["prune", MODEL, "--pattern", "3:6", *RUN],
+        ["prune", MODEL, "-o", "taken", "--sparsity", "0.5", *RUN],
+    )
+    assert planned[0] == 0, planned[2]
+    plan: dict[str, Any] = json.loads(planned[1])
+    assert plan["bytes_to_download"] == pytest.approx(weights, rel=0.01) and len(plan["weights"]) == 21
+    assert dry[0] == 0 and "not in the cache yet" in dry[1]
+    assert narrow[0] == 2 and "self_attn" in narrow[2]
+    assert taken[0] == 2 and "exists already" in taken[2]
+    assert hub.weight_bytes < weights / 2
+
+    (offline,) = hub.llmsparse(run, offline=True)
+    assert offline[0] == 3 and "only part of it in the cache while offline" in offline[2]
+
+    hub.weight_bytes = 0
+    (done,) = hub.llmsparse(run)
+    assert done[0] == 0, done[2]
+    assert weights <= hub.weight_bytes < 1.5 * weights
+    assert f"revision: {SHA}" in (hub.cache / "out/llmsparse_recipe.yaml").read_text()
+
+    hub.weight_bytes = 0
+    again, plan_again = hub.llmsparse(
+        ["prune", "--recipe", "out/llmsparse_recipe.yaml", "-o", "again"],
+        ["plan", *run[1:], "-o", "third"],
+        offline=True,
+    )
+    assert again[0] == 0, again[2]
+    for file in (hub.cache / "out").glob("*.safetensors"):
+        assert file.read_bytes() == (hub.cache / "again" / file.name).read_bytes()
+    assert plan_again[0] == 0 and "not in the cache" not in plan_again[1] and hub.weight_bytes == 0

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from llmsparse.errors import CalibrationError, MachineError
 from llmsparse.home import expand_home
 
-Purpose = Literal["calibration", "evaluation"]
+Purpose = Literal["calibration", "training", "evaluation"]
 
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 TOKEN_FILE_SUFFIX = ".safetensors"
@@ -29,16 +29,18 @@ TOKEN_FILE_SUFFIX = ".safetensors"
 C4 = ("allenai/c4", "1588ec454efa1a09f29cd18ddd04fe05fc8653a2")
 C4_FILES = {
     "calibration": ("train", "en/c4-train.00000-of-01024.json.gz"),
+    "training": ("train", "en/c4-train.00000-of-01024.json.gz"),
     "evaluation": ("validation", "en/c4-validation.00000-of-00008.json.gz"),
 }
 WIKITEXT = ("Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3")
 WIKITEXT_FILES = {
     "calibration": ("train", "wikitext-2-raw-v1/train-00000-of-00001.parquet"),
+    "training": ("train", "wikitext-2-raw-v1/train-00000-of-00001.parquet"),
     "evaluation": ("test", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
 }
-SPLITS = {"calibration": ("train",), "evaluation": ("test", "validation", "train")}  # first choice first
+SPLITS = {"calibration": ("train",), "training": ("train",), "evaluation": ("test", "validation", "train")}  # first choice first
 INSTEAD = "use --{option} builtin (Python's standard library text) or --{option} FILE"
-OPTION = {"calibration": "calibration", "evaluation": "text"}
+OPTION = {"calibration": "calibration", "training": "text", "evaluation": "text"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Texts:
 
 
 def open_texts(source: str, purpose: Purpose, text_field: str | None = None) -> Texts:
-    """Open `source` for calibrating or for evaluating.
+    """Open `source` for calibrating, for training or for evaluating.
 
     Raises CalibrationError for what cannot be read and MachineError when it takes a network that is not there.
     """
@@ -76,7 +78,8 @@ def _builtin(purpose: Purpose) -> Texts:
     from llmsparse.demo import corpus
 
     protocol = {"dataset": "builtin", "text": corpus.describe(purpose), "python": platform.python_version()}
-    return Texts(iter(corpus.texts(purpose)), False, protocol)
+    texts = corpus.training_texts() if purpose == "training" else corpus.texts(purpose)
+    return Texts(iter(texts), False, protocol)
 
 
 def _file(path: Path, text_field: str | None) -> Texts:

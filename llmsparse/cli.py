@@ -7,14 +7,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmsparse import __version__, cli_recipes, cli_run, cli_serving
+from llmsparse import __version__, cli_recipes, cli_run, cli_serving, cli_tuning
 from llmsparse.cli_exit import exit_code_of
-from llmsparse.cli_options import Debug, Json, Model, Quiet, Revision, TrustRemoteCode, Verbose, verb
+from llmsparse.cli_options import (
+    Assignments,
+    Debug,
+    Json,
+    Model,
+    Quiet,
+    RecipeName,
+    Replace,
+    Resume,
+    Revision,
+    TrustRemoteCode,
+    Verbose,
+    verb,
+)
 from llmsparse.errors import RecipeError
 from llmsparse.factorization.keys import KEYS as FACTORIZATION
 from llmsparse.terminal import Terminal
@@ -25,14 +37,6 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 app.add_typer(cli_recipes.app, name="recipes", help="Look at the shipped recipes, copy one, check a file.")
 
-Assignments = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Any key of a recipe, such as method.damp=0.1.", show_default=False),
-]
-RecipeName = Annotated[
-    str | None,
-    typer.Option("--recipe", metavar="FILE|NAME", help="Start from a recipe; flags override it.", show_default=False),
-]
 Output = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.", show_default=False)]
 MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest file to write.")]
@@ -64,12 +68,8 @@ def prune(
     model: Model,
     assignments: Assignments = None,
     recipe: RecipeName = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Take up an interrupted run.", rich_help_panel="Output", show_default=False)
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel="Output", show_default=False)
-    ] = False,
+    resume: Resume = False,
+    overwrite: Replace = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Only show what would be done.", rich_help_panel="Output", show_default=False),
@@ -89,7 +89,7 @@ def prune(
         from llmsparse.planning import make_plan
 
         return terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite), json)
-    terminal.partial = _partial(chosen.output_folder)
+    terminal.will_write(chosen.output_folder)
     from llmsparse import pipeline
 
     report = pipeline.prune(chosen, resume=resume, overwrite=overwrite, progress=terminal.progress())
@@ -119,12 +119,8 @@ def factorize(
     model: Model,
     assignments: Assignments = None,
     recipe: RecipeName = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Take up an interrupted run.", rich_help_panel="Output", show_default=False)
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel="Output", show_default=False)
-    ] = False,
+    resume: Resume = False,
+    overwrite: Replace = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Only show what would be done.", rich_help_panel="Output", show_default=False),
@@ -147,7 +143,7 @@ def factorize(
         from llmsparse.factorization.planning import make_plan
 
         return terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite), json)
-    terminal.partial = _partial(chosen.output_folder)
+    terminal.will_write(chosen.output_folder)
     from llmsparse.factorization import pipeline
 
     report = pipeline.factorize(chosen, resume=resume, overwrite=overwrite, progress=terminal.progress())
@@ -274,6 +270,7 @@ def demo(terminal: Terminal, json: Json = False) -> None:
     terminal.show(demo.run(terminal.progress()), json)
 
 
+app.add_typer(cli_tuning.app)
 app.add_typer(cli_run.app)
 app.add_typer(cli_serving.app)
 
@@ -288,12 +285,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             context.command.invoke(context)
 
     return exit_code_of(run, terminal)
-
-
-def _partial(output: Path) -> Path:
-    """What a run that writes `output` leaves where it is interrupted; `.` and `/` have no name of their own."""
-    output = output.resolve() if output.name in ("", "..") else output
-    return output.parent / f"{output.name}.partial"
 
 
 def _recipe(model: str, assignments: list[str] | None, recipe: str | None, flags: dict[str, Any]) -> Recipe:

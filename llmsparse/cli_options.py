@@ -28,6 +28,20 @@ Revision = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.", show_default=False)
 ]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Any key of a recipe, such as method.damp=0.1.", show_default=False),
+]
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="FILE|NAME", help="Start from a recipe; flags override it.", show_default=False),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Take up an interrupted run.", rich_help_panel="Output", show_default=False)
+]
+Replace = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel="Output", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", show_default=False)]
 
 

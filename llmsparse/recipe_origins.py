@@ -157,6 +157,12 @@ def _wanted(error: Mapping[str, Any]) -> str:
         return str(context["expected"]).replace("'", "")
     if kind == "greater_than_equal":
         return f"at least {context['ge']}"
+    if kind == "less_than_equal":
+        return f"at most {context['le']:g}"
+    if kind == "greater_than":
+        return f"more than {context['gt']:g}"
+    if kind.startswith(("float", "finite")):
+        return "a number"
     if kind == "less_than":
         return f"less than {context['lt']}"
     if kind.startswith(("tuple", "list")):

@@ -38,7 +38,11 @@ WIKITEXT_FILES = {
     "training": ("train", "wikitext-2-raw-v1/train-00000-of-00001.parquet"),
     "evaluation": ("test", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
 }
-SPLITS = {"calibration": ("train",), "training": ("train",), "evaluation": ("test", "validation", "train")}  # first choice first
+SPLITS = {
+    "calibration": ("train",),
+    "training": ("train",),
+    "evaluation": ("test", "validation", "train"),
+}  # first choice first
 INSTEAD = "use --{option} builtin (Python's standard library text) or --{option} FILE"
 OPTION = {"calibration": "calibration", "training": "text", "evaluation": "text"}
 

@@ -23,7 +23,7 @@ from llmsparse.factorization.oracle import greedy
 from llmsparse.factorization.router import top
 from llmsparse.tuning.mixture import Mixture
 
-TERMS = ("kl", "layer", "router", "balance", "language")
+TERMS: tuple[str, ...] = ("kl", "layer", "router", "balance", "language")
 OUTPUTS_AT_ONCE = 2**26  # numbers in the outputs of all experts, computed together: 256 MB in fp32
 
 

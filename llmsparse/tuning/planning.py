@@ -1,6 +1,6 @@
 """What a tuning will do, decided and checked before a weight is read: the sibling of `llmsparse.planning`."""
 
-# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportMissingTypeStubs=false
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -18,7 +18,6 @@ from llmsparse.checkpoint import CheckpointReader, parse_size
 from llmsparse.device import DTYPES, choose_device, window_length
 from llmsparse.disk import check_room
 from llmsparse.errors import CalibrationError, CheckpointError
-from llmsparse.evaluation import LOGIT_ELEMENTS
 from llmsparse.factorization.containers import CONTAINERS, MIXTURE_KEYS, Container
 from llmsparse.factorization.planning import find_ffn
 from llmsparse.model import StreamedModel
@@ -28,6 +27,7 @@ from llmsparse.planning import versions as versions_of
 from llmsparse.tuning.recipe import TuneRecipe
 
 TOKENS_PER_STEP = 8192
+LOGITS_AT_ONCE = 2**23  # numbers in the logits of one forward: 32 MiB in fp32, several times over
 SAME = {"vocab_size": "vocabulary", "num_hidden_layers": "depth", "hidden_size": "hidden width"}
 AS_FACTORIZED = {"n_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0}  # where a config has the key
 
@@ -70,7 +70,7 @@ class TunePlan:
     @cached_property
     def windows_at_once(self) -> int:
         """Windows in one forward, a divisor of `batch_size`: as many as the logits have room for."""
-        most = max(1, LOGIT_ELEMENTS // (self.seq_len * self.model.vocabulary))
+        most = max(1, LOGITS_AT_ONCE // (self.seq_len * self.model.vocabulary))
         return next(count for count in range(min(most, self.batch_size), 0, -1) if self.batch_size % count == 0)
 
     @cached_property

@@ -116,7 +116,7 @@ def _opened(place: Place) -> dict[str, nn.Parameter]:
     """The weight itself, its zeros without gradient: AdamW moves no zero whose gradients were all zero."""
     weight = place.module.get_parameter(place.leaf)
     if (keep := _kept(weight)) is not None:
-        weight.register_hook(_masking(keep))
+        weight.requires_grad_(True).register_hook(_masking(keep))
     return {place.name: weight}
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -81,7 +82,9 @@ def losses(pair: Pair, ids: Tensor, plan: TunePlan) -> dict[str, Tensor]:
         "kl": lambda: kl(seen.student, seen.teacher),
         "layer": lambda: sum(layer_error(given, wanted) for _, _, wanted, given, _, _ in layers),
         "router": lambda: sum(router_loss(mixture, x, y) for mixture, x, y, _, _, _ in choosing),
-        "balance": lambda: sum(balance(mixture.scores(logits), chosen) for mixture, _, _, _, logits, chosen in choosing),
+        "balance": lambda: sum(
+            balance(mixture.scores(logits), chosen) for mixture, _, _, _, logits, chosen in choosing
+        ),
         "language": lambda: language(seen.student, ids),
     }
     return {name: torch.as_tensor(terms[name](), device=ids.device) for name in TERMS if weights[name]}
@@ -154,9 +157,7 @@ class Training:
     def _close_stretch(self) -> str:
         """Put the mean of the last steps into the history; returns it in words."""
         history, plan = self.history, self._plan
-        mean = {
-            name: sum(step[name] for step in history.pending) / len(history.pending) for name in history.pending[0]
-        }
+        mean = {name: sum(step[name] for step in history.pending) / len(history.pending) for name in history.pending[0]}
         mean["loss"] = sum(plan.recipe.weights[name] * value for name, value in mean.items())
         history.losses.append({"step": history.step} | mean)
         history.pending = []
@@ -186,7 +187,7 @@ class Training:
             return
         try:
             saved: Any = torch.load(self._state, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
+        except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
             raise CheckpointError(f"{self._state}: corrupt; start anew with --overwrite") from error
         with torch.no_grad():
             for name, parameter in self._trainable.parameters.items():

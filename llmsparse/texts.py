@@ -81,9 +81,9 @@ def open_texts(source: str, purpose: Purpose, text_field: str | None = None) -> 
 def _builtin(purpose: Purpose) -> Texts:
     from llmsparse.demo import corpus
 
-    protocol = {"dataset": "builtin", "text": corpus.describe(purpose), "python": platform.python_version()}
-    texts = corpus.training_texts() if purpose == "training" else corpus.texts(purpose)
-    return Texts(iter(texts), False, protocol)
+    which = "evaluation" if purpose == "evaluation" else "calibration"  # what the embedded model has not read by heart
+    protocol = {"dataset": "builtin", "text": corpus.describe(which), "python": platform.python_version()}
+    return Texts(iter(corpus.texts(which)), False, protocol)
 
 
 def _file(path: Path, text_field: str | None) -> Texts:

@@ -50,10 +50,8 @@ _SKIPPED_FOLDERS = frozenset((*_NOT_SOURCE, "idle_test", "test", "tests"))
 _GENERATED = frozenset(("html/entities.py", "keyword.py", "locale.py", "stringprep.py", "token.py"))
 
 
-def describe(which: HeldOut | Literal["training"]) -> str:
+def describe(which: HeldOut) -> str:
     """One line for reports, such as "standard library of Python 3.11.7, 14 held-out modules (evaluation)"."""
-    if which == "training":
-        return f"standard library of Python {platform.python_version()} without the held-out modules"
     return f"standard library of Python {platform.python_version()}, {len(_MODULES[which])} held-out modules ({which})"
 
 

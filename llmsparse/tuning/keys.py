@@ -10,7 +10,7 @@ KEYS = {  # of every key but model, by group
         "teacher": Key("The dense model it came from, or one of the same vocabulary, depth and width.", None, "MODEL"),
         "train": Key("router, experts (and router), or lora (and router).", "experts", "WHAT"),
         "steps": Key("Steps to train for.", "500", "N"),
-        "learning_rate": Key("Of the experts; the most that it becomes.", "0.0005; for lora 0.002", "R"),
+        "learning_rate": Key("Of the experts; the most that it becomes.", "0.001; for lora 0.002", "R"),
         "router_learning_rate": Key("Of the routers.", "0.001", "R"),
         "warmup": Key("Steps that the rates rise for; then they fall along a cosine.", "20", "N"),
         "final_rate": Key("What is left of the rates at the end.", "0.05", "FRACTION"),
@@ -29,7 +29,7 @@ KEYS = {  # of every key but model, by group
         "text": Key("c4, wikitext2, builtin, a .txt, .jsonl, .parquet or .safetensors file, or ORG/NAME:SPLIT.", None, "TEXT"),
         "text_field": PRUNING["Calibration"]["text_field"],
         "seq_len": PRUNING["Calibration"]["seq_len"],
-        "batch_size": Key("Windows in a step; 8192 tokens of them if not given.", None, "N"),
+        "batch_size": Key("Windows in a step; 4096 tokens of them if not given.", None, "N"),
         "seed": PRUNING["Calibration"]["seed"],
     },
     "Machine": {

@@ -26,7 +26,7 @@ from llmsparse.planning import HELD_OUT_TOKENS
 from llmsparse.planning import versions as versions_of
 from llmsparse.tuning.recipe import TuneRecipe
 
-TOKENS_PER_STEP = 8192
+TOKENS_PER_STEP = 4096
 LOGITS_AT_ONCE = 2**23  # numbers in the logits of one forward: 32 MiB in fp32, several times over
 SAME = {"vocab_size": "vocabulary", "num_hidden_layers": "depth", "hidden_size": "hidden width"}
 AS_FACTORIZED = {"n_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0}  # where a config has the key
@@ -102,6 +102,14 @@ class TunePlan:
         return {key: (self.reader.spec(key).shape, self.reader.spec(key).dtype) for key in self.reader.keys()}
 
     @property
+    def bytes_to_write(self) -> int:
+        """The checkpoint, and the state of a run: weights and two moments in fp32, the new beside the old."""
+        sizes = {key: torch.Size(shape).numel() for key, (shape, _) in self.tensors.items()}
+        inside = f".{self.container.router.partition('.')[0]}."  # an FFN, in this container's words
+        trained = sum(size for key, size in sizes.items() if inside in key) if self.recipe.train == "experts" else 0
+        return sum(size * self.tensors[key][1].itemsize for key, size in sizes.items()) + 2 * 3 * 4 * trained
+
+    @property
     def versions(self) -> dict[str, str]:
         return versions_of() | {"accelerate": accelerate.__version__}
 
@@ -164,8 +172,7 @@ def make_plan(recipe: TuneRecipe, *, resume: bool = False, overwrite: bool = Fal
         teacher_reader.fingerprint() | {"config": teacher_config.to_dict()},
     )  # fmt: skip
     check_text(plan)
-    sizes = [torch.Size(shape).numel() * kind.itemsize for shape, kind in plan.tensors.values()]
-    check_room(plan.output, sum(sizes) + parse_size("1MB"))
+    check_room(plan.output, plan.bytes_to_write + parse_size("1MB"))
     return plan
 
 

@@ -17,7 +17,7 @@ from llmsparse import calibration, source
 from llmsparse.checkpoint import CheckpointReader, parse_size
 from llmsparse.device import DTYPES, choose_device, window_length
 from llmsparse.disk import check_room
-from llmsparse.errors import CalibrationError, CheckpointError
+from llmsparse.errors import CalibrationError, CheckpointError, RecipeError
 from llmsparse.factorization.containers import CONTAINERS, MIXTURE_KEYS, Container
 from llmsparse.factorization.planning import find_ffn
 from llmsparse.model import StreamedModel
@@ -171,6 +171,7 @@ def make_plan(recipe: TuneRecipe, *, resume: bool = False, overwrite: bool = Fal
         recipe, folder, teacher_folder, recipe.output_folder, reader, model, container, mixtures, windows, device, dtype,
         teacher_reader.fingerprint() | {"config": teacher_config.to_dict()},
     )  # fmt: skip
+    check_router(plan)
     check_text(plan)
     check_room(plan.output, plan.bytes_to_write + parse_size("1MB"))
     return plan
@@ -203,6 +204,18 @@ def check_teacher(config: Any, teacher: Any, where: str) -> None:
                 f"--teacher {where}: {word} is {got}, and the model's {wanted}; the teacher is the dense model that it "
                 "was made from, or one of the same vocabulary, depth and hidden width"
             )
+
+
+def check_router(plan: TunePlan) -> None:
+    """RecipeError where only routers would be trained, and have nothing to decide."""
+    key = next(key for key in plan.reader.keys() if key.endswith("." + plan.container.router))
+    weights = plan.recipe.weights
+    routers_only = plan.recipe.train == "router" or not (weights["kl"] or weights["layer"] or weights["language"])
+    if routers_only and plan.active == plan.reader.spec(key).shape[0]:
+        raise RecipeError(
+            f"{plan.recipe.model}: every routed expert runs for every token, so its routers have nothing to learn; use "
+            "--train experts with its usual weights"
+        )
 
 
 def check_text(plan: TunePlan) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from llmsparse.disk import disk_error, fsync
-from llmsparse.errors import CheckpointError, NumericalError, RecipeError
+from llmsparse.errors import CheckpointError, MachineError, NumericalError, RecipeError
 from llmsparse.progress import Progress
 from llmsparse.tuning.interrupts import Interrupts
 from llmsparse.tuning.losses import ROUTER_LOSSES, TERMS, balance, kl, language, layer_error
@@ -180,6 +180,8 @@ class Training:
             fsync(self._state.parent)
         except OSError as error:
             raise disk_error(self._state, error) from error
+        except RuntimeError as error:  # torch's own writer knows no OSError
+            raise MachineError(f"{self._state}: cannot be written; make room, or choose another output") from error
 
     def resume(self) -> None:
         """Go on from what was saved, if anything was."""

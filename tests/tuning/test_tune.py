@@ -406,6 +406,21 @@ def test_what_factorize_did_not_write_is_refused(
     assert not any(tmp_path.glob("out*"))
 
 
+def test_where_every_expert_runs_experts_are_tuned_and_routers_have_nothing_to_learn(
+    dense: Path, notes: Path, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    llmsparse.factorize(
+        model=str(dense), output=str(tmp_path / "moe"), calibration=str(notes), experts=4, shared=1, active=3,
+        calibration_samples=12, seq_len=32, device="cpu",
+    )  # fmt: skip
+    arguments = {"model": str(tmp_path / "moe"), "output": str(tmp_path / "out"), **keys}
+    for options in ({"train": "router"}, {"kl_weight": 0, "layer_weight": 0}):
+        with pytest.raises(RecipeError, match=r"every routed expert runs .* routers have nothing to learn"):
+            llmsparse.tune(**arguments, **options)
+    report = llmsparse.tune(**arguments)
+    assert report.losses[-1]["router"] == 0 and report.entropy == pytest.approx(1)
+
+
 def test_the_output_may_be_neither_of_the_two_models(moe: Path, dense: Path, keys: dict[str, Any]) -> None:
     for folder in (moe, dense):
         with pytest.raises(RecipeError, match="must lie apart"):

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from llmsparse.planning import Plan, plan
     from llmsparse.recipe import Recipe, Rule
     from llmsparse.report import Report
+    from llmsparse.tuning.pipeline import tune
+    from llmsparse.tuning.recipe import TuneRecipe
+    from llmsparse.tuning.report import TuneReport
     from llmsparse.unpacking import Unpacking, unpack
 
 __version__ = "0.1.0"
@@ -67,6 +70,8 @@ __all__ = [
     "Report",
     "Rule",
     "SparseConfig",
+    "TuneRecipe",
+    "TuneReport",
     "Unpacking",
     "__version__",
     "diagnose",
@@ -79,6 +84,7 @@ __all__ = [
     "perplexity",
     "plan",
     "prune",
+    "tune",
     "unpack",
 ]
 
@@ -96,6 +102,8 @@ _MODULES = {
     "Report": "report",
     "Rule": "recipe",
     "SparseConfig": "hf",
+    "TuneRecipe": "tuning.recipe",
+    "TuneReport": "tuning.report",
     "Unpacking": "unpacking",
     "diagnose": "doctor",
     "explain": "explanation",
@@ -107,6 +115,7 @@ _MODULES = {
     "perplexity": "evaluation",
     "plan": "planning",
     "prune": "pipeline",
+    "tune": "tuning.pipeline",
     "unpack": "unpacking",
 }
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmsparse.errors import CalibrationError
 from llmsparse.home import expand_home
-from llmsparse.texts import TOKEN_FILE_SUFFIX, open_texts
+from llmsparse.texts import TOKEN_FILE_SUFFIX, Purpose, open_texts
 from llmsparse.tokens import special_tokens, tokenize
 
 if TYPE_CHECKING:
@@ -66,8 +66,9 @@ def load_windows(
     held_out: int = 0,
     text_field: str | None = None,
     vocabulary: int | None = None,
+    purpose: Purpose = "calibration",
 ) -> Windows:
-    """`samples` windows to calibrate on and `held_out` others, or as many as there are (`protocol["note"]` says so).
+    """`samples` windows to calibrate or train on and `held_out` others, or as many as there are (`protocol["note"]` says so).
 
     `seq_len` None is a token file's own width, and 2048 for text. A file gives a seeded choice of all its windows, a
     streamed dataset its first ones; held-out windows are of other texts where that costs no window.
@@ -80,7 +81,7 @@ def load_windows(
         return Windows.of(ids, held, _stored_protocol(source) | _note(len(ids), samples, len(held), held_out))
     assert tokenizer is not None
     seq_len = seq_len or DEFAULT_SEQ_LEN
-    texts = open_texts(source, "calibration", text_field)
+    texts = open_texts(source, purpose, text_field)
     protocol = texts.protocol | {"seed": seed} | _tokenizer_protocol(tokenizer)
     if texts.endless:
         documents, _ = _tokens(texts.documents, tokenizer, vocabulary, samples * seq_len)

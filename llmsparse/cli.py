@@ -5,15 +5,13 @@ stdout carries the result, stderr progress and errors. Imports neither torch nor
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmsparse import __version__, cli_packing, cli_recipes, cli_run, cli_serving
+from llmsparse import __version__, cli_packing, cli_recipes, cli_run, cli_serving, cli_tuning
 from llmsparse.cli_exit import exit_code_of
 from llmsparse.cli_options import (
     Assignments,
@@ -32,6 +30,7 @@ from llmsparse.cli_options import (
     Revision,
     TrustRemoteCode,
     Verbose,
+    recipe_from,
     verb,
 )
 from llmsparse.errors import RecipeError
@@ -40,10 +39,8 @@ from llmsparse.recipe_keys import BATCH, COLUMN, WINDOW
 from llmsparse.terminal import Terminal
 
 if TYPE_CHECKING:
-    from llmsparse.factorization.recipe import FactorRecipe
-    from llmsparse.recipe import Recipe
+    pass
 
-    Chosen = TypeVar("Chosen", Recipe, FactorRecipe)
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 app.add_typer(cli_recipes.app, name="recipes", help="Look at the shipped recipes, copy one, check a file.")
@@ -87,7 +84,7 @@ def prune(
     """
     from llmsparse.recipe import Recipe
 
-    chosen = _recipe(Recipe, model, assignments, recipe, flags)
+    chosen = recipe_from(Recipe, model, assignments, recipe, flags)
     if resume and overwrite:
         raise RecipeError("--resume goes on with an unfinished run and --overwrite starts anew: choose one")
     terminal.calm_libraries()
@@ -95,7 +92,7 @@ def prune(
         from llmsparse.planning import make_plan
 
         return terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite, download=False), json)
-    terminal.partial = _partial(chosen.output_folder)
+    terminal.will_write(chosen.output_folder)
     from llmsparse import pipeline
 
     report = pipeline.prune(chosen, resume=resume, overwrite=overwrite, progress=terminal.progress())
@@ -116,7 +113,7 @@ def plan(
     """Show what `prune` would do: weights, memory, disk. Writes nothing, and downloads no weights."""
     from llmsparse.recipe import Recipe
 
-    chosen = _recipe(Recipe, model, assignments, recipe, flags)
+    chosen = recipe_from(Recipe, model, assignments, recipe, flags)
     terminal.calm_libraries()
     from llmsparse.planning import make_plan
 
@@ -141,7 +138,7 @@ def factorize(
     """
     from llmsparse.factorization.recipe import FactorRecipe
 
-    chosen = _recipe(FactorRecipe, model, assignments, recipe, flags)
+    chosen = recipe_from(FactorRecipe, model, assignments, recipe, flags)
     if resume and overwrite:
         raise RecipeError("--resume goes on with an unfinished run and --overwrite starts anew: choose one")
     terminal.calm_libraries()
@@ -149,7 +146,7 @@ def factorize(
         from llmsparse.factorization.planning import make_plan
 
         return terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite, download=False), json)
-    terminal.partial = _partial(chosen.output_folder)
+    terminal.will_write(chosen.output_folder)
     from llmsparse.factorization import pipeline
 
     report = pipeline.factorize(chosen, resume=resume, overwrite=overwrite, progress=terminal.progress())
@@ -237,6 +234,7 @@ def demo(terminal: Terminal, json: Json = False) -> None:
 
 
 app.add_typer(cli_packing.app)
+app.add_typer(cli_tuning.app)
 app.add_typer(cli_run.app)
 app.add_typer(cli_serving.app)
 
@@ -251,19 +249,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             context.command.invoke(context)
 
     return exit_code_of(run, terminal)
-
-
-def _partial(output: Path) -> Path:
-    """What a run that writes `output` leaves where it is interrupted; `.` and `/` have no name of their own."""
-    output = output.resolve() if output.name in ("", "..") else output
-    return output.parent / f"{output.name}.partial"
-
-
-def _recipe(
-    kind: type[Chosen], model: str | None, assignments: list[str] | None, recipe: str | None, flags: dict[str, Any]
-) -> Chosen:
-    """The recipe of a command line; its first word may be an assignment where the recipe names the model."""
-    given = {key: value for key, value in flags.items() if value not in (None, [])}
-    if model is not None and "=" in model and not os.path.exists(model):
-        model, assignments = None, [model, *(assignments or ())]
-    return kind.load(recipe, {"model": model, **given}, assignments or ())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, TypeVar, get_args
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Protocol, Self, TypeVar, get_args
 
 import typer
 
@@ -12,6 +13,7 @@ from llmsparse.recipe_keys import KEYS, Key
 from llmsparse.terminal import Terminal
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
+Chosen = TypeVar("Chosen", bound="Loadable")
 
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Show neither progress nor notes on stderr.", show_default=False)
@@ -91,6 +93,23 @@ Experts = Annotated[
     typer.Option(metavar="auto|NAME", help="What runs dense experts: llmsparse, or as transformers calls it."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.", show_default=False)]
+
+
+class Loadable(Protocol):
+    """A kind of recipe, as `llmsparse.recipe` and its siblings define them."""
+
+    @classmethod
+    def load(cls, recipe: str | None, flags: dict[str, Any], assignments: Sequence[str]) -> Self: ...
+
+
+def recipe_from(
+    kind: type[Chosen], model: str | None, assignments: list[str] | None, recipe: str | None, flags: dict[str, Any]
+) -> Chosen:
+    """The recipe of a command line; its first word may be an assignment where the recipe names the model."""
+    given = {key: value for key, value in flags.items() if value not in (None, [])}
+    if model is not None and "=" in model and not os.path.exists(model):
+        model, assignments = None, [model, *(assignments or ())]
+    return kind.load(recipe, {"model": model, **given}, assignments or ())
 
 
 def verb(

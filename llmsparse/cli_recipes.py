@@ -14,6 +14,7 @@ from llmsparse.errors import MachineError, RecipeError, did_you_mean
 from llmsparse.terminal import Terminal
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from rich.console import RenderableType
 
 app = typer.Typer(no_args_is_help=False)
@@ -44,8 +45,7 @@ def list_recipes(terminal: Terminal, json: Json = False) -> None:
     """List the recipes that come with llmsparse, and what each is for."""
     from llmsparse import recipe_file
 
-    known = recipe_file.shipped() | recipe_file.shipped("factorize")
-    terminal.show(RecipeList({name: purpose(path) for name, path in known.items()}), json)
+    terminal.show(RecipeList({name: purpose(path) for name, path in recipe_file.all_shipped().items()}), json)
 
 
 @verb(app)
@@ -62,8 +62,8 @@ def copy(
 ) -> None:
     """Copy a shipped recipe to a file of your own."""
     source = _shipped(name)
-    target = Path(to or f"{name}.yaml")
-    target = target / f"{name}.yaml" if target.is_dir() else target
+    target = Path(to or source.name)
+    target = target / source.name if target.is_dir() else target
     if target.exists():
         raise RecipeError(f"{target}: exists; name another file, or delete it first")
     try:
@@ -82,13 +82,24 @@ def validate(
     from llmsparse import recipe_file
     from llmsparse.factorization.recipe import FactorRecipe
     from llmsparse.recipe import Recipe
+    from llmsparse.tuning.recipe import TuneRecipe
 
-    path = recipe_file.shipped("factorize").get(file) or recipe_file.find(file)
+    path = recipe_file.all_shipped().get(file) or recipe_file.find(file)
     data, _ = recipe_file.read(path)
-    factorizes = any(key in FactorRecipe.model_fields and key not in Recipe.model_fields for key in data)
-    kind = FactorRecipe if factorizes else Recipe
-    recipe = kind.load(path, None if "model" in data else {"model": "MODEL"})
+    flags = {key: key.upper() for key in ("model", "teacher", "text") if key not in data}
+    if _has_keys_of(TuneRecipe, data):
+        recipe = TuneRecipe.load(path, flags)
+    else:
+        kind = FactorRecipe if _has_keys_of(FactorRecipe, data) else Recipe
+        recipe = kind.load(path, {"model": flags.get("model")})
     print(recipe.dump({"valid": path}), end="")
+
+
+def _has_keys_of(kind: type[BaseModel], data: dict[str, Any]) -> bool:
+    """Whether a recipe has keys that this kind knows and `prune` does not."""
+    from llmsparse.recipe import Recipe
+
+    return any(key in kind.model_fields and key not in Recipe.model_fields for key in data)
 
 
 def purpose(path: Path) -> str:
@@ -99,7 +110,7 @@ def purpose(path: Path) -> str:
 def _shipped(name: str) -> Path:
     from llmsparse import recipe_file
 
-    known = recipe_file.shipped() | recipe_file.shipped("factorize")
+    known = recipe_file.all_shipped()
     if name not in known:
         raise RecipeError(f"no shipped recipe {name!r}{did_you_mean(name, list(known))}")
     return known[name]

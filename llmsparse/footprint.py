@@ -103,7 +103,7 @@ class Packing:
 
     def card(self, source_card: str) -> str:
         """The model card of the packed folder, before that of its source, whose metadata it takes over."""
-        metadata, body = _split_card(source_card)
+        metadata, body = split_card(source_card)
         metadata = (
             metadata or "library_name: transformers\npipeline_tag: text-generation\ntags:\n- llmsparse\n- sparse\n"
         )
@@ -131,7 +131,7 @@ def compared(packed: int, dense: int) -> str:
     return f"{packed / 1e6:,.2f} MB, dense {dense / 1e6:,.2f} MB, ratio {packed / max(1, dense):.3f}"
 
 
-def _split_card(card: str) -> tuple[str, str]:
+def split_card(card: str) -> tuple[str, str]:
     """The YAML at the head of a card, and the rest."""
     lines = card.splitlines(keepends=True)
     if not lines or lines[0].strip() != "---":

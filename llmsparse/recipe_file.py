@@ -38,6 +38,12 @@ def shipped(kind: str = "") -> dict[str, Path]:
     return {path.stem: path for path in sorted((folder / kind).glob("*.yaml"))}
 
 
+def all_shipped() -> dict[str, Path]:
+    """Those of every verb; `tune/` stands before the names of its own, some of which are also `factorize`'s."""
+    tuning = {f"tune/{name}": path for name, path in shipped("tune").items()}
+    return shipped() | shipped("factorize") | tuning
+
+
 def find(recipe: str | Path, kind: str = "") -> Path:
     """The file of a recipe given as a path or as the name of a shipped one of `kind`. RecipeError if there is neither."""
     path = Path(recipe)

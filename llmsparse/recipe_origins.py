@@ -6,10 +6,10 @@ the place that it was read from: `my.yaml:3`, `--sparsity`, or `method.damp=abc`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
@@ -18,6 +18,8 @@ from llmsparse.errors import RecipeError, did_you_mean
 from llmsparse.method import OptionError
 from llmsparse.recipe_file import KeyPath
 
+Kind = TypeVar("Kind", bound=BaseModel)
+
 
 @dataclass
 class Origins:
@@ -25,6 +27,28 @@ class Origins:
 
     data: dict[str, Any] = field(default_factory=dict[str, Any])
     places: dict[KeyPath, str] = field(default_factory=dict[KeyPath, str])
+
+    @classmethod
+    def layered(
+        cls, file: Path | None, flags: Mapping[str, Any], assignments: Sequence[str], default_method: str = ""
+    ) -> Self:
+        """A recipe file if there is one, under flags, under `key=value`s."""
+        origins = cls()
+        if file is not None:
+            origins.add_file(file)
+        origins.add_flags(flags)
+        for assignment in assignments:
+            origins.add_assignment(assignment, default_method)
+        return origins
+
+    def build(self, kind: type[Kind]) -> Kind:
+        """The recipe of this kind. RecipeError that names file and line, flag, or assignment."""
+        try:
+            return kind(**self.data)
+        except RecipeError as error:
+            if isinstance(error.__cause__, ValidationError):  # said again, now with file and line
+                raise self.explain(error.__cause__, kind) from None
+            raise
 
     def add_file(self, path: Path) -> None:
         self.data, lines = recipe_file.read(path)
@@ -134,6 +158,12 @@ def _wanted(error: Mapping[str, Any]) -> str:
         return str(context["expected"]).replace("'", "")
     if kind == "greater_than_equal":
         return f"at least {context['ge']}"
+    if kind == "less_than_equal":
+        return f"at most {context['le']:g}"
+    if kind == "greater_than":
+        return f"more than {context['gt']:g}"
+    if kind.startswith(("float", "finite")):
+        return "a number"
     if kind == "less_than":
         return f"less than {context['lt']}"
     if kind.startswith(("tuple", "list")):

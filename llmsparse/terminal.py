@@ -73,12 +73,17 @@ class Terminal:
         if self.quiet or not downloads or not progress.watched():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+    def will_write(self, output: Path) -> None:
+        """What a run that writes `output` leaves where it is interrupted; `.` and `/` have no name of their own."""
+        output = output.resolve() if output.name in ("", "..") else output
+        self.partial = output.parent / f"{output.name}.partial"
+
     def how_to_resume(self) -> str:
         """The command that takes up an interrupted run; empty if there is nothing to take up."""
         if self.partial is None or not self.partial.exists():
             return ""
         again = [argument for argument in self.arguments if argument not in ("--overwrite", "--resume")]
-        return f"{self.partial} keeps the finished blocks, go on with: {shlex.join(['llmsparse', *again, '--resume'])}"
+        return f"{self.partial} keeps what is done, go on with: {shlex.join(['llmsparse', *again, '--resume'])}"
 
 
 def _finite(value: Any) -> Any:

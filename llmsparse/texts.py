@@ -21,7 +21,7 @@ from typing import Any, Literal
 from llmsparse.errors import CalibrationError, MachineError
 from llmsparse.home import expand_home
 
-Purpose = Literal["calibration", "evaluation"]
+Purpose = Literal["calibration", "training", "evaluation"]
 
 TEXT_SUFFIX, TOKEN_FILE_SUFFIX = ".txt", ".safetensors"
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of tables, read through `datasets`
@@ -31,16 +31,22 @@ PART = 2**20  # characters of a text file read at once
 C4 = ("allenai/c4", "1588ec454efa1a09f29cd18ddd04fe05fc8653a2")
 C4_FILES = {
     "calibration": ("train", "en/c4-train.00000-of-01024.json.gz"),
+    "training": ("train", "en/c4-train.00000-of-01024.json.gz"),
     "evaluation": ("validation", "en/c4-validation.00000-of-00008.json.gz"),
 }
 WIKITEXT = ("Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3")
 WIKITEXT_FILES = {
     "calibration": ("train", "wikitext-2-raw-v1/train-00000-of-00001.parquet"),
+    "training": ("train", "wikitext-2-raw-v1/train-00000-of-00001.parquet"),
     "evaluation": ("test", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
 }
-SPLITS = {"calibration": ("train",), "evaluation": ("test", "validation", "train")}  # first choice first
+SPLITS = {
+    "calibration": ("train",),
+    "training": ("train",),
+    "evaluation": ("test", "validation", "train"),
+}  # first choice first
 INSTEAD = "use --{option} builtin (Python's standard library text) or --{option} FILE"
-OPTION = {"calibration": "calibration", "evaluation": "text"}
+OPTION = {"calibration": "calibration", "training": "text", "evaluation": "text"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Texts:
 
 
 def open_texts(source: str, purpose: Purpose, text_field: str | None = None) -> Texts:
-    """Open `source` for calibrating or for evaluating.
+    """Open `source` for calibrating, for training or for evaluating.
 
     Raises CalibrationError for what cannot be read and MachineError when it takes a network that is not there.
     """
@@ -77,8 +83,9 @@ def open_texts(source: str, purpose: Purpose, text_field: str | None = None) -> 
 def _builtin(purpose: Purpose) -> Texts:
     from llmsparse.demo import corpus
 
-    protocol = {"dataset": "builtin", "text": corpus.describe(purpose), "python": platform.python_version()}
-    return Texts(((text,) for text in corpus.texts(purpose)), False, protocol)
+    which = "evaluation" if purpose == "evaluation" else "calibration"  # what the embedded model has not read by heart
+    protocol = {"dataset": "builtin", "text": corpus.describe(which), "python": platform.python_version()}
+    return Texts(((text,) for text in corpus.texts(which)), False, protocol)
 
 
 def _file(path: Path, text_field: str | None) -> Texts:

@@ -319,7 +319,7 @@ def test_sigterm_ends_a_run_cleanly_and_resume_finishes_it(
     started.send_signal(signal.SIGTERM)
     out, err = started.communicate()
     assert (started.returncode, out) == (130, "")
-    assert one_error(err).startswith("interrupted; out.partial keeps the finished blocks, go on with: llmsparse prune")
+    assert one_error(err).startswith("interrupted; out.partial keeps what is done, go on with: llmsparse prune")
     assert err.endswith("--resume\n") and not (here / "out").exists()
     assert run(*run_it, "--resume")[0] == 0
     assert (here / "out").exists() and not (here / "out.partial").exists()

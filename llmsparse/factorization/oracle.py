@@ -38,13 +38,15 @@ class Routing:
         return sum(share == 0 for share in self.load)
 
 
-def greedy(outputs: Tensor, active: int) -> Tensor:
-    """Experts chosen one after the other, each to leave the least of Σ oᵢ; outputs (tokens, routed, width) → mask."""
+def greedy(outputs: Tensor, active: int, target: Tensor | None = None) -> Tensor:
+    """Experts chosen one after the other, each to leave the least of `target` (tokens, width), which is Σ oᵢ if not
+    given; outputs (tokens, routed, width) → mask (tokens, routed)."""
     products = outputs @ outputs.transpose(1, 2)  # (tokens, routed, routed)
     size = products.diagonal(dim1=1, dim2=2)
+    along = products.sum(-1) if target is None else (outputs @ target[:, :, None])[..., 0]  # oᵢ · target
     mask = torch.zeros(outputs.shape[:2], dtype=torch.bool, device=outputs.device)
     for _ in range(active):
-        left = (products * ~mask[:, None]).sum(-1)  # oᵢ · (Σ oⱼ of those not chosen)
+        left = along - (products * mask[:, None]).sum(-1)  # oᵢ · (target − Σ oⱼ of those chosen)
         gain = (2 * left - size).masked_fill(mask, -torch.inf)
         mask.scatter_(1, gain.argmax(1, keepdim=True), True)
     return mask

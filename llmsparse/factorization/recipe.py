@@ -81,18 +81,8 @@ class FactorRecipe(BaseModel):
 
         Raises RecipeError that names file and line, flag, or assignment.
         """
-        origins = Origins()
-        if recipe is not None:
-            origins.add_file(recipe_file.find(recipe, KIND))
-        origins.add_flags(flags or {})
-        for assignment in assignments:
-            origins.add_assignment(assignment, "")
-        try:
-            return cls(**origins.data)
-        except RecipeError as error:
-            if isinstance(error.__cause__, ValidationError):  # said again, now with file and line
-                raise origins.explain(error.__cause__, cls) from None
-            raise
+        path = None if recipe is None else recipe_file.find(recipe, KIND)
+        return Origins.layered(path, flags or {}, assignments).build(cls)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other values, checked like a new one."""

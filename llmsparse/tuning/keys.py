@@ -1,0 +1,44 @@
+"""The keys of a tuning recipe as the command line shows them; `recipe.py` checks values, and takes longer to load."""
+
+from __future__ import annotations
+
+from llmsparse.recipe_keys import KEYS as PRUNING
+from llmsparse.recipe_keys import Key
+
+KEYS = {  # of every key but model, by group
+    "What is trained, and how": {
+        "teacher": Key("The dense model it came from, or one of the same vocabulary, depth and width.", None, "MODEL"),
+        "train": Key("router, experts (and router), or lora (and router).", "experts", "WHAT"),
+        "steps": Key("Steps to train for.", "500", "N"),
+        "learning_rate": Key("Of the experts; the most that it becomes.", "0.001; for lora 0.002", "R"),
+        "router_learning_rate": Key("Of the routers.", "0.001", "R"),
+        "warmup": Key("Steps that the rates rise for; then they fall along a cosine.", "20", "N"),
+        "final_rate": Key("What is left of the rates at the end.", "0.05", "FRACTION"),
+        "weight_decay": Key("Of AdamW, on everything that is trained.", "0", "D"),
+        "lora_rank": Key("Rank of what lora adds to a matrix.", "16", "N"),
+    },
+    "What is minimised": {
+        "kl_weight": Key("Of KL(teacher ‖ tuned) of the next token.", "1", "W"),
+        "layer_weight": Key("Of each FFN's output error against the teacher's.", "0.1", "W"),
+        "router_weight": Key("Of what each router says against the best experts.", "0.05", "W"),
+        "router_loss": Key("greedy, norm or prior-approximate: which experts are best.", "greedy", "HOW"),
+        "balance_weight": Key("Of each layer's imbalance between experts.", "0.01", "W"),
+        "language_weight": Key("Of the cross-entropy of the text itself.", "0", "W"),
+    },
+    "Text": {
+        "text": Key("c4, wikitext2, builtin, a .txt, .jsonl, .parquet or .safetensors file, or ORG/NAME:SPLIT.", None, "TEXT"),
+        "text_field": PRUNING["Calibration"]["text_field"],
+        "seq_len": PRUNING["Calibration"]["seq_len"],
+        "batch_size": Key("Windows in a step; 4096 tokens of them if not given.", None, "N"),
+        "seed": PRUNING["Calibration"]["seed"],
+    },
+    "Machine": {
+        "device": PRUNING["Machine and model"]["device"],
+        "dtype": Key("auto, float32 or bfloat16: of the products; weights are trained in float32.", "auto", "DTYPE"),
+        "save_every": Key("Steps between two states to resume from.", "50", "N"),
+    },
+    "Output": {
+        "output": Key("Folder to write; ./NAME-tuned if not given.", None, "DIR"),
+        "max_shard_size": PRUNING["Output"]["max_shard_size"],
+    },
+}  # fmt: skip

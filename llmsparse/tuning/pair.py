@@ -1,0 +1,82 @@
+"""Student and teacher, loaded whole, and what passes through their FFNs in one forward of each."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmsparse.skeleton import find_blocks
+from llmsparse.tuning.mixture import Mixture
+
+
+class Seen(NamedTuple):
+    """One batch through both: logits (batch, tokens, vocabulary), and of each mixture, tokens flattened:"""
+
+    student: Tensor
+    teacher: Tensor
+    entered: list[Tensor]  # what the teacher's FFN was given (tokens, hidden)
+    wanted: list[Tensor]  # and what it gave
+    given: list[Tensor]  # what the mixture gave in its place
+    logits: list[Tensor]  # its router's logits (tokens, routed)
+    chosen: list[Tensor]  # the experts that ran (tokens, active) int64
+
+
+class Recording:
+    """Inputs and outputs of some modules in their last forward."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.inputs: list[Any] = [None] * len(modules)
+        self.outputs: list[Any] = [None] * len(modules)
+        for index, module in enumerate(modules):
+            module.register_forward_hook(self._note(index))
+
+    def _note(self, index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.inputs[index], self.outputs[index] = args[0], output
+
+        return hook
+
+
+class Pair:
+    """`student` is the factorized model and `mixtures` its routed FFNs; `teacher` is dense and never changes."""
+
+    def __init__(self, student: Any, teacher: Any, mixtures: list[Mixture], numbers: list[int]) -> None:
+        self.student, self.teacher, self.mixtures = student, teacher, mixtures
+        blocks = find_blocks(teacher)[1]
+        self._dense = Recording([blocks[number].get_submodule("mlp") for number in numbers])
+        self._mixed = Recording([mixture.module for mixture in mixtures])
+        self._gates = Recording([mixture.gate for mixture in mixtures])
+
+    def teach(self, ids: Tensor) -> Tensor:
+        """The teacher's logits for ids (batch, tokens)."""
+        with torch.no_grad():
+            return self.teacher(input_ids=ids, use_cache=False).logits
+
+    def sharpen(self, ids: Tensor) -> None:
+        """Set the scale of all routers' scores by what enters the teacher's FFNs for ids (batch, tokens)."""
+        self.teach(ids)
+        for mixture, x in zip(self.mixtures, self._dense.inputs, strict=True):
+            mixture.sharpen(_flat(x))
+
+    def see(self, ids: Tensor) -> Seen:
+        """Both models on ids (batch, tokens); gradients reach the student alone."""
+        taught = self.teach(ids)
+        said = self.student(input_ids=ids, use_cache=False).logits
+        entered, wanted = ([_flat(one) for one in seen] for seen in (self._dense.inputs, self._dense.outputs))
+        logits, _, chosen = zip(*self._gates.outputs, strict=True)
+        return Seen(said, taught, entered, wanted, [_flat(one) for one in self._mixed.outputs], [*logits], [*chosen])
+
+    def loads(self) -> list[Tensor]:
+        """Of the student's last forward, how many tokens each routed expert ran for: (routed,) int64 a mixture."""
+        return [
+            output[2].flatten().bincount(minlength=mixture.routed).cpu()
+            for mixture, output in zip(self.mixtures, self._gates.outputs, strict=True)
+        ]
+
+
+def _flat(hidden: Tensor) -> Tensor:
+    return hidden.flatten(0, -2)

@@ -28,6 +28,7 @@ def test_the_embedded_model_is_small_and_fits_every_pattern() -> None:
     assert all(size % 128 == 0 for spec in matrices for size in spec.shape)
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 def test_packing_the_demos_model_shows_its_size_and_its_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(payoff, "TOKENS", 4)
     monkeypatch.setattr(payoff, "TURNS", 1)

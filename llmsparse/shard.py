@@ -152,6 +152,13 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(flat)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf; looks at a part of it at a time, in next to no memory."""
+    if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+        return True  # 8-bit floats have scales of their own, and torch cannot tell
+    return all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(2**22))
+
+
 def read_into(spec: TensorSpec, offset: int, target: memoryview) -> None:
     """Fill `target` from the tensor's bytes, beginning at `offset`."""
     try:

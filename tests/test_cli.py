@@ -131,10 +131,10 @@ def test_help_says_what_every_switch_does(run: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = run(verb, "--help")
     assert code == 0 and "MODEL" in out and "{model}" not in out
-    shown = [line.strip("│ ").strip() for line in out.splitlines() if line.startswith("│ --")]
+    shown = [text for line in out.splitlines() if (text := line.strip("│ *")).startswith("--")]
     assert len(shown) > 5
     for line in shown:
-        assert re.search(r"[a-z0-9]\.( \[|$)|\]$", line), line  # a sentence, then perhaps the default
+        assert re.search(r"\w.*[\w%)]\.( \[|$)", line), line  # a sentence, then perhaps the default
         assert "<bool>" not in line or line.startswith("--help")
 
 

@@ -307,6 +307,20 @@ def test_a_reader_that_stops_reading_is_no_error() -> None:
     assert done.communicate()[1] == "" and done.returncode == 0
 
 
+@pytest.mark.parametrize("stream", [1, 2])
+def test_closed_streams_are_no_error(stream: int) -> None:
+    done = process("recipes", "list", preexec_fn=lambda: os.close(stream))
+    out, err = done.communicate()
+    assert done.returncode == 0 and (out == "") == (stream == 1) and err == ""
+
+
+def test_standard_output_on_a_full_disk_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = process("recipes", "list", stdout=full)
+        err = done.communicate()[1]
+    assert done.returncode == 3 and "standard output: No space left on device" in one_error(err)
+
+
 def test_sigterm_ends_a_run_cleanly_and_resume_finishes_it(
     here: Path, tiny_llama: Callable[..., Path], run: Any
 ) -> None:

@@ -241,6 +241,9 @@ app.add_typer(cli_serving.app)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (of this process if not given) and return its exit code."""
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by whoever started the process: `>&-`
+            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     argv = list(sys.argv[1:] if arguments is None else arguments)
     terminal = Terminal(argv)
 

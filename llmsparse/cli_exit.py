@@ -50,9 +50,9 @@ def exit_code_of(run: Callable[[], None], terminal: Terminal) -> int:
     except OSError as error:
         if error.errno not in MACHINE:
             raise
-        return _fail(
-            terminal, 3, f"{error.filename or 'writing'}: {error.strerror}; make room or give leave, then --resume"
-        )
+        hint = terminal.how_to_resume()
+        what = error.filename or "a file or standard output"
+        return _fail(terminal, 3, f"{what}: {error.strerror}; make room or give leave{'; ' + hint if hint else ''}")
     except RuntimeError as error:
         if _is_out_of_gpu_memory(error):
             return _fail(terminal, 3, _out_of("GPU memory", terminal))

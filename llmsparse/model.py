@@ -24,6 +24,7 @@ from llmsparse.checkpoint import CheckpointReader
 from llmsparse.errors import CheckpointError
 from llmsparse.naming import Group, Naming, in_block
 from llmsparse.outline import outline
+from llmsparse.shard import is_finite
 from llmsparse.skeleton import assign, build, find_blocks, quiet, replaced
 from llmsparse.weight import Slot, Weight, list_weights
 
@@ -48,6 +49,7 @@ class StreamedModel:
         with quiet():
             self._model = build(self.config, device, dtype, trust_remote_code)
         self._dtypes = {name: tensor.dtype for name, tensor in self._model.state_dict().items()}
+        self._parameters = dict(self._model.named_parameters(remove_duplicate=False)).keys()
         path, self._blocks = find_blocks(self._model)
         self.block_names = [f"{path}.{index}" for index in range(len(self._blocks))]
 
@@ -141,7 +143,7 @@ class StreamedModel:
             index,
             self._blocks[index],
             self.weights(index),
-            self._reader.read(self._block_keys[index]),
+            self._read(self._block_keys[index]),
             naming=self.naming,
             prefix=name + ".",
             device=self._device,
@@ -169,7 +171,7 @@ class StreamedModel:
             len(self._blocks),
             self._head,
             weights,
-            self._reader.read([weights[0].key]),
+            self._read([weights[0].key]),
             naming=self.naming,
             prefix=self._output.removesuffix("weight"),
             device=self._device,
@@ -220,8 +222,7 @@ class StreamedModel:
                 tied[target] = origin
             elif origin not in on_disk:
                 tied[origin] = target
-        needed = [name for name, _ in self._model.named_parameters(remove_duplicate=False)]
-        missing = [name for name in needed if tied.get(name, name) not in on_disk]
+        missing = [name for name in self._parameters if tied.get(name, name) not in on_disk]
         if missing:
             raise CheckpointError(
                 f"{self._reader.folder}: {len(missing)} of the tensors that config.json asks for are not on disk, "
@@ -247,10 +248,18 @@ class StreamedModel:
             if (target := self.naming.target(key)) and target not in large and not self._loaded
         ]
         if rest:
-            self._fill(self._reader.read(rest))
+            self._fill(self._read(rest))
         self._loaded = True
         if self._model.get_parameter(part).is_meta:
-            self._fill(self._reader.read(self.naming.groups[self._tied.get(part, part)].keys))
+            self._fill(self._read(self.naming.groups[self._tied.get(part, part)].keys))
+
+    def _read(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors from disk. CheckpointError for a parameter that holds NaN or Inf."""
+        for key, tensor in (tensors := self._reader.read(keys)).items():
+            if self.naming.target(key) in self._parameters and not is_finite(tensor):
+                what = f"{key.removesuffix('.weight')} in {self._reader.folder}"
+                raise CheckpointError(f"{what} holds NaN or Inf; repair the checkpoint")
+        return tensors
 
     def _drop(self, part: str) -> None:
         """Let go of an embedding, and of what is tied to it."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmsparse.collect import Input, collect, learn_inputs
-from llmsparse.errors import CheckpointError, LlmsparseError
+from llmsparse.errors import LlmsparseError
 from llmsparse.matching import Match, match
 from llmsparse.model import Activations, Block
 from llmsparse.planning import Plan
@@ -35,9 +35,6 @@ def prune_block(block: Block, acts: Activations, plan: Plan, progress: Progress)
     choices = {choice.weight.name: choice for choice in plan.choices[block.name]}
     if not choices:
         return BlockRecord(block.name, [], None, {})
-    for choice in choices.values():
-        if not torch.isfinite(block.view(choice.weight)).all():
-            raise CheckpointError(f"{choice.weight.name} in {plan.folder} holds NaN or Inf; repair the checkpoint")
     rows: list[Row] = []
     seconds: dict[str, float] = {}
     keep: dict[str, Tensor] = {}

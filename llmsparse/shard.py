@@ -42,6 +42,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+CHECKED = 2**22  # elements looked at together
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -150,6 +151,14 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a CPU tensor: its own memory if it is contiguous, else a copy."""
     flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf; looks at a part of it at a time, in next to no memory."""
+    if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+        return True  # 8-bit floats have scales of their own, and torch cannot tell
+    flat = tensor.flatten()
+    return all(bool(torch.isfinite(flat[at : at + CHECKED]).all()) for at in range(0, len(flat), CHECKED))
 
 
 def read_into(spec: TensorSpec, offset: int, target: memoryview) -> None:

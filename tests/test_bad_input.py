@@ -97,6 +97,14 @@ def nan(folder: Path) -> None:
             save_file(tensors, shard, metadata={"format": "pt"})
 
 
+def inf_outside(folder: Path, name: str) -> None:
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if name in tensors:
+            tensors[name].view(-1)[3] = float("inf")
+            save_file(tensors, shard, metadata={"format": "pt"})
+
+
 def no_tokenizer(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -109,6 +117,14 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
     "missing shard": (lambda m: first_shard(m).unlink(), "model-00001-of-00002.safetensors"),
     "missing tensor": (lambda m: index_names(m, "model.x", first_shard(m).name), "model.x"),
     "nan": (nan, "model.layers.1.mlp.up_proj in model holds NaN or Inf"),
+    "inf in a norm": (
+        lambda m: inf_outside(m, "model.layers.1.input_layernorm.weight"),
+        "model.layers.1.input_layernorm in model holds NaN or Inf",
+    ),
+    "inf in the embedding": (
+        lambda m: inf_outside(m, "model.embed_tokens.weight"),
+        "model.embed_tokens in model holds NaN or Inf",
+    ),
     "no config": (lambda m: (m / "config.json").unlink(), "config.json"),
     "config without architecture": (lambda m: config(m, architectures=None), "architectures"),
     "config of another width": (lambda m: config(m, intermediate_size=80), "mlp"),

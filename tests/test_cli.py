@@ -131,10 +131,10 @@ def test_help_says_what_every_switch_does(run: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = run(verb, "--help")
     assert code == 0 and "MODEL" in out and "{model}" not in out
-    shown = [line.strip("│ ").strip() for line in out.splitlines() if line.startswith("│ --")]
+    shown = [text for line in out.splitlines() if (text := line.strip("│ *")).startswith("--")]
     assert len(shown) > 5
     for line in shown:
-        assert re.search(r"[a-z0-9]\.( \[|$)|\]$", line), line  # a sentence, then perhaps the default
+        assert re.search(r"\w.*[\w%)]\.( \[|$)", line), line  # a sentence, then perhaps the default
         assert "<bool>" not in line or line.startswith("--help")
 
 
@@ -305,6 +305,20 @@ def test_a_reader_that_stops_reading_is_no_error() -> None:
     done = process("recipes", "list", stdout=writer)
     os.close(writer)
     assert done.communicate()[1] == "" and done.returncode == 0
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_closed_streams_are_no_error(stream: int) -> None:
+    done = process("recipes", "list", preexec_fn=lambda: os.close(stream))
+    out, err = done.communicate()
+    assert done.returncode == 0 and (out == "") == (stream == 1) and err == ""
+
+
+def test_standard_output_on_a_full_disk_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = process("recipes", "list", stdout=full)
+        err = done.communicate()[1]
+    assert done.returncode == 3 and "standard output: No space left on device" in one_error(err)
 
 
 def test_sigterm_ends_a_run_cleanly_and_resume_finishes_it(

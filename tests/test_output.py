@@ -174,6 +174,10 @@ def test_resume_names_what_has_changed(tmp_path: Path) -> None:
     message = refused(tmp_path / "out", RecipeError, "cannot be resumed", resume=True, fingerprint=now)
     assert 'recipe ({"method": "wanda"} then, {"method": "sparsegpt"} now), seed (0 then, 1 now), torch;' in message
     assert "model" not in message
+    now = FINGERPRINT | {"recipe": {"method": "wanda", "output": "x" * 100}}
+    assert ": recipe (output);" in refused(
+        tmp_path / "out", RecipeError, "cannot be resumed", resume=True, fingerprint=now
+    )
     with start(tmp_path / "out", resume=True, fingerprint=json.loads(json.dumps(FINGERPRINT))):
         pass
 

@@ -15,6 +15,8 @@ from urllib.request import urlopen
 import pytest
 
 from llmsparse.cli import main
+from llmsparse.patterns import NofM, Unstructured
+from llmsparse.recipe import Recipe
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^llmsparse .*$", README, flags=re.MULTILINE)
@@ -83,14 +85,22 @@ def test_the_python_examples_run(folder: Path, capsys: pytest.CaptureFixture[str
     assert (folder / "my-model-70-packed-too" / "model.safetensors").exists()
 
 
+def test_the_rules_are_those_that_the_comments_say(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "rules.yaml").write_text(example)
+    recipe = Recipe.load(tmp_path / "rules.yaml", {"model": "m"})
+    assert recipe.pattern_for("a.up_proj") == NofM(2, 4) and recipe.method_for("a.up_proj") == "sparsegpt"
+    assert recipe.pattern_for("a.down_proj") == Unstructured(0.7, "row") and recipe.method_for("a.down_proj") == "alps"
+
+
 def test_every_flag_the_readme_names_exists(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     flags = set(re.findall(r"`(--[a-z-]+)", README))
     assert len(flags) > 8
-    main(["prune", "--help"])
-    main(["eval", "--help"])
+    for verb in ("prune", "eval", "pack"):
+        main([verb, "--help"])
     shown = capsys.readouterr().out
     assert not {flag for flag in flags if flag not in shown}
 

@@ -5,6 +5,7 @@ stdout carries the result, stderr progress and errors. Imports neither torch nor
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -141,7 +142,8 @@ def test_products_in_bfloat16_train_as_well(moe: Path, keys: dict[str, Any], tmp
     report = llmsparse.tune(
         model=str(moe), output=str(tmp_path / "out"), **keys | {"steps": 25, "learning_rate": 3e-3}, dtype="bfloat16"
     )
-    assert report.losses[-1]["kl"] < 0.8 * report.losses[0]["kl"]
+    losses = [loss["kl"] for loss in report.losses]  # one a step, each of other text
+    assert mean(losses[-5:]) < 0.8 * mean(losses[:5])
     assert load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.gate.weight"].dtype == torch.float32
 
 

@@ -45,6 +45,8 @@ def test_the_commands_run_one_after_the_other(folder: Path, capsys: pytest.Captu
             arguments += SMALLER
         if arguments[0] == "factorize":
             arguments += ["calibration_samples=4", "seq_len=32", "router_steps=2"]
+        if arguments[0] == "tune":
+            arguments += ["steps=2", "seq_len=32"]
         needs_network = "meta-llama" in command or (arguments[0] == "plan" and "--calibration" not in arguments)
         assert main(arguments) == (3 if needs_network else 0), (command, capsys.readouterr().err)
 
@@ -99,7 +101,7 @@ def test_every_flag_the_readme_names_exists(
     monkeypatch.setenv("COLUMNS", "200")
     flags = set(re.findall(r"`(--[a-z-]+)", README))
     assert len(flags) > 8
-    for verb in ("prune", "eval", "pack"):
+    for verb in ("prune", "eval", "pack", "factorize"):
         main([verb, "--help"])
     shown = capsys.readouterr().out
     assert not {flag for flag in flags if flag not in shown}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,14 @@ import llmsparse
 
 MADE: dict[str, Any] = {"calibration_samples": 24, "seq_len": 32, "router_steps": 20, "device": "cpu"}
 LAYOUTS = {"glm4_moe": {"experts": 8, "shared": 2, "active": 2}, "mixtral": {"experts": 4, "shared": 0, "active": 2}}
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard() -> Generator[None, None, None]:
+    """A shell that starts the tests in the background has them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

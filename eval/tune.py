@@ -1,11 +1,12 @@
 """Perplexity after tuning a factorized model, beside the dense one it came from and what it was before.
 
 `python -m eval.tune [MODEL] [TEXT] [SEED] [WHAT,…]` (builtin builtin 0 experts,router,lora) factorizes MODEL with the
-shipped recipe factorize-50, tunes the result for 500 steps of 4 windows of 256 tokens, and writes a row to
+shipped recipe factorize-50, tunes the result for 500 steps of 8 windows of 256 tokens, and writes a row to
 eval/results/tune.csv for each WHAT is trained; rows of the same model, seed and WHAT are replaced.
 
-`builtin` calibrates and trains on the calibration modules of the standard library, and measures on the evaluation
-modules, which neither model has ever seen. Another TEXT is measured on its evaluation split, where it has one.
+`builtin` calibrates on the calibration modules of the standard library, trains on those that the embedded model was
+trained on, and measures on the evaluation modules, which neither model has ever seen. Another TEXT is measured on its
+evaluation split, where it has one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from llmsparse.tuning.recipe import TuneRecipe
 
 RESULTS = Path(__file__).parent / "results" / "tune.csv"
 RECIPE = "factorize-50"
-STEPS, WINDOWS, SEQ_LEN = 500, 4, 256
+STEPS, WINDOWS, SEQ_LEN = 500, 8, 256
 DTYPE = "bfloat16"  # of the products; the masters are fp32
 
 

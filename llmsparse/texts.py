@@ -83,9 +83,8 @@ def open_texts(source: str, purpose: Purpose, text_field: str | None = None) -> 
 def _builtin(purpose: Purpose) -> Texts:
     from llmsparse.demo import corpus
 
-    which = "evaluation" if purpose == "evaluation" else "calibration"  # what the embedded model has not read by heart
-    protocol = {"dataset": "builtin", "text": corpus.describe(which), "python": platform.python_version()}
-    return Texts(((text,) for text in corpus.texts(which)), False, protocol)
+    protocol = {"dataset": "builtin", "text": corpus.describe(purpose), "python": platform.python_version()}
+    return Texts(((text,) for text in corpus.texts(purpose)), False, protocol)
 
 
 def _file(path: Path, text_field: str | None) -> Texts:

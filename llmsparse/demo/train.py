@@ -22,7 +22,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -125,7 +125,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
+def token_stream(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Tensor:
     """All texts as one row of ids: bos, text, eos, bos, text, ..."""
     rows = [torch.tensor([*tokenizer.encode(text), tokenizer.eos_token_id]) for text in texts]
     return torch.cat(rows)
@@ -174,7 +174,7 @@ class Run:
     def __init__(self, hyper: Hyper, state: Path, device: str):
         self.hyper, self.state, self.device, self.progress = hyper, state, device, Progress()
         torch.manual_seed(hyper.seed)
-        texts = corpus.training_texts()
+        texts = list(corpus.texts("training"))
         self.tokenizer = train_tokenizer(texts)
         self.stream = token_stream(self.tokenizer, texts)
         self.evaluation = token_stream(self.tokenizer, corpus.texts("evaluation"))

@@ -85,9 +85,7 @@ def prune(
     """
     from llmsparse.recipe import Recipe
 
-    chosen = recipe_from(Recipe, model, assignments, recipe, flags)
-    if resume and overwrite:
-        raise RecipeError("--resume goes on with an unfinished run and --overwrite starts anew: choose one")
+    chosen = recipe_from(Recipe, model, assignments, recipe, flags, resume, overwrite)
     terminal.calm_libraries()
     if dry_run:
         from llmsparse.planning import make_plan
@@ -114,7 +112,7 @@ def plan(
     """Show what `prune` would do: weights, memory, disk. Writes nothing, and downloads no weights."""
     from llmsparse.recipe import Recipe
 
-    chosen = recipe_from(Recipe, model, assignments, recipe, flags)
+    chosen = recipe_from(Recipe, model, assignments, recipe, flags, resume, overwrite)
     terminal.calm_libraries()
     from llmsparse.planning import make_plan
 
@@ -139,9 +137,7 @@ def factorize(
     """
     from llmsparse.factorization.recipe import FactorRecipe
 
-    chosen = recipe_from(FactorRecipe, model, assignments, recipe, flags)
-    if resume and overwrite:
-        raise RecipeError("--resume goes on with an unfinished run and --overwrite starts anew: choose one")
+    chosen = recipe_from(FactorRecipe, model, assignments, recipe, flags, resume, overwrite)
     terminal.calm_libraries()
     if dry_run:
         from llmsparse.factorization.planning import make_plan

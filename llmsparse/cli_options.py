@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Protocol, Self, TypeVar, get_args
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 
 from llmsparse.recipe_keys import KEYS, Key
 from llmsparse.terminal import Terminal
 
+if TYPE_CHECKING:
+    from llmsparse.run_recipe import RunRecipe
+
 Verb = TypeVar("Verb", bound=Callable[..., None])
-Chosen = TypeVar("Chosen", bound="Loadable")
+Chosen = TypeVar("Chosen", bound="RunRecipe")
 
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Show neither progress nor notes on stderr.", show_default=False)
@@ -95,17 +98,22 @@ Experts = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.", show_default=False)]
 
 
-class Loadable(Protocol):
-    """A kind of recipe, as `llmsparse.recipe` and its siblings define them."""
-
-    @classmethod
-    def load(cls, recipe: str | None, flags: dict[str, Any], assignments: Sequence[str]) -> Self: ...
-
-
 def recipe_from(
-    kind: type[Chosen], model: str | None, assignments: list[str] | None, recipe: str | None, flags: dict[str, Any]
+    kind: type[Chosen],
+    model: str | None,
+    assignments: list[str] | None,
+    recipe: str | None,
+    flags: dict[str, Any],
+    resume: bool,
+    overwrite: bool,
 ) -> Chosen:
-    """The recipe of a command line; its first word may be an assignment where the recipe names the model."""
+    """The recipe of a command line; its first word may be an assignment where the recipe names the model.
+
+    RecipeError for what no recipe can be made of, and for --resume beside --overwrite.
+    """
+    from llmsparse.run_recipe import refuse_both
+
+    refuse_both(resume, overwrite)
     given = {key: value for key, value in flags.items() if value not in (None, [])}
     if model is not None and "=" in model and not os.path.exists(model):
         model, assignments = None, [model, *(assignments or ())]

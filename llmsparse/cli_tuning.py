@@ -7,7 +7,6 @@ from typing import Any
 import typer
 
 from llmsparse.cli_options import Assignments, Json, ModelOrRecipe, RecipeName, Restart, Resume, recipe_from, verb
-from llmsparse.errors import RecipeError
 from llmsparse.terminal import Terminal
 from llmsparse.tuning.keys import KEYS
 
@@ -31,9 +30,7 @@ def tune(
     """
     from llmsparse.tuning.recipe import TuneRecipe
 
-    chosen = recipe_from(TuneRecipe, model, assignments, recipe, flags)
-    if resume and overwrite:
-        raise RecipeError("--resume goes on with an unfinished run and --overwrite starts anew: choose one")
+    chosen = recipe_from(TuneRecipe, model, assignments, recipe, flags, resume, overwrite)
     terminal.calm_libraries()
     terminal.will_write(chosen.output_folder)
     from llmsparse.tuning import pipeline

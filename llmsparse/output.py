@@ -20,6 +20,7 @@ from typing import Any, cast
 from llmsparse.disk import disk_error, fsync, replace_file
 from llmsparse.errors import CheckpointError, MachineError, RecipeError
 from llmsparse.home import expand_home
+from llmsparse.run_recipe import refuse_both
 
 STATE = ".llmsparse"
 
@@ -155,8 +156,7 @@ class _Place:
 
     def decide(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
         """What the unfinished run noted at its start, None if there is none; RecipeError if the flags do not fit."""
-        if resume and overwrite:
-            raise RecipeError("--resume goes on with an unfinished run and --overwrite starts anew: choose one")
+        refuse_both(resume, overwrite)
         run = self._run()
         if resume and run is None:
             finished = self.out.is_dir() and any(self.out.iterdir())

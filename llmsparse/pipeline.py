@@ -26,8 +26,9 @@ from llmsparse.packing import select
 from llmsparse.planning import Plan, make_plan, versions
 from llmsparse.progress import Progress, Silent
 from llmsparse.pruning import prune_block
-from llmsparse.recipe import Recipe, from_arguments
+from llmsparse.recipe import Recipe
 from llmsparse.report import BlockRecord, Report
+from llmsparse.run_recipe import from_arguments
 from llmsparse.selection import HEAD
 
 CHECKSUMS = "checksums"  # beside the record in the journal entry of a block

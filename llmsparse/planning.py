@@ -27,7 +27,8 @@ from llmsparse.matching import HELD_OUT_SHARE, LEARNING_RATES, batches_per_step,
 from llmsparse.memory import available_bytes
 from llmsparse.model import StreamedModel
 from llmsparse.output import check_output, held_bytes
-from llmsparse.recipe import Recipe, from_arguments
+from llmsparse.recipe import Recipe
+from llmsparse.run_recipe import from_arguments
 from llmsparse.selection import Choice, choose
 from llmsparse.source import Origin
 

@@ -1,31 +1,26 @@
-"""Recipe: everything a pruning run needs, checked before a byte of the model is read.
+"""Recipe: everything a pruning run needs, each key of it also a flag of `llmsparse prune`.
 
-A recipe is YAML with the keys below, each of them also a flag of `llmsparse prune`: defaults < recipe < flags and
-`key=value`. An unknown key, a value of the wrong type and a request that contradicts itself are errors that name the
-file, the line and the way out. What needs the model's shapes (a rule that matches nothing, a width that 4 does not
-divide) is checked by the plan.
+What needs the model's shapes (a rule that matches nothing, a width that 4 does not divide) is checked by the plan.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, model_validator
 
 from llmsparse import method as methods
-from llmsparse import recipe_file
 from llmsparse.errors import RecipeError, did_you_mean
 from llmsparse.method import MethodSpec, OptionError
 from llmsparse.recipe_file import KeyPath
-from llmsparse.recipe_origins import Origins
+from llmsparse.run_recipe import Count, Device, Dtype, Length, PathText, RunRecipe, Seed, ShardSize, Source
 
 if TYPE_CHECKING:
     from llmsparse.patterns import Pattern
@@ -68,35 +63,13 @@ def _name(method: MethodSpec) -> str:
     return method if isinstance(method, str) else str(method["name"])
 
 
-def _device(value: Any) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", str(value)):
-        raise ValueError(f"got {value!r}, wanted auto, cpu, cuda or cuda:0")
-    return str(value)
-
-
 def _one_or_more(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"got {str(value).lower()}, wanted a whole number")
-    return value
-
-
-def _path_text(value: Any) -> Any:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-
-
-PathText = Annotated[str, BeforeValidator(_path_text)]  # a name or a path, from Python also a pathlib.Path
 Sparsity = Annotated[float, PlainValidator(parse_sparsity)]
-Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 Globs = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
 Method = Annotated[MethodSpec, PlainValidator(_method)]
-Length = Annotated[int, BeforeValidator(_no_bool), Field(ge=2)]
-Device = Annotated[str, PlainValidator(_device)]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**63)]
 
 
 class Rule(BaseModel):
@@ -119,12 +92,12 @@ class Rule(BaseModel):
         return None if self.method is None else methods.build(self.method)
 
 
-class Recipe(BaseModel):
-    """A pruning run. Raises RecipeError, in one line, for whatever cannot be. `recipe_keys.py` says what each key is for."""
+class Recipe(RunRecipe):
+    """A pruning run. `recipe_keys.py` says what each key is for."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    default_method: ClassVar[str] = DEFAULT_METHOD
 
-    model: Annotated[PathText, Field(min_length=1)]
+    model: Source
     output: PathText | None = None
     method: Method = DEFAULT_METHOD
     sparsity: Sparsity | None = None
@@ -136,7 +109,7 @@ class Recipe(BaseModel):
     exclude: Globs = ()
     true_sequential: bool = False
     match_steps: Annotated[int | Literal["auto"], PlainValidator(_match_steps)] = "auto"
-    calibration: Annotated[PathText, Field(min_length=1)] = "c4"
+    calibration: Source = "c4"
     text_field: str | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None
@@ -145,39 +118,14 @@ class Recipe(BaseModel):
     dtype: Dtype = "auto"
     seed: Seed = 0
     format: Literal["dense", "packed"] = "dense"
-    max_shard_size: Annotated[str, BeforeValidator(str)] = "5GB"
+    max_shard_size: ShardSize = "5GB"
     revision: str | None = None
     trust_remote_code: bool = False
-
-    def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise Origins(data).explain(error, type(self)) from error
-
-    @classmethod
-    def load(
-        cls, recipe: str | Path | None = None, flags: Mapping[str, Any] | None = None, assignments: Sequence[str] = ()
-    ) -> Self:
-        """Read a recipe file or a shipped recipe by name, or neither, under `flags` (None: not given) and `key=value`s.
-
-        Raises RecipeError that names file and line, flag, or assignment.
-        """
-        path = None if recipe is None else recipe_file.find(recipe)
-        return Origins.layered(path, flags or {}, assignments, DEFAULT_METHOD).build(cls)
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with other values, checked like a new one."""
-        return type(self)(**{**self.model_dump(), **changes})
 
     def resolved(self) -> dict[str, Any]:
         """The mapping that `dump` writes: every default and method option spelled out, what is not set left out."""
         data = {key: value for key, value in self.model_dump(mode="json", exclude_none=True).items() if value != []}
         return data | {"method": methods.describe(self.pruner)}
-
-    def dump(self, comments: Mapping[str, Any] | None = None) -> str:
-        """YAML that loads to an equal run, under `# key: value` comments."""
-        return recipe_file.write(self.resolved(), comments or {})
 
     @cached_property
     def pruner(self) -> Pruner:
@@ -242,11 +190,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
-        from llmsparse.checkpoint import parse_size
-
         if self.sparsity is None and self.pattern == "unstructured":
             raise ValueError("nothing says how much to prune: give --sparsity 0.5, or a pattern such as --pattern 2:4")
-        _try(("max_shard_size",), lambda: parse_size(self.max_shard_size))
         methods.build(self.method)
         _try(("sparsity" if self.pattern == "unstructured" else "pattern",), lambda: self._pattern(None))
         for index, rule in enumerate(self.rules):
@@ -257,27 +202,6 @@ class Recipe(BaseModel):
                 methods.build(rule.method, (*at, "method"))
             _try((*at, "pattern" if rule.pattern is not None else "sparsity"), lambda rule=rule: self._pattern(rule))
         return self
-
-
-Kind = TypeVar("Kind", bound=BaseModel)
-
-
-def from_arguments(kind: type[Kind], recipe: Kind | str | Path | None, keys: Mapping[str, Any]) -> Kind:
-    """The recipe of a call from Python: `run(Recipe(…))`, `run("model", key=…)` or `run(model="model", key=…)`."""
-    if isinstance(recipe, kind):
-        if keys:
-            raise RecipeError(
-                f"got a {kind.__name__} and {', '.join(keys)} beside it; put these into the {kind.__name__}, or give "
-                "keys alone"
-            )
-        return recipe
-    if recipe is None:
-        return kind(**keys)
-    if not isinstance(recipe, str | os.PathLike):
-        raise RecipeError(f"got {type(recipe).__name__} first, wanted a {kind.__name__}, or the model's name or folder")
-    if "model" in keys:
-        raise RecipeError(f"got two models, {str(recipe)!r} first and model={str(keys['model'])!r}; give one of them")
-    return kind(model=recipe, **keys)
 
 
 def _try(at: KeyPath, check: Callable[[], object]) -> None:

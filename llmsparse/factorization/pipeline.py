@@ -28,7 +28,7 @@ from llmsparse.output import PartialOutput
 from llmsparse.pipeline import CHECKSUMS, OUTSIDE, check_written, recall
 from llmsparse.planning import versions
 from llmsparse.progress import Progress, Silent
-from llmsparse.recipe import from_arguments
+from llmsparse.run_recipe import from_arguments
 
 
 def factorize(

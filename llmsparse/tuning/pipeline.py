@@ -23,7 +23,7 @@ from llmsparse.memory import PeakMemory
 from llmsparse.output import PartialOutput
 from llmsparse.pipeline import CHECKSUMS, check_written
 from llmsparse.progress import Progress, Silent
-from llmsparse.recipe import from_arguments
+from llmsparse.run_recipe import from_arguments
 from llmsparse.skeleton import find_blocks, quiet
 from llmsparse.tuning.losses import language
 from llmsparse.tuning.mixture import Mixture

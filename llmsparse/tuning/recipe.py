@@ -1,50 +1,47 @@
-"""What a tuning needs, checked before a byte of the model is read: the sibling of `llmsparse.recipe`.
+"""What a tuning needs, checked before a byte of the model is read: a sibling of `llmsparse.recipe`.
 
 What needs the two models (a teacher of another shape, a folder that holds no mixture) is checked by the plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from llmsparse import recipe_file
-from llmsparse.errors import RecipeError
 from llmsparse.method import OptionError
-from llmsparse.recipe import Count, Device, Length, PathText, Seed
-from llmsparse.recipe_origins import Origins
+from llmsparse.run_recipe import (
+    Count,
+    Device,
+    Length,
+    Number,
+    PathText,
+    RunRecipe,
+    Seed,
+    ShardSize,
+    Source,
+    Whole,
+)
 
-KIND = "tune"  # the folder of its shipped recipes
-RATES = {"experts": 1e-3, "lora": 2e-3, "router": 1e-3}  # docs/LOG.md has the sweep
+RATES = {"experts": 1e-3, "lora": 2e-3, "router": 1e-3}  # by what is trained
+
+Rate = Annotated[Number, Field(gt=0, lt=1)]
 
 
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"got {str(value).lower()}, wanted a number")
-    return value
+class TuneRecipe(RunRecipe):
+    """A tuning. `keys.py` says what each key is for."""
 
+    verb: ClassVar[str] = "tune"
 
-Number = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
-Rate = Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1, allow_inf_nan=False)]
-Steps = Annotated[int, BeforeValidator(_number), Field(ge=0)]
-
-
-class TuneRecipe(BaseModel):
-    """A tuning. Raises RecipeError, in one line, for whatever cannot be. `keys.py` says what each key is for."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: Annotated[PathText, Field(min_length=1)]
+    model: Source
     teacher: PathText = ""
     output: PathText | None = None
     train: Literal["router", "experts", "lora"] = "experts"
     steps: Count = 500
     learning_rate: Rate | None = None
     router_learning_rate: Rate = 1e-3
-    warmup: Steps = 20
+    warmup: Whole = 20
     final_rate: Annotated[Number, Field(le=1)] = 0.05
     weight_decay: Number = 0.0
     lora_rank: Count = 16
@@ -62,32 +59,10 @@ class TuneRecipe(BaseModel):
     device: Device = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     save_every: Count = 50
-    max_shard_size: Annotated[str, BeforeValidator(str)] = "5GB"
-
-    def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise Origins(data).explain(error, type(self)) from error
-
-    @classmethod
-    def load(
-        cls, recipe: str | Path | None = None, flags: Mapping[str, Any] | None = None, assignments: Sequence[str] = ()
-    ) -> Self:
-        """Read a recipe file or a shipped recipe by name, or neither, under `flags` (None: not given) and `key=value`s.
-
-        Raises RecipeError that names file and line, flag, or assignment.
-        """
-        path = None if recipe is None else recipe_file.find(recipe, KIND)
-        return Origins.layered(path, flags or {}, assignments).build(cls)
+    max_shard_size: ShardSize = "5GB"
 
     def resolved(self) -> dict[str, Any]:
-        """The mapping that `dump` writes: every default spelled out, what is not set left out."""
-        return self.model_dump(mode="json", exclude_none=True) | {"learning_rate": self.rate}
-
-    def dump(self, comments: Mapping[str, Any] | None = None) -> str:
-        """YAML that loads to an equal run, under `# key: value` comments."""
-        return recipe_file.write(self.resolved(), comments or {})
+        return super().resolved() | {"learning_rate": self.rate}
 
     @property
     def rate(self) -> float:
@@ -112,16 +87,10 @@ class TuneRecipe(BaseModel):
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
-        from llmsparse.checkpoint import parse_size
-
         if not self.teacher:
             raise OptionError(("teacher",), "missing; name the dense model that this one was made from")
         if not self.text:
             raise OptionError(("text",), "missing; give --text wikitext2, --text builtin or --text FILE")
         if not any(self.weights.values()):
             raise ValueError("every weight of the loss is 0, so there is nothing to minimise")
-        try:
-            parse_size(self.max_shard_size)
-        except RecipeError as error:
-            raise OptionError(("max_shard_size",), str(error)) from None
         return self

@@ -33,7 +33,7 @@ from torch.nn.functional import linear
 
 from llmsparse import cpu
 from llmsparse.cpu.build import find_compiler, load, openmp_runtime
-from llmsparse.cpu.library import HERE
+from llmsparse.cpu.kernel_library import HERE
 from llmsparse.formats.bitmask import Bitmask
 
 RESULTS = Path(__file__).parent / "results" / "cpu.csv"

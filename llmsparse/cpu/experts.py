@@ -14,11 +14,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from llmsparse.cpu.build import BuildError
-from llmsparse.cpu.library import DTYPES, HERE, declared
-from llmsparse.errors import MachineError, RecipeError
+from llmsparse.cpu.kernel_library import KernelLibrary
+from llmsparse.cpu.library import DTYPES
+from llmsparse.errors import RecipeError
 
-SOURCES = tuple(HERE / name for name in ("experts.c", "experts_x86.h", "avx.h", "floats.h", "team.h"))
 SIGNATURES = {
     "kernel_name": (c_char_p, (c_int32,)),
     "kernel_fits": (c_int32, (c_int32, c_int32)),
@@ -27,6 +26,11 @@ SIGNATURES = {
         (c_void_p, c_int32, c_void_p, c_int32, c_void_p, c_void_p, c_int32, c_void_p, c_int32),
     ),
 }
+
+
+LIBRARY = KernelLibrary(
+    "CPU kernel of experts", ("experts.c", "experts_x86.h", "avx.h", "floats.h", "team.h"), SIGNATURES
+)
 
 
 class Stacked(ctypes.Structure):
@@ -47,8 +51,7 @@ class Stacked(ctypes.Structure):
 
 def why_not() -> str | None:
     """Why the kernel cannot run here, in one line; None if it can. Builds it at the first call."""
-    found = _load_once()
-    return found if isinstance(found, str) else None
+    return LIBRARY.why_not()
 
 
 @cache
@@ -59,12 +62,7 @@ def kernels(dtype: torch.dtype) -> dict[str, int]:
     """
     if dtype not in DTYPES:
         raise RecipeError(f"the CPU kernel of experts takes bfloat16 or float32, not {dtype}")
-    c, found, number = _library(), dict[str, int](), 0
-    while name := c.kernel_name(number):
-        if c.kernel_fits(number, DTYPES[dtype]):
-            found[name.decode()] = number
-        number += 1
-    return found
+    return LIBRARY.fitting(DTYPES[dtype])
 
 
 def experts(
@@ -116,25 +114,10 @@ def _run(
     number = numbers[kernel] if kernel else next(iter(numbers.values()))
     x, index, shares = x.contiguous(), index.long().contiguous(), shares.float().contiguous()
     y = torch.empty_like(x)
-    status = _library().run_experts(
+    status = LIBRARY.loaded().run_experts(
         ctypes.byref(stacked), number, x.data_ptr(), len(x), index.data_ptr(), shares.data_ptr(), index.shape[1],
         y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if status:
         raise MemoryError
     return y
-
-
-def _library() -> ctypes.CDLL:
-    found = _load_once()
-    if isinstance(found, str):
-        raise MachineError(f"the CPU kernel of experts cannot run here: {found}")
-    return found
-
-
-@cache
-def _load_once() -> ctypes.CDLL | str:
-    try:
-        return declared(SOURCES, SIGNATURES)
-    except BuildError as error:
-        return str(error)

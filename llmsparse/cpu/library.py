@@ -1,21 +1,16 @@
-"""The C library: loaded once in a process, or the reason why it cannot be."""
+"""The C kernels for packed weights: what there is, what they take, and for how many tokens they pay."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from llmsparse.cpu.build import BuildError, load, openmp_runtime
-from llmsparse.errors import MachineError, RecipeError
+from llmsparse.cpu.kernel_library import KernelLibrary
+from llmsparse.errors import RecipeError
 
-HERE = Path(__file__).parent
-SOURCES = tuple(HERE / name for name in ("bitmask.c", "tiles.h", "x86.h", "avx.h", "floats.h", "team.h"))
 DTYPES = {torch.bfloat16: 2, torch.float32: 4}  # as enum { BF16, FP32 } of floats.h
 ROWS, COLUMNS, SLACK = 4, 32, 32  # as in tiles.h
 KERNEL_ROWS = {  # rows of x up to which a kernel beats unpacking for torch's product, at 50 % and above, on Zen 5
@@ -40,7 +35,6 @@ class Matrix(ctypes.Structure):
     )
 
 
-TEAM = {"use_team": (None, (c_void_p, c_void_p, c_void_p))}
 SIGNATURES = {
     "first_tile": (c_int64, (c_void_p, c_int64, c_int64)),
     "first_bad_row": (c_int64, (c_void_p, c_void_p, c_int64, c_int64, c_int64)),
@@ -56,18 +50,17 @@ SIGNATURES = {
 }
 
 
+LIBRARY = KernelLibrary("CPU kernels", ("bitmask.c", "tiles.h", "x86.h", "avx.h", "floats.h", "team.h"), SIGNATURES)
+
+
 def why_not() -> str | None:
     """Why the CPU kernels cannot run here, in one line; None if they can. Builds them at the first call."""
-    found = _load_once()
-    return found if isinstance(found, str) else None
+    return LIBRARY.why_not()
 
 
 def library() -> ctypes.CDLL:
     """The library. MachineError with the reason where there is none."""
-    found = _load_once()
-    if isinstance(found, str):
-        raise MachineError(f"the CPU kernels cannot run here: {found}")
-    return found
+    return LIBRARY.loaded()
 
 
 @cache
@@ -79,35 +72,9 @@ def kernels(dtype: torch.dtype, x_dtype: torch.dtype) -> dict[str, int]:
     for name, given in (("weight", dtype), ("x", x_dtype)):
         if given not in DTYPES:
             raise RecipeError(f"the CPU kernels take a {name} of bfloat16 or float32, not {given}")
-    c, found, number = library(), dict[str, int](), 0
-    while name := c.kernel_name(number):
-        if c.kernel_fits(number, DTYPES[dtype], DTYPES[x_dtype]):
-            found[name.decode()] = number
-        number += 1
-    return found
+    return LIBRARY.fitting(DTYPES[dtype], DTYPES[x_dtype])
 
 
 def kernel_rows(dtype: torch.dtype, x_dtype: torch.dtype) -> int:
     """Up to how many rows of x `matvec` takes less time on this CPU than `expand` and torch; 0 where it never does."""
     return KERNEL_ROWS[next(iter(kernels(dtype, x_dtype)))]
-
-
-@cache
-def _load_once() -> ctypes.CDLL | str:
-    try:
-        return declared(SOURCES, SIGNATURES)
-    except BuildError as error:
-        return str(error)
-
-
-def declared(sources: Sequence[Path], signatures: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> ctypes.CDLL:
-    """The library of C sources that include team.h, given torch's threads. BuildError where it cannot be built."""
-    c = load(*sources)
-    for name, (result, arguments) in {**signatures, **TEAM}.items():
-        function = getattr(c, name)
-        function.restype, function.argtypes = result, arguments
-    runtime = openmp_runtime()
-    if runtime is not None:  # else one thread
-        team = (runtime.GOMP_parallel, runtime.omp_get_thread_num, runtime.omp_get_num_threads)
-        c.use_team(*(ctypes.cast(function, c_void_p) for function in team))
-    return c

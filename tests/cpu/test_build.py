@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from llmsparse.cpu import build
-from llmsparse.cpu.library import SOURCES
+from llmsparse.cpu.library import LIBRARY
 
 LOAD = f"""
 import runpy, sys
 from pathlib import Path
 load = runpy.run_path({build.__file__!r})["load"]  # by path: it needs no torch, and starts ten times as fast
-print(load(*map(Path, {[str(path) for path in SOURCES]!r})).kernel_fits(0, 0, 0))
+print(load(*map(Path, {[str(path) for path in LIBRARY.sources]!r})).kernel_fits(0, 0, 0))
 """
 WITHOUT = """
 import torch
@@ -42,7 +42,7 @@ def script(path: Path, text: str) -> str:
 
 def reason() -> str:
     with pytest.raises(build.BuildError) as caught:
-        build.load(*SOURCES)
+        build.load(*LIBRARY.sources)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -53,20 +53,20 @@ def test_processes_that_build_at_the_same_time_leave_one_library(cache: Path) ->
     (library,) = cache.iterdir()
     assert library.suffix == ".so"
     built = library.stat().st_mtime_ns
-    build.load(*SOURCES)
+    build.load(*LIBRARY.sources)
     assert library.stat().st_mtime_ns == built  # the second time it is only loaded
 
 
 def test_another_source_compiler_or_flag_is_another_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     changed = tmp_path / "bitmask.c"
-    changed.write_text(SOURCES[0].read_text() + "\n")
-    names = {build.library_name(["cc"], SOURCES), build.library_name(["cc"], (changed, *SOURCES[1:]))}
+    changed.write_text(LIBRARY.sources[0].read_text() + "\n")
+    names = {build.library_name(["cc"], LIBRARY.sources), build.library_name(["cc"], (changed, *LIBRARY.sources[1:]))}
     names |= {
-        build.library_name(["cc", "-g"], SOURCES),
-        build.library_name([script(tmp_path / "cc", "echo 9")], SOURCES),
+        build.library_name(["cc", "-g"], LIBRARY.sources),
+        build.library_name([script(tmp_path / "cc", "echo 9")], LIBRARY.sources),
     }
     monkeypatch.setattr(build, "FLAGS", ("-O0",))
-    names.add(build.library_name(["cc"], SOURCES))
+    names.add(build.library_name(["cc"], LIBRARY.sources))
     assert len(names) == 5
 
 

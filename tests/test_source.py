@@ -8,11 +8,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from http_reply import Replying
 
 from llmsparse.errors import CheckpointError, MachineError, RecipeError
 from llmsparse.source import copy_side_files, load_config, load_tokenizer, resolve, write_side_files
@@ -29,20 +30,8 @@ def model_with(folder: Path, config: object) -> Path:
     return folder
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Replying):
     """A hub with one good model, one gated, one only pickled; everything else is not found."""
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]

@@ -23,11 +23,12 @@ from llmsparse.memory import PeakMemory, release_freed
 from llmsparse.model import Activations, Block
 from llmsparse.output import PartialOutput
 from llmsparse.packing import select
-from llmsparse.planning import Plan, make_plan, versions
+from llmsparse.planning import Plan, make_plan
 from llmsparse.progress import Progress, Silent
 from llmsparse.pruning import prune_block
 from llmsparse.recipe import Recipe
 from llmsparse.report import BlockRecord, Report
+from llmsparse.run_plan import versions
 from llmsparse.run_recipe import from_arguments
 from llmsparse.selection import HEAD
 
@@ -69,8 +70,7 @@ def prune(
             writer.sync()
             partial.journal(OUTSIDE, {})
 
-        report = Report(plan.name, str(plan.output), plan.resolved.resolved(), plan.windows.protocol, versions())
-        report.total_parameters = plan.total_parameters
+        report = Report(**plan.described(), total_parameters=plan.total_parameters)
         prune_blocks(plan, report, partial, writer, progress)
         writer.finish()
 

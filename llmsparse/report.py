@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from llmsparse.run_report import LARGE_LOSS, SCHEMA_VERSION, RunReport, card_metadata, perplexity_line, spell_protocol
+
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from llmsparse.footprint import Packing
-
-SCHEMA_VERSION = 1
-LARGE_LOSS = 1.5  # a perplexity ratio worth a warning
 
 
 @dataclass(frozen=True)
@@ -51,22 +48,14 @@ class BlockRecord:
         return cls(entry["name"], rows, entry["match"], entry["seconds"])
 
 
-@dataclass
-class Report:
-    """The outcome of `prune`; written as llmsparse_report.json."""
+@dataclass(kw_only=True)
+class Report(RunReport):
+    """The outcome of `prune`; its `protocol` is that of the calibration windows."""
 
-    model: str
-    output: str
-    recipe: dict[str, Any]
-    protocol: dict[str, Any]  # of the calibration windows
-    versions: dict[str, str]
     blocks: list[BlockRecord] = field(default_factory=list[BlockRecord])
     perplexity: dict[str, Any] | None = None  # {"before", "after", "windows", "seq_len", "tokens"}, of held-out text
     packing: Packing | None = None  # what the packed format saved
-    warnings: list[str] = field(default_factory=list[str])
     total_parameters: int = 0
-    seconds: float = 0.0
-    peak_memory_bytes: int = 0
 
     @property
     def rows(self) -> list[Row]:
@@ -86,12 +75,9 @@ class Report:
         return any(block.match for block in self.blocks)
 
     def to_json(self) -> dict[str, Any]:
-        """What `prune --json` prints: the stored report, and time and memory where a reader looks first."""
-        shown = {"seconds": self.seconds, "peak_memory_bytes": self.peak_memory_bytes}
-        return self.stored() | shown | ({"packing": self.packing.to_json()} if self.packing else {})
+        return super().to_json() | ({"packing": self.packing.to_json()} if self.packing else {})
 
     def stored(self) -> dict[str, Any]:
-        """llmsparse_report.json; everything that time decides stands under `timings`."""
         return {
             "schema_version": SCHEMA_VERSION,
             "model": self.model,
@@ -112,28 +98,15 @@ class Report:
             },
         }
 
-    def summary(self) -> list[tuple[str, str]]:
-        """What a person wants to know, as (label, text) pairs."""
+    def findings(self) -> list[tuple[str, str]]:
         lines = [
-            ("output", self.output),
             ("pruned", f"{len(self.rows)} weights, {sum(row.numel for row in self.rows):,} parameters"),
             ("sparsity", f"{self.sparsity:.4f} of these, {self.zeros / self.total_parameters:.4f} of all parameters"),
             ("matching", self._matching()),
         ]
         if self.perplexity:
-            before, after = self.perplexity["before"], self.perplexity["after"]
-            windows, length = self.perplexity["windows"], self.perplexity["seq_len"]
-            lines.append(
-                (
-                    "perplexity",
-                    f"{before:.4g} → {after:.4g} on {windows} held-out windows of {length} tokens, per token",
-                )
-            )
-        if self.packing:
-            lines += self.packing.summary()
-        lines.append(("took", f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 1e9:.2f} GB"))
-        lines += [("warning", warning) for warning in self.warnings]
-        return lines
+            lines.append(perplexity_line(self.perplexity))
+        return lines + (self.packing.summary() if self.packing else [])
 
     def _matching(self) -> str:
         matches = [block.match for block in self.blocks if block.match]
@@ -147,16 +120,6 @@ class Report:
             else "output error in training (one window: none held out)"
         )
         return f"{matches[0]['steps']} steps a block, mean {kind} {before:.4f} → {after:.4f}"
-
-    def table(self) -> RenderableType:
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=None, show_header=False, pad_edge=False)
-        for label, text in self.summary():
-            style = "yellow" if label == "warning" else ""
-            table.add_row(Text(label, style="bold " + style), Text(text, style=style))
-        return table
 
     def warn(self) -> None:
         """Say plainly what a user should know: weights that fell back, text that ran short, a large loss."""
@@ -193,23 +156,14 @@ class Report:
         """The model card, README.md of the output folder."""
         method = self.rows[0].method
         lines = [
-            "---",
-            f"base_model: {self.model}",
-            "library_name: transformers",
-            "pipeline_tag: text-generation",
-            "tags:",
-            *(f"- {tag}" for tag in ("llmsparse", "sparse", "pruned", method)),
-            "---",
+            f"---\n{card_metadata(('llmsparse', 'sparse', 'pruned', method), self.model)}---",
             "",
             f"# {self.model}, pruned to {self.sparsity:.0%} with {method}",
             "",
             "Made with llmsparse. An ordinary checkpoint whose pruned weights hold zeros: it loads wherever the original does,",
             "and takes the same space and time until it is packed.",
             "",
-            "| | |",
-            "|---|---|",
-            *(f"| {label} | {text} |" for label, text in self.summary() if label not in ("output", "took")),
-            f"| calibration | {', '.join(f'{key} {value}' for key, value in self.protocol.items())} |",
+            *self.card_table(calibration=spell_protocol(self.protocol)),
             "",
             "The resolved recipe is in `llmsparse_recipe.yaml`, a row for every weight in `llmsparse_report.json`.",
             "",

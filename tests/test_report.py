@@ -14,7 +14,13 @@ def report(before: float = 10.0, after: float = 11.0, **protocol: Any) -> Report
         Row("b.0.q", (4, 4), "wanda", "unstructured", 0.5, 0.5, 0.01, 100),
         Row("b.0.up", (8, 4), "wanda", "unstructured", 0.25, 0.25, 0.02, 100, {"damp": 0.1}),
     ]
-    made = Report("tiny", "out", {"method": "wanda"}, {"dataset": "builtin", **protocol}, {"torch": "2"})
+    made = Report(
+        model="tiny",
+        output="out",
+        recipe={"method": "wanda"},
+        protocol={"dataset": "builtin", **protocol},
+        versions={"torch": "2"},
+    )
     made.blocks = [BlockRecord("b.0", rows, None, {"b.0": 1.0, "b.0.q": 0.5})]
     made.total_parameters = 160
     made.perplexity = {"before": before, "after": after, "windows": 8, "seq_len": 512, "tokens": 4088}

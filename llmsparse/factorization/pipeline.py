@@ -26,8 +26,8 @@ from llmsparse.memory import PeakMemory, release_freed
 from llmsparse.model import StreamedModel
 from llmsparse.output import PartialOutput
 from llmsparse.pipeline import CHECKSUMS, OUTSIDE, check_written, recall
-from llmsparse.planning import versions
 from llmsparse.progress import Progress, Silent
+from llmsparse.run_plan import versions
 from llmsparse.run_recipe import from_arguments
 
 
@@ -67,14 +67,10 @@ def factorize(
             partial.journal(OUTSIDE, {})
 
         report = FactorReport(
-            plan.name,
-            str(plan.output),
-            plan.resolved.resolved(),
-            plan.windows.protocol,
-            versions(),
-            describe(plan.layout),
-            spell(plan.layout),
-            plan.container.name,
+            **plan.described(),
+            layout=describe(plan.layout),
+            experts=spell(plan.layout),
+            container=plan.container.name,
         )
         factorize_blocks(plan, report, partial, writer, progress)
         writer.finish()

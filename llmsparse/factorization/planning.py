@@ -6,16 +6,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from llmsparse import calibration, source
+from llmsparse import source
 from llmsparse.checkpoint import CheckpointReader, parse_size
-from llmsparse.device import choose_device, choose_dtype, split_batches, window_length
-from llmsparse.disk import check_room, spell_size
+from llmsparse.device import choose_device, choose_dtype, window_length
+from llmsparse.disk import check_room
 from llmsparse.errors import CalibrationError, CheckpointError
 from llmsparse.factorization import containers, export
 from llmsparse.factorization.containers import Container, Shape
@@ -24,11 +22,8 @@ from llmsparse.factorization.recipe import FactorRecipe
 from llmsparse.factorization.split import Layout
 from llmsparse.model import StreamedModel, Weight
 from llmsparse.output import check_output, held_bytes
-from llmsparse.planning import HELD_OUT_TOKENS, versions
+from llmsparse.run_plan import RunPlan, calibration_windows
 from llmsparse.source import Origin
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 PARTS = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 TOKENS_PER_EXPERT = 32  # of calibration, the least that says anything about an expert
@@ -49,53 +44,18 @@ class Target:
         return {self.gate.key, self.up.key, self.down.key}
 
 
-@dataclass(frozen=True)
-class FactorPlan:
-    """A run that has passed every check that needs no weights."""
+@dataclass(frozen=True, kw_only=True)
+class FactorPlan(RunPlan[FactorRecipe]):
+    """A factorization that has passed every check that needs no weights; `model` is the dense one."""
 
-    recipe: FactorRecipe
-    origin: Origin
-    output: Path
-    reader: CheckpointReader
-    model: StreamedModel  # the dense one
     layout: Layout
     container: Container
     config: Any  # of the factorized model
     targets: dict[str, Target]  # block name → its FFN, for the blocks that are factorized
-    windows: calibration.Windows
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def folder(self) -> Path:
-        """The source checkpoint."""
-        return self.origin.folder
 
     @property
     def resolved(self) -> FactorRecipe:
-        """The recipe with all that `auto`, the model and the hub decided in it: another run of it does the same."""
-        return self.recipe.replace(
-            container=self.container.name,
-            device=str(self.device),
-            dtype=str(self.dtype).removeprefix("torch."),
-            seq_len=self.windows.ids.shape[1],
-            batch_size=self.batches[0].shape[0],
-            revision=self.origin.commit or self.recipe.revision,
-        )
-
-    @property
-    def name(self) -> str:
-        """The model as the user named it, without the path."""
-        return Path(self.recipe.model).resolve().name if Path(self.recipe.model).exists() else self.recipe.model
-
-    @cached_property
-    def batches(self) -> list[Tensor]:
-        return split_batches(self.windows.ids, self.recipe.batch_size, self.device, self.model.hidden_size)
-
-    @cached_property
-    def held_out(self) -> list[Tensor]:
-        """In batches of the same size, so that this one number repeats the run."""
-        return split_batches(self.windows.held_out, self.batches[0].shape[0], self.device, self.model.hidden_size)
+        return super().resolved.replace(container=self.container.name)
 
     @cached_property
     def copied(self) -> list[str]:
@@ -127,23 +87,6 @@ class FactorPlan:
             found |= export.specs(self.container, self.layout, target.prefix, width, target.dtype)
         return found
 
-    @property
-    def bytes_to_write(self) -> int:
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.tensors.values())
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What a resumed run must share with the one it resumes."""
-        return {
-            "recipe": {key: value for key, value in self.recipe.resolved().items() if key != "output"},
-            "model": self.reader.fingerprint() | source.fingerprint(self.folder),
-            "calibration": self.windows.fingerprint,
-            "versions": versions(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "batch size": self.batches[0].shape[0],
-        }
-
     def ffn(self, index: int) -> Target:
         """The FFN of a block, factorized or not."""
         return find_ffn(self.model, self.reader, index)
@@ -158,46 +101,21 @@ class FactorPlan:
         return 2 * block * itemsize + 9 * 4 * neurons * width + equations + activations + 2**29
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "model": self.recipe.model,
-            "output": str(self.output),
-            "blocks": len(self.model.block_names),
+        return super().to_json() | {
             "factorized": list(self.targets),
             "container": self.container.name,
             "layout": describe(self.layout),
-            "bytes_to_download": self.origin.bytes_to_download,
-            "bytes_to_read": sum(spec.end - spec.begin for spec in map(self.reader.spec, self.reader.keys())),
-            "bytes_to_write": self.bytes_to_write,
-            "memory_bytes": self.memory_bytes(),
-            "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "calibration": self.windows.protocol,
-            "batch_size": self.batches[0].shape[0],
         }
 
-    def table(self) -> RenderableType:
-        from rich.table import Table
-        from rich.text import Text
-
-        plan = self.to_json()
-        table = Table(box=None, show_header=False, pad_edge=False)
-        rows = {
+    def rows(self, plan: dict[str, Any]) -> dict[str, str]:
+        return {
             "model": f"{plan['model']}, {plan['blocks']} blocks, {len(self.targets)} of them factorized",
             "output": plan["output"],
             "experts": spell(self.layout),
             "container": self.container.name,
             "how": f"{self.recipe.split} split, {self.recipe.router} router, "
             f"{'refit' if self.recipe.refit else 'no refit'}",
-            "calibration": ", ".join(f"{key} {value}" for key, value in self.windows.protocol.items()),
-            "compute": f"{plan['device']}, {plan['dtype']}, {plan['batch_size']} windows a batch",
-            "read, write": f"{spell_size(plan['bytes_to_read'])}, {spell_size(plan['bytes_to_write'])}",
-            "memory": f"about {spell_size(plan['memory_bytes'])}",
         }
-        if self.origin.absent:
-            rows["download"] = f"{spell_size(self.origin.bytes_to_download)} of weights, not in the cache yet"
-        for label, text in rows.items():
-            table.add_row(Text(label, style="bold"), Text(text))
-        return table
 
 
 def make_plan(
@@ -214,7 +132,7 @@ def make_plan(
     check_output(output, resume=resume, overwrite=overwrite, source=origin.folder)
     config = source.load_config(origin.folder)
     containers.check_source(config, recipe.model)
-    length = window_length(config, recipe.seq_len, recipe.calibration)
+    window_length(config, recipe.seq_len, recipe.calibration)
     reader = CheckpointReader(origin.folder, origin.absent)
     dtype = choose_dtype(recipe.dtype, device, reader)
     model = StreamedModel(reader, device=device, dtype=dtype)
@@ -225,18 +143,7 @@ def make_plan(
     layout.check(f"each FFN of {recipe.model}")
     shape = Shape(config, layout, kept)
     container = containers.choose(recipe.container, shape)
-    stored_tokens = recipe.calibration.endswith(calibration.TOKEN_FILE_SUFFIX)
-    windows = calibration.load_windows(
-        recipe.calibration,
-        None if stored_tokens else source.load_tokenizer(origin.folder),
-        seq_len=length,
-        samples=recipe.calibration_samples,
-        seed=recipe.seed,
-        held_out=max(8, min(32, HELD_OUT_TOKENS // (length or 512))),
-        text_field=recipe.text_field,
-        vocabulary=model.vocabulary,
-    )
-    window_length(config, windows.ids.shape[1], recipe.calibration)
+    windows = calibration_windows(recipe, origin.folder, config, model.vocabulary)
     needed = TOKENS_PER_EXPERT * recipe.experts
     if windows.ids.numel() < needed:
         raise CalibrationError(
@@ -244,7 +151,8 @@ def make_plan(
             f"wanted {needed} or more; give more text or --calibration-samples, or fewer --experts"
         )
     plan = FactorPlan(
-        recipe, origin, output, reader, model, layout, container, container.config(shape), targets, windows, device, dtype
+        recipe=recipe, origin=origin, output=output, reader=reader, model=model, windows=windows, device=device,
+        dtype=dtype, layout=layout, container=container, config=container.config(shape), targets=targets,
     )  # fmt: skip
     check_room(output, plan.bytes_to_write + parse_size("1MB"), held_bytes(output))
     if not origin.absent or not download:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmsparse.factorization.layer import LayerRecord
-from llmsparse.report import LARGE_LOSS, SCHEMA_VERSION
+from llmsparse.run_report import LARGE_LOSS, SCHEMA_VERSION, RunReport, card_metadata, perplexity_line, spell_protocol
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -14,23 +14,15 @@ if TYPE_CHECKING:
 WASTE = 1.1  # neurons that run, padding included, over those asked for: worth a warning
 
 
-@dataclass
-class FactorReport:
-    """The outcome of `factorize`; written as llmsparse_report.json."""
+@dataclass(kw_only=True)
+class FactorReport(RunReport):
+    """The outcome of `factorize`; its `protocol` is that of the calibration windows."""
 
-    model: str
-    output: str
-    recipe: dict[str, Any]
-    protocol: dict[str, Any]  # of the calibration windows
-    versions: dict[str, str]
     layout: dict[str, Any]  # numbers of experts, their width, the share of the neurons that runs
     experts: str  # the same in words
     container: str
     blocks: list[LayerRecord] = field(default_factory=list[LayerRecord])
     perplexity: dict[str, Any] | None = None  # {"before", "after", …} on held-out windows
-    warnings: list[str] = field(default_factory=list[str])
-    seconds: float = 0.0
-    peak_memory_bytes: int = 0
 
     @property
     def active_share(self) -> float:
@@ -41,12 +33,7 @@ class FactorReport:
         """Of `captured`, `unfitted`, `oracle` or `entropy` over the blocks."""
         return sum(getattr(block.routing, energy) for block in self.blocks) / len(self.blocks)
 
-    def to_json(self) -> dict[str, Any]:
-        """What `factorize --json` prints: the stored report, and time and memory where a reader looks first."""
-        return self.stored() | {"seconds": self.seconds, "peak_memory_bytes": self.peak_memory_bytes}
-
     def stored(self) -> dict[str, Any]:
-        """llmsparse_report.json; everything that time decides stands under `timings`."""
         return {
             "schema_version": SCHEMA_VERSION,
             "model": self.model,
@@ -72,12 +59,10 @@ class FactorReport:
             },
         }
 
-    def summary(self) -> list[tuple[str, str]]:
-        """What a person wants to know, as (label, text) pairs."""
+    def findings(self) -> list[tuple[str, str]]:
         where = self.blocks[0].measured_on
         dead = sum(block.routing.dead for block in self.blocks)
         lines = [
-            ("output", self.output),
             ("experts", self.experts),
             ("container", self.container),
             (
@@ -88,33 +73,19 @@ class FactorReport:
             ("load", f"entropy {self.mean('entropy'):.3f} of 1, {dead} dead experts"),
         ]
         if self.perplexity:
-            before, after = self.perplexity["before"], self.perplexity["after"]
-            windows, length = self.perplexity["windows"], self.perplexity["seq_len"]
-            lines.append(
-                (
-                    "perplexity",
-                    f"{before:.4g} → {after:.4g} on {windows} held-out windows of {length} tokens, per token",
-                )
-            )
-        lines.append(("took", f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 1e9:.2f} GB"))
-        lines += [("warning", warning) for warning in self.warnings]
+            lines.append(perplexity_line(self.perplexity))
         return lines
 
     def table(self) -> RenderableType:
         from rich.console import Group
         from rich.table import Table
-        from rich.text import Text
 
         rows = Table("block", "captured", "unfitted", "oracle", "entropy", "dead", box=None, pad_edge=False)
         for block in self.blocks:
             routing = block.routing
             figures = (routing.captured, routing.unfitted, routing.oracle, routing.entropy)
             rows.add_row(block.name, *(f"{figure:.4f}" for figure in figures), str(routing.dead))
-        table = Table(box=None, show_header=False, pad_edge=False)
-        for label, text in self.summary():
-            style = "yellow" if label == "warning" else ""
-            table.add_row(Text(label, style="bold " + style), Text(text, style=style))
-        return Group(rows, table)
+        return Group(rows, super().table())
 
     def warn(self) -> None:
         """Say plainly what a user should know: padding, dead experts, text that ran short, a large loss."""
@@ -141,23 +112,14 @@ class FactorReport:
     def card(self) -> str:
         """The model card, README.md of the output folder."""
         lines = [
-            "---",
-            f"base_model: {self.model}",
-            "library_name: transformers",
-            "pipeline_tag: text-generation",
-            "tags:",
-            *(f"- {tag}" for tag in ("llmsparse", "moe", "mixture-of-experts", self.container)),
-            "---",
+            f"---\n{card_metadata(('llmsparse', 'moe', 'mixture-of-experts', self.container), self.model)}---",
             "",
             f"# {self.model} as a mixture of experts, {self.active_share:.0%} of its FFN active",
             "",
             f"Made with llmsparse from the dense model, without training it. An ordinary {self.container} checkpoint: it",
             "loads in transformers and vLLM with nothing else installed.",
             "",
-            "| | |",
-            "|---|---|",
-            *(f"| {label} | {text} |" for label, text in self.summary() if label not in ("output", "took")),
-            f"| calibration | {', '.join(f'{key} {value}' for key, value in self.protocol.items())} |",
+            *self.card_table(calibration=spell_protocol(self.protocol)),
             "",
             "| block | output energy captured | before scale and refit | greedy oracle | load entropy | dead experts |",
             "|---|---|---|---|---|---|",

@@ -22,8 +22,8 @@ from llmsparse.factorization.containers import CONTAINERS, MIXTURE_KEYS, Contain
 from llmsparse.factorization.planning import find_ffn
 from llmsparse.model import StreamedModel
 from llmsparse.output import check_output
-from llmsparse.planning import HELD_OUT_TOKENS
-from llmsparse.planning import versions as versions_of
+from llmsparse.run_plan import held_out_windows, machine, spoken_name
+from llmsparse.run_plan import versions as versions_of
 from llmsparse.tuning.recipe import TuneRecipe
 
 TOKENS_PER_STEP = 4096
@@ -51,8 +51,7 @@ class TunePlan:
 
     @property
     def name(self) -> str:
-        """The model as the user named it, without the path."""
-        return Path(self.recipe.model).resolve().name if Path(self.recipe.model).exists() else self.recipe.model
+        return spoken_name(self.recipe.model)
 
     @property
     def active(self) -> int:
@@ -122,8 +121,7 @@ class TunePlan:
             "teacher": self.teacher_fingerprint,
             "text": self.windows.fingerprint,
             "versions": self.versions,
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            **machine(self.device),
         }
 
 
@@ -158,7 +156,7 @@ def make_plan(recipe: TuneRecipe, *, resume: bool = False, overwrite: bool = Fal
         seq_len=length,
         samples=recipe.steps * batch_size,
         seed=recipe.seed,
-        held_out=max(8, min(32, HELD_OUT_TOKENS // (length or 512))),
+        held_out=held_out_windows(length),
         text_field=recipe.text_field,
         vocabulary=model.vocabulary,
         purpose="training",

@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from llmsparse.footprint import split_card
-from llmsparse.report import SCHEMA_VERSION
+from llmsparse.run_report import SCHEMA_VERSION, RunReport, card_metadata, spell_protocol
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from rich.console import RenderableType
 
     from llmsparse.tuning.planning import TunePlan
     from llmsparse.tuning.training import History
@@ -21,17 +19,12 @@ if TYPE_CHECKING:
 REPORT, CARD = "llmsparse_report.json", "README.md"
 
 
-@dataclass
-class TuneReport:
+@dataclass(kw_only=True)
+class TuneReport(RunReport):
     """The outcome of `tune`; in llmsparse_report.json under `tune`, beside what the factorized folder said of itself."""
 
-    model: str
     teacher: str
-    output: str
     container: str
-    recipe: dict[str, Any]
-    protocol: dict[str, Any]  # of the text
-    versions: dict[str, str]
     source_report: dict[str, Any]  # of the folder that was tuned
     source_card: str
     losses: list[dict[str, float]]  # mean of each stretch of steps: its last step, every term, and `loss`
@@ -40,9 +33,6 @@ class TuneReport:
     held_out: dict[str, int] = field(default_factory=dict[str, int])  # windows, seq_len
     loads: list[list[float]] = field(default_factory=list[list[float]])  # share of the tokens of each routed expert
     blocks: list[str] = field(default_factory=list[str])  # that `loads` is of
-    warnings: list[str] = field(default_factory=list[str])
-    seconds: float = 0.0
-    peak_memory_bytes: int = 0
 
     @classmethod
     def of(cls, plan: TunePlan, history: History) -> Self:
@@ -79,12 +69,7 @@ class TuneReport:
         """Mean over blocks of the entropy of the load, from 0 (always the same experts) to 1 (all alike)."""
         return sum(map(load_entropy, self.loads)) / len(self.loads)
 
-    def to_json(self) -> dict[str, Any]:
-        """What `tune --json` prints: the stored report, and time and memory where a reader looks first."""
-        return self.stored() | {"seconds": self.seconds, "peak_memory_bytes": self.peak_memory_bytes}
-
     def stored(self) -> dict[str, Any]:
-        """llmsparse_report.json; everything that time decides stands under `timings`."""
         return {"schema_version": SCHEMA_VERSION} | self.source_report | {
             "output": self.output,
             "tune": {
@@ -108,12 +93,10 @@ class TuneReport:
             },
         }  # fmt: skip
 
-    def summary(self) -> list[tuple[str, str]]:
-        """What a person wants to know, as (label, text) pairs."""
+    def findings(self) -> list[tuple[str, str]]:
         first, last, perplexity = self.losses[0], self.losses[-1], self.perplexity
         terms = [name for name in last if name not in ("step", "loss")]
-        lines = [
-            ("output", self.output),
+        return [
             ("trained", f"{self.recipe['train']}, {last['step']} steps of {self.protocol['batch_size']} windows"),
             (
                 "perplexity",
@@ -123,23 +106,10 @@ class TuneReport:
             ),
             ("loss", ", ".join(f"{name} {first[name]:.4g} → {last[name]:.4g}" for name in terms)),
             ("load", f"entropy {self.entropy:.3f} of 1, {self.dead} dead experts"),
-            (
-                "took",
-                f"{self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s in training, peak memory "
-                f"{self.peak_memory_bytes / 1e9:.2f} GB",
-            ),
         ]
-        return lines + [("warning", warning) for warning in self.warnings]
 
-    def table(self) -> RenderableType:
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=None, show_header=False, pad_edge=False)
-        for label, text in self.summary():
-            style = "yellow" if label == "warning" else ""
-            table.add_row(Text(label, style="bold " + style), Text(text, style=style))
-        return table
+    def took(self) -> str:
+        return f"{super().took()}, {self.tokens_per_second:,.0f} tokens/s in training"
 
     def warn(self) -> None:
         """Say plainly what a user should know: a result that is no better, experts that never run."""
@@ -154,8 +124,7 @@ class TuneReport:
     def card(self) -> str:
         """The model card, before that of the folder that was tuned, whose metadata it takes over."""
         metadata, body = split_card(self.source_card)
-        tags = "\n".join(f"- {tag}" for tag in ("llmsparse", "moe", "mixture-of-experts", self.container))
-        metadata = metadata or f"library_name: transformers\npipeline_tag: text-generation\ntags:\n{tags}\n"
+        metadata = metadata or card_metadata(("llmsparse", "moe", "mixture-of-experts", self.container))
         lines = [
             f"---\n{metadata}---",
             "",
@@ -164,11 +133,7 @@ class TuneReport:
             f"Made with `llmsparse tune`. An ordinary {self.container} checkpoint: it loads in transformers and vLLM with",
             "nothing else installed.",
             "",
-            "| | |",
-            "|---|---|",
-            *(f"| {label} | {text} |" for label, text in self.summary() if label not in ("output", "took")),
-            f"| teacher | {self.teacher} |",
-            f"| text | {', '.join(f'{key} {value}' for key, value in self.protocol.items())} |",
+            *self.card_table(teacher=self.teacher, text=spell_protocol(self.protocol)),
             "",
             "The resolved recipe is in `llmsparse_recipe.yaml`, losses and loads in `llmsparse_report.json`.",
             "",

@@ -207,6 +207,11 @@ def _stored(path: Path, seq_len: int | None, vocabulary: int | None) -> Tensor:
     return ids
 
 
+def stored_length(source: str, seq_len: int | None) -> int:
+    """Tokens in a row of a token file. CalibrationError as of `load_windows`."""
+    return _stored(expand_home(source, CalibrationError), seq_len, None).shape[1]
+
+
 def _refuse_beyond(ids: Tensor, vocabulary: int | None, where: str) -> None:
     if ids.numel() == 0:
         return

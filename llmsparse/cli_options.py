@@ -45,6 +45,10 @@ FactorAssignments = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Any key of a recipe, such as router_steps=100.", show_default=False),
 ]
+TuneAssignments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Any key of a recipe, such as kl_weight=0.5.", show_default=False),
+]
 RecipeName = Annotated[
     str | None,
     typer.Option(

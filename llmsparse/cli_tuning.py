@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from llmsparse.cli_options import Assignments, Json, ModelOrRecipe, RecipeName, Restart, Resume, recipe_from, verb
+from llmsparse.cli_options import Json, ModelOrRecipe, RecipeName, Restart, Resume, TuneAssignments, recipe_from, verb
 from llmsparse.terminal import Terminal
 from llmsparse.tuning.keys import KEYS
 
@@ -17,7 +17,7 @@ app = typer.Typer()
 def tune(
     terminal: Terminal,
     model: ModelOrRecipe = None,
-    assignments: Assignments = None,
+    assignments: TuneAssignments = None,
     recipe: RecipeName = None,
     resume: Resume = False,
     overwrite: Restart = False,

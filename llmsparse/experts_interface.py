@@ -17,7 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llmsparse.errors import MachineError, RecipeError, did_you_mean
 from llmsparse.experts import sparse_experts
-from llmsparse.fused import FusedMlp, fuse_mlp, most_tokens, run_experts, why_not
+from llmsparse.fused import FusedMlp, fuse_mlp, most_tokens, run_experts, unfuse_mlp, why_not
 from llmsparse.source import PACKED
 
 AUTO = "auto"
@@ -65,6 +65,9 @@ def fuse(model: Any, experts: str = AUTO) -> Any:
                 raise MachineError(f"{name} cannot run fused: {reason}; use --experts grouped_mm or auto")
         for name, one in dense:
             _fuse_shared(model, name, one)
+    else:
+        for module in model.modules():
+            unfuse_mlp(module)
     model.set_experts_implementation(PACKED if experts == AUTO else experts)
     return model
 
@@ -79,6 +82,9 @@ def run_by(block: nn.Module, implementation: str) -> nn.Module:
             config._experts_implementation = implementation
             if implementation == PACKED:
                 _fuse_shared(twin, name, module)
+    if implementation != PACKED:
+        for module in twin.modules():
+            unfuse_mlp(module)
     return twin
 
 

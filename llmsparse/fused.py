@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -59,12 +59,29 @@ class FusedMlp(nn.Module):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """x (..., width) → (..., width)."""
-        weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-        if not torch.compiler.is_compiling() and not wants_gradient(x, *weights):
+        linears = (self.gate_proj, self.up_proj, self.down_proj)
+        weights = tuple(linear.weight for linear in linears)
+        if not torch.compiler.is_compiling() and all(map(plain, linears)) and not wants_gradient(x, *weights):
             rows = x.numel() // x.shape[-1]
             if 0 < rows <= most_tokens(x.device, x.dtype, gated=True) and x.dtype == weights[0].dtype:
                 return run_gated(x, *weights)
         return super().forward(x)
+
+
+def plain(linear: Any) -> bool:
+    """Whether it is a product with a weight and no more: no bias, no adapter in its place, no hook."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return (
+        type(linear) is nn.Linear
+        and getattr(linear, "bias", None) is None
+        and not any(getattr(linear, name) for name in hooks)
+    )
+
+
+def unfuse_mlp(module: nn.Module) -> None:
+    """Make a gated layer run as it did before `fuse_mlp`."""
+    if isinstance(module, FusedMlp):
+        module.__class__ = next(kind for kind in type(module).__mro__[1:] if not issubclass(kind, FusedMlp))
 
 
 def fuse_mlp(module: nn.Module) -> bool:
@@ -72,10 +89,9 @@ def fuse_mlp(module: nn.Module) -> bool:
     linears = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if isinstance(module, FusedMlp):
         return True
-    plain = [one for one in linears if type(one) is nn.Linear and "bias" not in dict(one.named_parameters())]
-    if "_hf_hook" in vars(module) or len(plain) < 3:
+    if "_hf_hook" in vars(module) or not all(map(plain, linears)):
         return False
-    gate, up, down = (one.weight for one in plain)
+    gate, up, down = (one.weight for one in cast("list[nn.Linear]", linears))
     if unusable(gate.device, gate.dtype) is not None:
         return False
     x = torch.randn(1, gate.shape[1], generator=torch.Generator().manual_seed(0)).to(gate.device, gate.dtype)

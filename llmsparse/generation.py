@@ -61,9 +61,14 @@ class Generation:
         speed = "" if self.tokens_per_second is None else f", then {self.tokens_per_second:.1f} tokens/s"
         return (
             f"{self.new_tokens} tokens: the first after {self.first_token_seconds:.2f} s{speed}; loaded in "
-            f"{self.load_seconds:.1f} s; memory {self.memory_bytes / 1e9:.2f} GB, peak {self.peak_memory_bytes / 1e9:.2f} "
-            f"GB; {self.device}, {self.dtype}, {self.threads} threads; {runs}"
+            f"{self.load_seconds:.1f} s; memory {self.memory_bytes / 1e9:.2f} GB, {self._peak()}; "
+            f"{self.device}, {self.dtype}, {self.threads} threads; {runs}"
         )
+
+    def _peak(self) -> str:
+        """On a CPU without what is mapped from files, which `memory_bytes` counts."""
+        beside = " beside mapped files" if self.device == "cpu" else ""
+        return f"at most {self.peak_memory_bytes / 1e9:.2f} GB{beside}"
 
     def table(self) -> RenderableType:
         from rich.text import Text

@@ -32,7 +32,7 @@ DEFAULT_METHOD = "sparsegpt"
 def parse_sparsity(value: Any) -> float:
     """0.7, "0.7" or "70%" → 0.7, the fraction of zeros. ValueError for anything that is not in [0, 1)."""
     text = str(value).strip()
-    if isinstance(value, bool) or not re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]+)?%?", text):
+    if isinstance(value, bool) or not re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]{1,3})?%?", text):
         raise ValueError(f"got {value!r}, wanted a fraction of zeros such as 0.7, or 70%")
     fraction = Decimal(text.removesuffix("%")) / (100 if text.endswith("%") else 1)  # exact: 33.3% is 0.333
     if not 0 <= fraction < 1:

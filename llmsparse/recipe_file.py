@@ -21,6 +21,8 @@ KeyPath = tuple[str | int, ...]  # ("rules", 0, "sparsity")
 
 ENDLESS = "nests without end: an alias (*name) stands inside what it names; write it out"
 
+TOO_DEEP = "nests too deep for a recipe"
+
 _WORDS: dict[str, bool | None] = {"true": True, "false": False, "null": None, "~": None, "": None}
 _INT = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -50,12 +52,16 @@ def find(recipe: str | Path, kind: str = "") -> Path:
     if path.is_file():
         return path
     known = shipped(kind)
-    if str(recipe) in known:
-        return known[str(recipe)]
+    name = str(recipe).removeprefix(f"{kind}/") if kind else str(recipe)
+    if name in known:
+        return known[name]
     if path.is_dir():
         raise RecipeError(f"{recipe}: is a folder, wanted a recipe file or one of {', '.join(known)}")
     if path.suffix in (".yaml", ".yml"):
         raise RecipeError(f"{recipe}: no such recipe file; `llmsparse recipes list` shows the shipped ones")
+    for verb in ("", "factorize", "tune"):
+        if str(recipe).removeprefix(f"{verb}/") in shipped(verb):
+            raise RecipeError(f"{recipe}: a recipe of {verb or 'prune'}; shipped here are {', '.join(known)}")
     raise RecipeError(f"no recipe {str(recipe)!r}, neither a file nor shipped{did_you_mean(str(recipe), list(known))}")
 
 
@@ -71,6 +77,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         raise RecipeError(f"{path}:{line}: is not YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: is not YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: {TOO_DEEP}") from None
     if node is None:
         return {}, {}
     if not isinstance(node, yaml.MappingNode):
@@ -88,6 +96,8 @@ def parse_value(text: str) -> Any:
         node = yaml.compose(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError:
         return text
+    except RecursionError:
+        raise RecipeError(f"{text[:40]}…: {TOO_DEEP}") from None
     try:
         return text if node is None else _construct(node, (), {}, Path(text))
     except RecursionError:

@@ -67,7 +67,8 @@ class Origins:
             raise RecipeError(
                 f"got {assignment!r}, wanted key=value such as method.damp=0.1; the output folder goes with -o"
             )
-        at = tuple(int(part) if part.isdecimal() else part for part in key.replace("-", "_").split("."))
+        first, *inner = key.replace("-", "_").split(".")
+        at = (first, *(int(part) if part.isdecimal() else part for part in inner))
         if at[0] == "method" and len(at) > 1:  # options of a method given by name only, or not at all
             spec = self.data.get("method", default_method)
             self.data["method"] = {"name": spec} if isinstance(spec, str) else spec

@@ -63,6 +63,10 @@ def open_texts(source: str, purpose: Purpose, text_field: str | None = None) -> 
 
     Raises CalibrationError for what cannot be read and MachineError when it takes a network that is not there.
     """
+    if text_field is not None and source in ("builtin", "c4", "wikitext2"):
+        raise CalibrationError(
+            f"{source}: its text is known, there is no column {text_field!r} to choose; leave it out"
+        )
     if source == "builtin":
         return _builtin(purpose)
     if source == "c4":

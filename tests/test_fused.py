@@ -19,7 +19,7 @@ import llmsparse
 from llmsparse import experts_interface, fused
 from llmsparse.cpu import experts as kernel
 from llmsparse.errors import MachineError, RecipeError
-from llmsparse.fused import FusedMlp, fuse_mlp, most_tokens, run_experts, why_not
+from llmsparse.fused import FusedMlp, fuse_mlp, fusions, most_tokens, run_experts, why_not
 from llmsparse.loading import load_model
 
 if reason := kernel.why_not():
@@ -209,6 +209,36 @@ def test_only_a_layer_that_does_what_the_kernel_does_is_fused() -> None:
     for other in (Gated(nn.GELU()), Gated(nn.SiLU(), bias=True), Gated(nn.SiLU(), swapped=True), nn.Linear(2, 2)):
         kind = type(other)
         assert not fuse_mlp(other) and type(other) is kind
+
+
+def test_an_adapter_or_a_hook_put_on_a_fused_layer_is_not_passed_by() -> None:
+    class Adapted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 100
+
+    one = llmsparse.fuse(model("glm4_moe"), "llmsparse")
+    layer: Any = next(module for module in one.modules() if isinstance(module, FusedMlp))
+    x = torch.randn(1, layer.gate_proj.in_features)
+    plain, seen = layer(x), list[int]()
+    handle = layer.gate_proj.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(layer(x), plain)
+    assert seen == [1]
+    handle.remove()
+    adapted = Adapted(layer.up_proj.in_features, layer.up_proj.out_features, bias=False)
+    adapted.weight = layer.up_proj.weight
+    layer.up_proj = adapted
+    assert (layer(x) - plain).abs().max() > 1
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_another_implementation_takes_the_place_of_all_that_ran_fused(implementation: str) -> None:
+    one = llmsparse.fuse(model("glm4_moe"), "llmsparse")
+    assert any(isinstance(module, FusedMlp) for module in one.modules())
+
+    llmsparse.fuse(one, implementation)
+
+    assert not any(isinstance(module, FusedMlp) for module in one.modules())
+    assert {fusion.runs for fusion in fusions(one)} == {implementation}
 
 
 def test_names_and_models_that_do_not_fit_are_one_line() -> None:

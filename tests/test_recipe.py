@@ -39,7 +39,10 @@ def test_sparsity_is_a_fraction_or_a_percentage(value: object) -> None:
     assert parse_sparsity(value) == 0.7
 
 
-@pytest.mark.parametrize("value", ["70", "1.0", "-0.1", "abc", "100%", "nan", "", "0.5.5", "1%%"])
+@pytest.mark.parametrize(
+    "value",
+    ["70", "1.0", "-0.1", "abc", "100%", "nan", "", "0.5.5", "1%%", "1e9999999999999999999", "1e-9999999999999999999"],
+)
 def test_other_sparsities_are_refused_by_value_with_a_way_out(value: str) -> None:
     message = refusal(sparsity=value)
     assert message.startswith("--sparsity: ")
@@ -141,6 +144,10 @@ def test_a_file_that_is_no_mapping_is_refused(write: Any, text: str) -> None:
     assert ":1: holds no `key: value` lines" in refusal(write(text))
 
 
+def test_a_file_that_nests_too_deep_is_refused(write: Any) -> None:
+    assert "nests too deep for a recipe" in refusal(write("rules: " + "[" * 3000))
+
+
 def test_a_binary_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
     assert "is not text" in refusal(tmp_path / "r.yaml")
@@ -179,6 +186,8 @@ def test_dotted_assignments_reach_into_methods_and_rules(write: Any) -> None:
         ("rules.0.sparsity=0.5", "rules: got"),
         ("seed.deep=1", "seed.deep=1: seed is 0, which has no keys"),
         ("model.x=1", "which has no keys"),
+        ("0=1", "0=1: unknown key '0'"),
+        ("rules=" + "[" * 3000, "nests too deep for a recipe"),
     ],
 )
 def test_a_wrong_assignment_is_quoted(assignment: str, complaint: str) -> None:

@@ -1,4 +1,4 @@
-"""Which existing architecture a factorized model becomes, so that transformers and vLLM load it with nothing installed.
+"""Which existing architecture a factorized model becomes, so that transformers loads it with nothing else installed.
 
 A container is named by its `model_type`. It must compute the source's attention, have room for the shared experts, and
 weigh the experts that run alike; the table says what each can hold. All weights are written under the names that
@@ -99,7 +99,10 @@ def choose(name: str, shape: Shape) -> Container:
         container = CONTAINERS[name]
         if fault := container.why_not(shape):
             others = [other for other in CONTAINERS.values() if not other.why_not(shape)]
-            hint = f"use --container {others[0].name}" if others else "no other container does"
+            reasons = ", ".join(
+                f"{other.name} {other.why_not(shape)}" for other in CONTAINERS.values() if other.name != name
+            )
+            hint = f"use --container {others[0].name}" if others else f"no other container does: {reasons}"
             raise RecipeError(f"--container {name} cannot hold this {shape.config.model_type}: it {fault}; {hint}")
         return container
     for container in CONTAINERS.values():
@@ -155,7 +158,7 @@ def _glm4_fields(shape: Shape) -> dict[str, Any]:
 
 def _mixtral_faults(shape: Shape) -> Iterator[str]:
     if shape.config.model_type not in ("llama", "mistral"):
-        yield f"has not the attention of {shape.config.model_type}"
+        yield f"lacks the attention of {shape.config.model_type}"
     if shape.layout.shared:
         yield "has no shared experts (--shared 0)"
     if shape.kept:
@@ -173,7 +176,7 @@ def _mixtral_fields(shape: Shape) -> dict[str, Any]:
 def _qwen2_faults(shape: Shape) -> Iterator[str]:
     config = shape.config
     if config.model_type == "qwen3":
-        yield "has not the attention of qwen3"
+        yield "lacks the attention of qwen3"
     if head_width(config) * config.num_attention_heads != config.hidden_size:
         yield "needs heads that add up to the hidden size"
     if shape.layout.shared == 0:
@@ -199,7 +202,7 @@ def _qwen2_fields(shape: Shape) -> dict[str, Any]:
 
 def _qwen3_faults(shape: Shape) -> Iterator[str]:
     if shape.config.model_type != "qwen3":
-        yield f"has not the attention of {shape.config.model_type}"
+        yield f"lacks the attention of {shape.config.model_type}"
     elif any(windowed(shape.config)):
         yield "has no sliding window"
     if shape.layout.shared:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,6 +29,11 @@ class FFN:
         x = x.to(self.gate.dtype)
         return F.silu(x @ self.gate.T) * (x @ self.up.T)
 
+    def zeros(self) -> float:
+        """Fraction of the three matrices that is 0."""
+        matrices = (self.gate, self.up, self.down)
+        return 1 - sum(int(one.count_nonzero()) for one in matrices) / sum(one.numel() for one in matrices)
+
     def __call__(self, x: Tensor) -> Tensor:
         """x (tokens, width) → y (tokens, width)."""
         return self.hidden(x) @ self.down.T
@@ -37,6 +41,3 @@ class FFN:
     def loudness(self, x: Tensor) -> Tensor:
         """|hⱼ(x)| · ‖column j of W_d‖, the size of what each neuron adds to the output: (tokens, neurons)."""
         return self.hidden(x).abs() * self.down.norm(dim=0)
-
-    def to(self, device: torch.device) -> FFN:
-        return FFN(self.gate.to(device), self.up.to(device), self.down.to(device))

@@ -77,6 +77,7 @@ def factorize_block(
     routing = measure(dense, written, split, router, [draw(seen, MEASURED_TOKENS, generator)])
     tensors = export.tensors(plan.container, layout, target.prefix, written, split, router, target.dtype)
     where = "held-out" if held_out else "calibration"
+    notes |= {"zeros_before": dense.zeros()}
     return tensors, LayerRecord(block.name, routing, where, notes, time.perf_counter() - started)
 
 

@@ -83,11 +83,13 @@ def refit(dense: FFN, start: FFN, split: Split, router: Router, inputs: Iterable
     arranged = FFN(dense.gate[order], dense.up[order], dense.down[:, order])
     equations = Equations(start.neurons, [len(members) for members in split.routed], len(start.down), order.device)
     judges: list[tuple[Tensor, Tensor]] = []  # g ⊙ h and y of tokens held back
+    seen = 0
     for x in _chunks(dense, split, inputs):
         hidden, gates = arranged.hidden(x), router.gates(x)  # (tokens, neurons), (tokens, routed)
         target = hidden @ arranged.down.T  # (tokens, width)
-        judge = torch.arange(len(x), device=x.device) % HELD_BACK == HELD_BACK - 1
-        if sum(len(seen) for seen, _ in judges) < JUDGES:
+        judge = torch.arange(seen, seen + len(x), device=x.device) % HELD_BACK == HELD_BACK - 1
+        seen += len(x)
+        if sum(len(held) for held, _ in judges) < JUDGES:
             judges.append((equations.gated(hidden[judge], gates[judge]), target[judge]))
         equations.add(hidden[~judge], gates[~judge], target[~judge])
     gram, targets = equations.gram(), equations.targets

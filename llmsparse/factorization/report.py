@@ -11,6 +11,7 @@ from llmsparse.run_report import LARGE_LOSS, SCHEMA_VERSION, RunReport, card_met
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+PRUNED = 0.05  # fraction of zeros that no dense model has by chance
 WASTE = 1.1  # neurons that run, padding included, over those asked for: worth a warning
 
 
@@ -95,6 +96,12 @@ class FactorReport(RunReport):
                 f"experts are padded to {self.layout['width']} neurons, so {self.active_share:.0%} of the FFN runs where "
                 f"{asked:.0%} was asked for; a number of experts that divides the FFN into such widths wastes less"
             )
+        zeros = sum(block.notes["zeros_before"] for block in self.blocks) / len(self.blocks)
+        if zeros > PRUNED:
+            self.warnings.append(
+                f"the dense FFNs were pruned, {zeros:.0%} of them 0, and refit and padding do not keep that; factorize "
+                "the model as it was before pruning, then prune the result"
+            )
         dead = [block.name for block in self.blocks if block.routing.dead]
         if dead:
             self.warnings.append(f"{len(dead)} blocks have experts that no {self.blocks[0].measured_on} token chose")
@@ -117,7 +124,7 @@ class FactorReport(RunReport):
             f"# {self.model} as a mixture of experts, {self.active_share:.0%} of its FFN active",
             "",
             f"Made with llmsparse from the dense model, without training it. An ordinary {self.container} checkpoint: it",
-            "loads in transformers and vLLM with nothing else installed.",
+            "loads in transformers with nothing else installed.",
             "",
             *self.card_table(calibration=spell_protocol(self.protocol)),
             "",

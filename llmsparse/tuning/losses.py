@@ -71,7 +71,8 @@ def norm_loss(mixture: Mixture, x: Tensor, y: Tensor) -> Tensor:
 
 
 def prior_approximate_loss(mixture: Mixture, x: Tensor, y: Tensor) -> Tensor:
-    """FactorLLM's L_PA: KL(softmax r ‖ softmax T), T the 0/1 mask of the experts closest to y one by one.
+    """FactorLLM's L_PA: KL(softmax r ‖ softmax T), T the 0/1 mask of the experts closest, one by one, to
+    what the shared experts leave of y.
 
     An expert is taken with the factor it is stored with, which is theirs where it is E//k. Both softmaxes and the
     direction of the divergence are theirs; it is the mean of all tokens, not the first window's.

@@ -81,7 +81,7 @@ def tune(
         source.copy_side_files(plan.folder, partial.folder)
         source.write_side_files(
             partial.folder,
-            recipe=plan.recipe.dump(plan.versions | {"text sha256": plan.windows.fingerprint}),
+            recipe=plan.resolved.dump(plan.versions | {"text sha256": plan.windows.fingerprint}),
             report=report.stored(),
             card=report.card(),
         )

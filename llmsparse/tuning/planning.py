@@ -21,7 +21,7 @@ from llmsparse.errors import CalibrationError, CheckpointError, RecipeError
 from llmsparse.factorization.containers import CONTAINERS, MIXTURE_KEYS, Container
 from llmsparse.factorization.planning import find_ffn
 from llmsparse.model import StreamedModel
-from llmsparse.output import check_output
+from llmsparse.output import check_output, held_bytes
 from llmsparse.run_plan import held_out_windows, machine, spoken_name
 from llmsparse.run_plan import versions as versions_of
 from llmsparse.tuning.recipe import TuneRecipe
@@ -54,6 +54,14 @@ class TunePlan:
         return spoken_name(self.recipe.model)
 
     @property
+    def resolved(self) -> TuneRecipe:
+        """The recipe with all that `auto` and the text decided in it: another run of it does the same."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return self.recipe.replace(
+            device=str(self.device), dtype=dtype, seq_len=self.seq_len, batch_size=self.batch_size
+        )
+
+    @property
     def active(self) -> int:
         return self.model.config.num_experts_per_tok
 
@@ -64,7 +72,7 @@ class TunePlan:
     @cached_property
     def batch_size(self) -> int:
         """Windows in a step."""
-        return self.recipe.batch_size or max(1, TOKENS_PER_STEP // self.seq_len)
+        return windows_in_a_step(self.recipe, self.seq_len)
 
     @cached_property
     def windows_at_once(self) -> int:
@@ -105,8 +113,12 @@ class TunePlan:
         """The checkpoint, and the state of a run: weights and two moments in fp32, the new beside the old."""
         sizes = {key: torch.Size(shape).numel() for key, (shape, _) in self.tensors.items()}
         inside = f".{self.container.router.partition('.')[0]}."  # an FFN, in this container's words
-        trained = sum(size for key, size in sizes.items() if inside in key) if self.recipe.train == "experts" else 0
-        return sum(size * self.tensors[key][1].itemsize for key, size in sizes.items()) + 2 * 3 * 4 * trained
+        ffn = {key: self.tensors[key][0] for key in sizes if inside in key}
+        routers = sum(sizes[key] for key in ffn if key.endswith(self.container.router))
+        added = sum(self.recipe.lora_rank * sum(shape) for shape in ffn.values() if len(shape) == 2)
+        trained = {"experts": sum(sizes[key] for key in ffn), "lora": routers + added, "router": routers}
+        state = 3 * 4 * trained[self.recipe.train]
+        return sum(size * self.tensors[key][1].itemsize for key, size in sizes.items()) + 2 * state
 
     @property
     def versions(self) -> dict[str, str]:
@@ -149,12 +161,13 @@ def make_plan(recipe: TuneRecipe, *, resume: bool = False, overwrite: bool = Fal
     for apart in (folder, teacher_folder):
         check_output(recipe.output_folder, resume=resume, overwrite=overwrite, source=apart)
 
-    batch_size = recipe.batch_size or max(1, TOKENS_PER_STEP // (length or TOKENS_PER_STEP))
+    if recipe.text.endswith(calibration.TOKEN_FILE_SUFFIX):
+        length = calibration.stored_length(recipe.text, length)
     windows = calibration.load_windows(
         recipe.text,
         None if recipe.text.endswith(calibration.TOKEN_FILE_SUFFIX) else source.load_tokenizer(folder),
         seq_len=length,
-        samples=recipe.steps * batch_size,
+        samples=recipe.steps * windows_in_a_step(recipe, length or calibration.DEFAULT_SEQ_LEN),
         seed=recipe.seed,
         held_out=held_out_windows(length),
         text_field=recipe.text_field,
@@ -171,8 +184,13 @@ def make_plan(recipe: TuneRecipe, *, resume: bool = False, overwrite: bool = Fal
     )  # fmt: skip
     check_router(plan)
     check_text(plan)
-    check_room(plan.output, plan.bytes_to_write + parse_size("1MB"))
+    check_room(plan.output, plan.bytes_to_write + parse_size("1MB"), held_bytes(plan.output))
     return plan
+
+
+def windows_in_a_step(recipe: TuneRecipe, length: int) -> int:
+    """As many as the recipe says, or 4096 tokens of them."""
+    return recipe.batch_size or max(1, TOKENS_PER_STEP // length)
 
 
 def check_student(config: Any, where: str) -> Container:
@@ -194,7 +212,9 @@ def check_student(config: Any, where: str) -> Container:
 
 
 def check_teacher(config: Any, teacher: Any, where: str) -> None:
-    """CheckpointError for a teacher whose shape differs from the model's."""
+    """CheckpointError for a teacher whose shape differs from the model's, or that is itself a mixture."""
+    if any(getattr(teacher, key, None) for key in MIXTURE_KEYS):
+        raise CheckpointError(f"--teacher {where}: is a mixture of experts; give the dense model that it was made from")
     for key, word in SAME.items():
         got, wanted = getattr(teacher, key, None), getattr(config, key)
         if got != wanted:

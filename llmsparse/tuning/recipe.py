@@ -24,7 +24,7 @@ from llmsparse.run_recipe import (
     Whole,
 )
 
-RATES = {"experts": 1e-3, "lora": 2e-3, "router": 1e-3}  # by what is trained
+RATES = {"experts": 1e-3, "lora": 2e-3}  # by what is trained beside the routers
 
 Rate = Annotated[Number, Field(gt=0, lt=1)]
 
@@ -62,12 +62,12 @@ class TuneRecipe(RunRecipe):
     max_shard_size: ShardSize = "5GB"
 
     def resolved(self) -> dict[str, Any]:
-        return super().resolved() | {"learning_rate": self.rate}
+        return super().resolved() | ({} if self.train == "router" else {"learning_rate": self.rate})
 
     @property
     def rate(self) -> float:
         """`learning_rate`, or what suits the weights that are trained."""
-        return RATES[self.train] if self.learning_rate is None else self.learning_rate
+        return RATES.get(self.train, self.router_learning_rate) if self.learning_rate is None else self.learning_rate
 
     @property
     def weights(self) -> dict[str, float]:
@@ -91,6 +91,8 @@ class TuneRecipe(RunRecipe):
             raise OptionError(("teacher",), "missing; name the dense model that this one was made from")
         if not self.text:
             raise OptionError(("text",), "missing; give --text wikitext2, --text builtin or --text FILE")
+        if self.train == "router" and self.learning_rate is not None:
+            raise OptionError(("learning_rate",), "no experts are trained; use --router-learning-rate")
         if not any(self.weights.values()):
             raise ValueError("every weight of the loss is 0, so there is nothing to minimise")
         return self

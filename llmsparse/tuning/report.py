@@ -21,7 +21,7 @@ REPORT, CARD = "llmsparse_report.json", "README.md"
 
 @dataclass(kw_only=True)
 class TuneReport(RunReport):
-    """The outcome of `tune`; in llmsparse_report.json under `tune`, beside what the factorized folder said of itself."""
+    """The outcome of `tune`; what the factorized folder said of itself stands in it as `made_from`."""
 
     teacher: str
     container: str
@@ -43,7 +43,7 @@ class TuneReport(RunReport):
             teacher=plan.recipe.teacher,
             output=str(plan.output),
             container=plan.container.name,
-            recipe=plan.recipe.resolved(),
+            recipe=plan.resolved.resolved(),
             protocol=plan.protocol,
             versions=plan.versions,
             source_report=_read_report(plan.folder / REPORT),
@@ -70,28 +70,29 @@ class TuneReport(RunReport):
         return sum(map(load_entropy, self.loads)) / len(self.loads)
 
     def stored(self) -> dict[str, Any]:
-        return {"schema_version": SCHEMA_VERSION} | self.source_report | {
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model,
+            "teacher": self.teacher,
             "output": self.output,
-            "tune": {
-                "model": self.model,
-                "teacher": self.teacher,
-                "perplexity": self.perplexity | self.held_out | {"ratio": self.ratio},
-                "losses": self.losses,
-                "blocks": [
-                    {"name": name, "load": load, "entropy": load_entropy(load), "dead": load.count(0)}
-                    for name, load in zip(self.blocks, self.loads, strict=True)
-                ],
-                "text": self.protocol,
-                "warnings": self.warnings,
-                "recipe": self.recipe,
-                "versions": self.versions,
-                "timings": {
-                    "seconds": self.seconds,
-                    "tokens_per_second": self.tokens_per_second,
-                    "peak_memory_bytes": self.peak_memory_bytes,
-                },
+            "container": self.container,
+            "perplexity": self.perplexity | self.held_out | {"ratio": self.ratio},
+            "losses": self.losses,
+            "blocks": [
+                {"name": name, "load": load, "entropy": load_entropy(load), "dead": load.count(0)}
+                for name, load in zip(self.blocks, self.loads, strict=True)
+            ],
+            "text": self.protocol,
+            "warnings": self.warnings,
+            "recipe": self.recipe,
+            "versions": self.versions,
+            "timings": {
+                "seconds": self.seconds,
+                "tokens_per_second": self.tokens_per_second,
+                "peak_memory_bytes": self.peak_memory_bytes,
             },
-        }  # fmt: skip
+            "made_from": self.source_report,
+        }
 
     def findings(self) -> list[tuple[str, str]]:
         first, last, perplexity = self.losses[0], self.losses[-1], self.perplexity
@@ -130,7 +131,7 @@ class TuneReport(RunReport):
             "",
             f"# {self.model}, tuned to its dense teacher",
             "",
-            f"Made with `llmsparse tune`. An ordinary {self.container} checkpoint: it loads in transformers and vLLM with",
+            f"Made with `llmsparse tune`. An ordinary {self.container} checkpoint: it loads in transformers with",
             "nothing else installed.",
             "",
             *self.card_table(teacher=self.teacher, text=spell_protocol(self.protocol)),

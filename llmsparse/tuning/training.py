@@ -189,13 +189,13 @@ class Training:
             return
         try:
             saved: Any = torch.load(self._state, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+            with torch.no_grad():
+                for name, parameter in self._trainable.parameters.items():
+                    parameter.copy_(saved["parameters"][name])
+            self._optimizer.load_state_dict(saved["optimizer"])
+            self.history = History(**saved["history"])
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
             raise CheckpointError(f"{self._state}: corrupt; start anew with --overwrite") from error
-        with torch.no_grad():
-            for name, parameter in self._trainable.parameters.items():
-                parameter.copy_(saved["parameters"][name])
-        self._optimizer.load_state_dict(saved["optimizer"])
-        self.history = History(**saved["history"])
 
 
 def entropy_of(loads: list[Tensor]) -> float:

@@ -100,7 +100,7 @@ def test_auto_takes_the_first_container_that_holds_the_source() -> None:
 @pytest.mark.parametrize(
     ("container", "source", "options", "message"),
     [
-        ("mixtral", "qwen3", {}, "mixtral cannot hold this qwen3: it has not the attention of qwen3; use --container glm4"),
+        ("mixtral", "qwen3", {}, "mixtral cannot hold this qwen3: it lacks the attention of qwen3; use --container glm4"),
         ("mixtral", "llama", {}, "has no shared experts"),
         ("glm4_moe", "llama", {"shared": 0}, "needs a shared slot .*; use --container mixtral"),
         ("glm4_moe", "llama", {"kept": [1]}, "keeps only the first blocks dense; use --container qwen2_moe"),

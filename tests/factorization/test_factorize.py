@@ -254,8 +254,19 @@ def test_shipped_recipes_can_be_listed_shown_and_checked(capsys: pytest.CaptureF
     for verb in ("show", "validate"):
         assert main(["recipes", verb, "factorize-25"]) == 0
         assert "shared: 2" in capsys.readouterr().out
-    assert "wanted at least" not in str(FactorRecipe.load("factorize-50", {"model": "org/name"}).output_folder)
     assert FactorRecipe.load("factorize-50", {"model": "org/name"}).output_folder.name == "name-factorize-50"
+
+
+def test_a_pruned_source_is_told_that_its_zeros_are_not_kept(model: Path, notes: Path, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"calibration": str(notes), "calibration_samples": 12, "seq_len": 32, "device": "cpu"}
+    llmsparse.prune(
+        model=str(model), output=str(tmp_path / "half"), method="magnitude", sparsity=0.5, match_steps=0, **keys
+    )
+    made = {"experts": 4, "shared": 1, "active": 1, "router_steps": 5}
+    report = llmsparse.factorize(model=str(tmp_path / "half"), output=str(tmp_path / "moe"), **keys, **made)
+    assert any(warning.startswith("the dense FFNs were pruned, 50% of them 0") for warning in report.warnings)
+    whole = llmsparse.factorize(model=str(model), output=str(tmp_path / "whole"), **keys, **made)
+    assert not any("were pruned" in warning for warning in whole.warnings)
 
 
 def test_command_line_factorizes_measures_and_resumes(
@@ -288,6 +299,12 @@ def spoil(folder: Path, **changes: Any) -> None:
         (["--experts", "9"], "--experts 9: .* 64 neurons, which are 8 groups of 8; use --experts 8"),
         (["--active", "0"], "--active: got 0, wanted at least 1"),
         (["--container", "mixtral"], "--container mixtral cannot hold this llama: it has no shared experts"),
+        (
+            ["--container", "mixtral", "--shared", "0", "--keep-dense", "0"],
+            "no other container does: glm4_moe needs a shared",
+        ),
+        (["--recipe", "sparsegpt-50"], "sparsegpt-50: a recipe of prune; shipped here are "),
+        (["--recipe", "tune/factorllm-paper"], "tune/factorllm-paper: a recipe of tune"),
         (["--container", "olmoe"], "--container: got 'olmoe', wanted auto"),
         (["--keep-dense", "7"], "--keep-dense 7: there is no block 7, the model has 3"),
         (["--keep-dense", "0,1,2"], "these are all 3 blocks"),

@@ -63,6 +63,13 @@ def test_refit_solves_the_equations_of_all_tokens_but_every_eighth() -> None:
     torch.testing.assert_close(fitted.down, expected, **CLOSE)
 
 
+def test_short_pieces_are_held_back_and_fitted_like_long_ones() -> None:
+    whole, notes = refit(FFN_, FFN_, SPLIT, ROUTER, [X])
+    pieces, notes_of_pieces = refit(FFN_, FFN_, SPLIT, ROUTER, X.split(5))
+    assert notes_of_pieces == notes and "damp" in notes
+    torch.testing.assert_close(pieces.down, whole.down, **CLOSE)
+
+
 def test_equations_without_a_solution_give_none() -> None:
     assert solve(-torch.eye(3), torch.ones(3, 2), torch.ones(2, 3), 0.1) is None
 

@@ -44,8 +44,8 @@ def files(folder: Path) -> dict[str, bytes]:
     found = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
     report = json.loads(found.pop("llmsparse_report.json"))
     report.pop("output")
-    report["tune"].pop("timings")
-    report["tune"]["recipe"].pop("output")
+    report.pop("timings")
+    report["recipe"].pop("output")
     found.pop("llmsparse_recipe.yaml")
     found["README.md"] = re.sub(rb"\| (took|output) \|.*", b"", found["README.md"])
     return {**found, "report": json.dumps(report).encode()}
@@ -93,15 +93,16 @@ def test_the_report_is_of_what_was_written(
         assert report.perplexity[name] == pytest.approx(expected, rel=1e-5), name
 
 
-def test_the_report_keeps_what_factorize_said_and_the_card_too(
+def test_the_report_is_of_the_tuning_and_keeps_what_factorize_said(
     done: tuple[Path, llmsparse.TuneReport], moe: Path
 ) -> None:
     out, report = done
     stored = json.loads((out / "llmsparse_report.json").read_text())
     before = json.loads((moe / "llmsparse_report.json").read_text())
-    assert stored["layout"] == before["layout"] and stored["recipe"] == before["recipe"]
-    assert stored["output"] == str(out)
-    tune = stored["tune"]
+    assert stored["made_from"] == before
+    assert stored["output"] == str(out) and stored["warnings"] == report.warnings
+    assert stored["perplexity"]["after"] == report.perplexity["after"]
+    tune = stored
     assert [block["name"] for block in tune["blocks"]] == ["model.layers.0", "model.layers.1"]
     for block in tune["blocks"]:
         assert len(block["load"]) == 6 and sum(block["load"]) == pytest.approx(2)
@@ -112,7 +113,32 @@ def test_the_report_keeps_what_factorize_said_and_the_card_too(
     card = (out / "README.md").read_text()
     assert "tuned to its dense teacher" in card and "greedy oracle" in card
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "tiny"
-    assert TuneRecipe.load(out / "llmsparse_recipe.yaml").resolved() == report.recipe == tune["recipe"]
+    written = TuneRecipe.load(out / "llmsparse_recipe.yaml")
+    assert written.resolved() == report.recipe == tune["recipe"]
+    assert (written.device, written.dtype, written.seq_len, written.batch_size) == ("cpu", "float32", 32, 8)
+
+
+def test_rows_of_a_token_file_are_counted_in_steps_of_the_usual_size(
+    moe: Path, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"input_ids": torch.arange(300 * 64).view(300, 64) % 300}, tmp_path / "rows.safetensors")
+    given = {key: value for key, value in keys.items() if key not in ("seq_len", "batch_size")}
+    plan = make_plan(TuneRecipe(model=str(moe), **given | {"text": str(tmp_path / "rows.safetensors"), "steps": 4}))
+    assert (plan.seq_len, plan.batch_size, len(plan.windows.ids)) == (64, 64, 4 * 64)
+
+
+@pytest.mark.parametrize("train", ["experts", "lora", "router"])
+def test_room_is_made_for_the_state_of_a_run_twice(train: str, moe: Path, keys: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    keys = keys | {"train": train, "steps": 2}
+    plan = make_plan(TuneRecipe(model=str(moe), output=str(folder), **keys))
+    with pytest.raises(KeyboardInterrupt):
+        llmsparse.tune(model=str(moe), output=str(folder), **keys, progress=StopsAtStep(1))
+    state = (tmp_path / "out.partial" / ".llmsparse" / "tuning.pt").stat().st_size
+    checkpoint = (moe / "model.safetensors").stat().st_size
+    assert 0.8 * 2 * state < plan.bytes_to_write + 100_000 - checkpoint < 1.5 * 2 * state + 200_000
 
 
 def test_same_seed_same_bytes_and_another_seed_others(moe: Path, keys: dict[str, Any], tmp_path: Path) -> None:
@@ -199,7 +225,7 @@ def test_the_command_line_gives_one_document_and_nothing_to_resume(
     assert main(arguments) == 0
     out, _ = capsys.readouterr()
     document = json.loads(out)
-    assert document["tune"]["perplexity"]["after"] > 1 and document["seconds"] > 0
+    assert document["perplexity"]["after"] > 1 and document["seconds"] > 0
     assert main([*arguments, "--resume"]) == 2
     assert "finished already" in capsys.readouterr().err
     assert main(arguments) == 2
@@ -301,7 +327,11 @@ def test_a_resume_with_other_settings_is_refused_and_names_them(
         llmsparse.tune(model=str(moe), output=str(tmp_path / "out"), **keys, progress=StopsAtStep(3))
     with pytest.raises(RecipeError, match=r"cannot be resumed, changed since it was started: recipe"):
         llmsparse.tune(model=str(moe), output=str(tmp_path / "out"), **keys | {"steps": 7}, resume=True)
-    (tmp_path / "out.partial" / ".llmsparse" / "tuning.pt").write_bytes(b"not a state")
+    state = tmp_path / "out.partial" / ".llmsparse" / "tuning.pt"
+    state.write_bytes(b"not a state")
+    with pytest.raises(CheckpointError, match=r"tuning\.pt: corrupt; start anew with --overwrite"):
+        llmsparse.tune(model=str(moe), output=str(tmp_path / "out"), **keys, resume=True)
+    torch.save({"another": 1}, state)
     with pytest.raises(CheckpointError, match=r"tuning\.pt: corrupt; start anew with --overwrite"):
         llmsparse.tune(model=str(moe), output=str(tmp_path / "out"), **keys, resume=True)
     llmsparse.tune(model=str(moe), output=str(tmp_path / "out"), **keys, overwrite=True)
@@ -322,6 +352,10 @@ def spoil(folder: Path, **changes: Any) -> Path:
         (["--train", "everything"], "--train: got 'everything', wanted router, experts or lora"),
         (["--learning-rate", "0"], "--learning-rate: got '0', wanted more than 0$"),
         (["--learning-rate", "much"], "--learning-rate: got 'much', wanted a number$"),
+        (["--train", "router", "--learning-rate", "0.1"], "--learning-rate: no experts are trained; use --router-"),
+        (["--recipe", "factorize-50"], "factorize-50: a recipe of factorize; shipped here are factorllm-paper"),
+        (["--teacher", "MOE"], "--teacher .*: is a mixture of experts; give the dense model"),
+        (["--text", "builtin", "--text-field", "body"], "builtin: its text is known, there is no column 'body'"),
         (["--dtype", "float16"], "--dtype: got 'float16', wanted auto, float32 or bfloat16"),
         (["--seq-len", "500"], "--seq-len 500 is above the model's maximum of 128"),
         (["--batch-size", "5000"], "wanted 5000 for a step and 1; give more text"),
@@ -347,6 +381,7 @@ def test_impossible_requests_are_one_line_and_exit_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("A few words.")
+    arguments = [str(moe) if argument == "MOE" else argument for argument in arguments]
     given = {key: value for key, value in keys.items() if f"--{key.replace('_', '-')}" not in arguments}
     assert main([*command(moe, Path("out"), given), *arguments]) == 2
     out, err = capsys.readouterr()
@@ -392,7 +427,7 @@ def test_what_factorize_did_not_write_is_refused(
     out = {"output": str(tmp_path / "out")}
     with pytest.raises(CheckpointError, match=r"llama is no mixture of experts; make it one first: llmsparse factor"):
         llmsparse.tune(model=str(dense), **keys, **out)
-    with pytest.raises(CheckpointError, match=r"mlp\.gate_proj\.weight; only a gated FFN will do"):
+    with pytest.raises(CheckpointError, match=r"--teacher .*: is a mixture of experts; give the dense model"):
         llmsparse.tune(model=str(moe), **keys | {"teacher": str(moe)}, **out)
     others = shutil.copytree(moe, tmp_path / "others")
     with pytest.raises(CheckpointError, match=r"n_group is 2, where factorize writes 1"):

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ from safetensors.torch import load_file
 import llmsparse
 from llmsparse import recipe_file
 from llmsparse.cli import main
-from llmsparse.errors import CalibrationError, CheckpointError, NumericalError, RecipeError
+from llmsparse.errors import CalibrationError, CheckpointError, MachineError, NumericalError, RecipeError
+from llmsparse.output import held_bytes
 from llmsparse.progress import Silent
 from llmsparse.tuning import planning
 from llmsparse.tuning.planning import make_plan
@@ -139,6 +141,20 @@ def test_room_is_made_for_the_state_of_a_run_twice(train: str, moe: Path, keys: 
     state = (tmp_path / "out.partial" / ".llmsparse" / "tuning.pt").stat().st_size
     checkpoint = (moe / "model.safetensors").stat().st_size
     assert 0.8 * 2 * state < plan.bytes_to_write + 100_000 - checkpoint < 1.5 * 2 * state + 200_000
+
+
+def test_the_room_of_an_unfinished_run_is_not_asked_for_twice(
+    moe: Path, keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk that the unfinished run has filled but for less than it holds."""
+    recipe = TuneRecipe(model=str(moe), output=str(tmp_path / "out"), **keys)
+    with pytest.raises(KeyboardInterrupt):
+        llmsparse.tune(recipe, progress=StopsAtStep(3))
+    free = 10**6 + make_plan(recipe, resume=True).bytes_to_write - held_bytes(tmp_path / "out") // 2
+    monkeypatch.setattr("llmsparse.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    make_plan(recipe, resume=True)
+    with pytest.raises(MachineError, match=r"elsewhere needs .*B and its disk has"):
+        make_plan(recipe.replace(output=str(tmp_path / "elsewhere")))
 
 
 def test_same_seed_same_bytes_and_another_seed_others(moe: Path, keys: dict[str, Any], tmp_path: Path) -> None:

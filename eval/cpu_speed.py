@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from llmsparse import cpu
-from llmsparse.cpu.build import find_compiler, load, openmp_runtime
-from llmsparse.cpu.kernel_library import HERE
+from llmsparse.backends import cpu
+from llmsparse.backends.cpu.build import find_compiler, load, openmp_runtime
+from llmsparse.backends.cpu.kernel_library import HERE
 from llmsparse.formats.bitmask import Bitmask
 
 RESULTS = Path(__file__).parent / "results" / "cpu.csv"

@@ -3,7 +3,7 @@
  * Four rows share x, as in the sparse kernel. On Zen 5 it reads 40 GB/s on one core, what the core can; prefetching ahead
  * by 1, 4, 8 or 16 KB makes it slower by 3 to 9 %, so it does not.
  */
-#include "../llmsparse/cpu/tiles.h"
+#include "../llmsparse/backends/cpu/tiles.h"
 
 #include <immintrin.h>
 

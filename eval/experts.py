@@ -42,8 +42,8 @@ from transformers import (
 
 import llmsparse
 from eval.cpu_speed import cpu_name
-from llmsparse.cpu.experts import gated
-from llmsparse.timing import Spread, side_by_side
+from llmsparse.backends.cpu.experts import gated
+from llmsparse.benchmark.timing import Spread, side_by_side
 
 RESULTS = Path(__file__).parent / "results" / "experts.csv"
 SHAPES: dict[str, dict[str, int]] = {

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import llmsparse
+from llmsparse.factorization.block import PROFILE_TOKENS, draw
 from llmsparse.factorization.clustering import assign
 from llmsparse.factorization.ffn import FFN
-from llmsparse.factorization.layer import PROFILE_TOKENS, draw
 from llmsparse.factorization.oracle import greedy
-from llmsparse.factorization.planning import FactorPlan, make_plan
+from llmsparse.factorization.plan import FactorPlan, make_plan
 from llmsparse.factorization.recipe import FactorRecipe
 from llmsparse.factorization.refit import refit, routed_hidden
 from llmsparse.factorization.router import expert_outputs, tokens_at_once, top

@@ -82,8 +82,8 @@ def child(who: str, method: str, folder: Path, device: str) -> None:
 
     import llmsparse
     from eval import published
-    from llmsparse.device import choose_device
-    from llmsparse.memory import PeakMemory
+    from llmsparse.runs.device import choose_device
+    from llmsparse.runs.memory import PeakMemory
 
     place = choose_device(device)
     ids = load_file(folder / "tokens.safetensors")["input_ids"]

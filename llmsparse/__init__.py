@@ -14,7 +14,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from llmsparse import import_hook
 from llmsparse.errors import (
     CalibrationError,
     CheckpointError,
@@ -24,106 +23,81 @@ from llmsparse.errors import (
     PatternError,
     RecipeError,
 )
+from llmsparse.inference import import_hook
+from llmsparse.version import __version__
 
 if TYPE_CHECKING:
-    from llmsparse.doctor import Diagnosis, diagnose
-    from llmsparse.evaluation import Perplexity, perplexity
-    from llmsparse.experts_interface import fuse
-    from llmsparse.explanation import Explanation, explain
-    from llmsparse.factorization.pipeline import factorize
-    from llmsparse.factorization.recipe import FactorRecipe
-    from llmsparse.factorization.report import FactorReport
-    from llmsparse.footprint import Packing
-    from llmsparse.generation import Generation, generate
-    from llmsparse.hf import SparseConfig
-    from llmsparse.inspection import Inspection, inspect
-    from llmsparse.packing import pack
-    from llmsparse.pipeline import prune
-    from llmsparse.planning import Plan, plan
-    from llmsparse.recipe import Recipe, Rule
-    from llmsparse.report import Report
-    from llmsparse.tuning.pipeline import tune
-    from llmsparse.tuning.recipe import TuneRecipe
-    from llmsparse.tuning.report import TuneReport
-    from llmsparse.unpacking import Unpacking, unpack
+    from llmsparse.benchmark.doctor import Diagnosis as Diagnosis
+    from llmsparse.benchmark.doctor import diagnose as diagnose
+    from llmsparse.evaluation.perplexity import Perplexity as Perplexity
+    from llmsparse.evaluation.perplexity import perplexity as perplexity
+    from llmsparse.factorization.pipeline import factorize as factorize
+    from llmsparse.factorization.recipe import FactorRecipe as FactorRecipe
+    from llmsparse.factorization.report import FactorReport as FactorReport
+    from llmsparse.inference.experts_interface import fuse as fuse
+    from llmsparse.inference.explain import Explanation as Explanation
+    from llmsparse.inference.explain import explain as explain
+    from llmsparse.inference.generate import Generation as Generation
+    from llmsparse.inference.generate import generate as generate
+    from llmsparse.inference.quantizer import SparseConfig as SparseConfig
+    from llmsparse.packing.inspect import Inspection as Inspection
+    from llmsparse.packing.inspect import inspect as inspect
+    from llmsparse.packing.pack import pack as pack
+    from llmsparse.packing.report import Packing as Packing
+    from llmsparse.packing.unpack import Unpacking as Unpacking
+    from llmsparse.packing.unpack import unpack as unpack
+    from llmsparse.pruning.pipeline import prune as prune
+    from llmsparse.pruning.plan import Plan as Plan
+    from llmsparse.pruning.plan import plan as plan
+    from llmsparse.pruning.recipe import Recipe as Recipe
+    from llmsparse.pruning.recipe import Rule as Rule
+    from llmsparse.pruning.report import Report as Report
+    from llmsparse.tuning.pipeline import tune as tune
+    from llmsparse.tuning.recipe import TuneRecipe as TuneRecipe
+    from llmsparse.tuning.report import TuneReport as TuneReport
 
-__version__ = "0.1.0"
+_ERRORS = (
+    CalibrationError, CheckpointError, LlmsparseError, MachineError, NumericalError, PatternError, RecipeError,
+)  # fmt: skip
 
-__all__ = [
-    "CalibrationError",
-    "CheckpointError",
-    "Diagnosis",
-    "Explanation",
-    "FactorRecipe",
-    "FactorReport",
-    "Generation",
-    "Inspection",
-    "LlmsparseError",
-    "MachineError",
-    "NumericalError",
-    "Packing",
-    "PatternError",
-    "Perplexity",
-    "Plan",
-    "Recipe",
-    "RecipeError",
-    "Report",
-    "Rule",
-    "SparseConfig",
-    "TuneRecipe",
-    "TuneReport",
-    "Unpacking",
-    "__version__",
-    "diagnose",
-    "explain",
-    "factorize",
-    "fuse",
-    "generate",
-    "inspect",
-    "pack",
-    "perplexity",
-    "plan",
-    "prune",
-    "tune",
-    "unpack",
-]
-
-_MODULES = {
-    "Diagnosis": "doctor",
-    "Explanation": "explanation",
+_LAZY = {  # name → the module it stands in
+    "Diagnosis": "benchmark.doctor",
+    "Explanation": "inference.explain",
     "FactorRecipe": "factorization.recipe",
     "FactorReport": "factorization.report",
-    "Generation": "generation",
-    "Inspection": "inspection",
-    "Packing": "footprint",
-    "Perplexity": "evaluation",
-    "Plan": "planning",
-    "Recipe": "recipe",
-    "Report": "report",
-    "Rule": "recipe",
-    "SparseConfig": "hf",
+    "Generation": "inference.generate",
+    "Inspection": "packing.inspect",
+    "Packing": "packing.report",
+    "Perplexity": "evaluation.perplexity",
+    "Plan": "pruning.plan",
+    "Recipe": "pruning.recipe",
+    "Report": "pruning.report",
+    "Rule": "pruning.recipe",
+    "SparseConfig": "inference.quantizer",
     "TuneRecipe": "tuning.recipe",
     "TuneReport": "tuning.report",
-    "Unpacking": "unpacking",
-    "diagnose": "doctor",
-    "explain": "explanation",
+    "Unpacking": "packing.unpack",
+    "diagnose": "benchmark.doctor",
+    "explain": "inference.explain",
     "factorize": "factorization.pipeline",
-    "fuse": "experts_interface",
-    "generate": "generation",
-    "inspect": "inspection",
-    "pack": "packing",
-    "perplexity": "evaluation",
-    "plan": "planning",
-    "prune": "pipeline",
+    "fuse": "inference.experts_interface",
+    "generate": "inference.generate",
+    "inspect": "packing.inspect",
+    "pack": "packing.pack",
+    "perplexity": "evaluation.perplexity",
+    "plan": "pruning.plan",
+    "prune": "pruning.pipeline",
     "tune": "tuning.pipeline",
-    "unpack": "unpacking",
+    "unpack": "packing.unpack",
 }
+
+__all__ = ["__version__", *sorted([error.__name__ for error in _ERRORS] + [*_LAZY])]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in _LAZY:
         raise AttributeError(f"module 'llmsparse' has no attribute {name!r}")
-    return getattr(import_module(f"llmsparse.{_MODULES[name]}"), name)
+    return getattr(import_module(f"llmsparse.{_LAZY[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmsparse.cli import main
+from llmsparse.cli.app import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

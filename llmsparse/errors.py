@@ -3,6 +3,7 @@
     LlmsparseError            1  the run failed
     ├── NumericalError        1  NaN, Inf, a Hessian that is not positive definite
     ├── RecipeError           2  an option, a recipe or a selection asks for what cannot be
+    │   ├── OptionError       2  one option of a recipe, by its place
     │   └── PatternError      2  a sparsity pattern that does not fit a weight
     ├── CheckpointError       2  a model or checkpoint that cannot be read, or is of a kind not handled
     ├── CalibrationError      2  a text, dataset or token file that cannot be used
@@ -28,6 +29,17 @@ class RecipeError(LlmsparseError):
     """An option, a recipe or a selection that cannot be."""
 
     exit_code = 2
+
+
+KeyPath = tuple[str | int, ...]  # into a recipe: ("rules", 0, "sparsity")
+
+
+class OptionError(RecipeError):
+    """What is wrong with the option at `path`; the recipe says where that stands."""
+
+    def __init__(self, path: KeyPath, message: str) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class PatternError(RecipeError):

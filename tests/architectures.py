@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from llmsparse.checkpoint import CheckpointReader
-from llmsparse.model import StreamedModel
+from llmsparse.models.streamed import StreamedModel
+from llmsparse.storage.checkpoint import CheckpointReader
 
 VOCABULARY = 97
 

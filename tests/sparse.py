@@ -10,9 +10,9 @@ from architectures import random_model, tiny_config
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmsparse.checkpoint import CheckpointReader
 from llmsparse.errors import LlmsparseError
-from llmsparse.patterns import NofM
+from llmsparse.sparsity.patterns import NofM
+from llmsparse.storage.checkpoint import CheckpointReader
 
 
 @torch.no_grad()

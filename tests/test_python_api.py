@@ -11,9 +11,9 @@ import pytest
 
 import llmsparse
 from llmsparse.errors import RecipeError
-from llmsparse.evaluation import perplexity_of
+from llmsparse.evaluation.perplexity import perplexity_of
 from llmsparse.factorization.recipe import FactorRecipe
-from llmsparse.recipe import Recipe
+from llmsparse.pruning.recipe import Recipe
 
 SMALL: dict[str, Any] = {"calibration": "builtin", "calibration_samples": 4, "seq_len": 32, "device": "cpu"}
 VERBS = [

@@ -5,7 +5,7 @@ A backend is one file and one line in BACKENDS. `choice.py` says which of them r
 
 from __future__ import annotations
 
-from llmsparse.backends.cpu import CpuBitmask
+from llmsparse.backends.cpu_bitmask import CpuBitmask
 from llmsparse.backends.cusparselt import CuSparseLt
 from llmsparse.backends.dense import Dense, DenseLowMemory
 from llmsparse.backends.protocol import Backend, WeightSpec

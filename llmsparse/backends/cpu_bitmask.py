@@ -11,9 +11,9 @@ import threading
 import torch
 from torch import Tensor
 
-from llmsparse import cpu
+from llmsparse.backends import cpu
+from llmsparse.backends.cpu.library import DTYPES
 from llmsparse.backends.protocol import WeightSpec
-from llmsparse.cpu.library import DTYPES
 from llmsparse.formats.bitmask import Bitmask
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from llmsparse import __version__, cpu
-from llmsparse.backends import BACKENDS, WeightSpec
+from llmsparse.backends import BACKENDS, WeightSpec, cpu
 from llmsparse.backends.table import SHIPPED, cpu_info, device_kinds, read, shipped, user_file
-from llmsparse.fused import kernel_name, most_tokens, unusable
+from llmsparse.inference.fused_experts import kernel_name, most_tokens, unusable
+from llmsparse.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

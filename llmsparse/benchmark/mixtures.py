@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from llmsparse import source
-from llmsparse.benchmark import DENSE, MixtureMeasured, Speed, Speeds
-from llmsparse.device import DTYPES
-from llmsparse.experts_interface import run_by
-from llmsparse.fused import NAME, most_tokens, why_not
-from llmsparse.skeleton import build
-from llmsparse.timing import Call, cache_bytes, copies_for, side_by_side
+from llmsparse.benchmark.report import DENSE, MixtureMeasured, Speed, Speeds
+from llmsparse.benchmark.timing import Call, cache_bytes, copies_for, side_by_side
+from llmsparse.inference.experts_interface import run_by
+from llmsparse.inference.fused_experts import NAME, most_tokens, why_not
+from llmsparse.models.empty_model import build
+from llmsparse.models.origin import BUILTIN, load_config
+from llmsparse.runs.device import DTYPES
 
 STOCK = ("grouped_mm", "eager")
 WAITS = "reads back what was chosen, which a CUDA graph cannot"
@@ -118,7 +118,7 @@ def measure_mixture(
 
 def has_experts(folder: Path, trust_remote_code: bool) -> bool:
     """Whether transformers runs experts of this model through its interface; no weight is read."""
-    config = source.load_config(folder, trust_remote_code)
+    config = load_config(folder, trust_remote_code)
     model = build(config, torch.device("cpu"), torch.float32, trust_remote_code)
     return any(hasattr(module, "is_transposed") for module in model.modules())
 
@@ -130,7 +130,7 @@ def dense_source(folder: Path) -> str | None:
         model = str(report["model"]) if "container" in report else ""
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return model if model == source.BUILTIN or (model and (Path(model) / "config.json").is_file()) else None
+    return model if model == BUILTIN or (model and (Path(model) / "config.json").is_file()) else None
 
 
 def _calls(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from llmsparse.decoding import Decoding
-    from llmsparse.timing import Spread
+    from llmsparse.benchmark.decoding import Decoding
+    from llmsparse.benchmark.timing import Spread
 
 DENSE = "dense"
 GAIN = 1.05  # of medians, from which on a backend counts as faster: less is what two runs of the same thing differ by

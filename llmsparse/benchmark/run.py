@@ -13,22 +13,23 @@ from typing import Any
 
 import torch
 
-from llmsparse import __version__, source
 from llmsparse.backends import BACKENDS, WeightSpec, table
 from llmsparse.backends.choice import check_names, why_not
 from llmsparse.backends.table import Row, device_kinds
-from llmsparse.benchmark import DENSE, GAIN, Benchmark, Measured, MixtureMeasured, Speed, Speeds
-from llmsparse.decoding import Decoding, decode
-from llmsparse.device import DTYPES, choose_device
+from llmsparse.benchmark.decoding import Decoding, decode
+from llmsparse.benchmark.mixtures import STOCK, Mixture, dense_source, has_experts, measure_mixture, mixtures
+from llmsparse.benchmark.report import DENSE, GAIN, Benchmark, Measured, MixtureMeasured, Speed, Speeds
+from llmsparse.benchmark.timing import cache_bytes, copies_for, copy_bandwidth, side_by_side
+from llmsparse.benchmark.workloads import Workload, of_model, of_shapes
 from llmsparse.errors import CheckpointError, LlmsparseError, MachineError, RecipeError
-from llmsparse.expert_bench import STOCK, Mixture, dense_source, has_experts, measure_mixture, mixtures
 from llmsparse.formats.bitmask import Bitmask
 from llmsparse.formats.slicing import moved
-from llmsparse.fused import NAME
-from llmsparse.loading import load_model
-from llmsparse.progress import Progress, Silent
-from llmsparse.timing import cache_bytes, copies_for, copy_bandwidth, side_by_side
-from llmsparse.workloads import Workload, of_model, of_shapes
+from llmsparse.inference.fused_experts import NAME
+from llmsparse.inference.load import load_model
+from llmsparse.models.origin import is_packed, read_config, resolve
+from llmsparse.runs.device import DTYPES, choose_device
+from llmsparse.runs.progress import Progress, Silent
+from llmsparse.version import __version__
 
 ALL = "all"
 SECONDS = 1.0  # for each weight and batch
@@ -71,7 +72,7 @@ def bench(
         check_names(backend, "memory")
     progress, place = progress or Silent(), choose_device(device)
     names = list(BACKENDS) if backend == ALL else list(dict.fromkeys((DENSE, backend)))
-    folder = None if model is None else source.resolve(model, revision)
+    folder = None if model is None else resolve(model, revision)
     mixed: list[Mixture] = []
     if folder is not None:
         if backend == ALL and _is_mixture(folder, trust_remote_code):
@@ -226,7 +227,7 @@ def _protocol(device: torch.device, cache: int, bandwidth: float, seconds: float
 
 
 def _is_mixture(folder: Path, trust_remote_code: bool) -> bool:
-    return not source.is_packed(source.read_config(folder)) and has_experts(folder, trust_remote_code)
+    return not is_packed(read_config(folder)) and has_experts(folder, trust_remote_code)
 
 
 def _end_to_end(folder: Path, result: Benchmark, device: str, backend: str) -> tuple[list[Decoding], str | None]:
@@ -239,7 +240,7 @@ def _end_to_end(folder: Path, result: Benchmark, device: str, backend: str) -> t
         runs = {} if dense is None else {DENSE: [dense]}
         runs |= {name: [model, "--experts", name] for name in (STOCK[0], NAME)}
     else:
-        runs[DENSE] = [model, "--backend", DENSE if source.is_packed(source.read_config(folder)) else "auto"]
+        runs[DENSE] = [model, "--backend", DENSE if is_packed(read_config(folder)) else "auto"]
     if best is not None and best != DENSE:
         runs[best] = [model, "--backend", best]
     try:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from llmsparse import source
 from llmsparse.errors import RecipeError, did_you_mean
 from llmsparse.formats.bitmask import Bitmask
 from llmsparse.formats.slicing import rows_of
-from llmsparse.packed import PackedCheckpoint
-from llmsparse.packing import select
-from llmsparse.patterns import NofM, parse_pattern
-from llmsparse.progress import Progress
+from llmsparse.models.origin import is_packed, read_config
+from llmsparse.packing.folder import PackedCheckpoint
+from llmsparse.packing.pack import select
+from llmsparse.runs.progress import Progress
+from llmsparse.sparsity.patterns import NofM, parse_pattern
 
 Shape = tuple[int, int]  # (out, in)
 
@@ -85,7 +85,7 @@ def _shapes(named: str) -> dict[Shape, int]:
 
 
 def _weights(folder: Path, trust_remote_code: bool, progress: Progress) -> Iterator[tuple[str, Bitmask]]:
-    if source.is_packed(source.read_config(folder)):
+    if is_packed(read_config(folder)):
         checkpoint = PackedCheckpoint(folder)
         for name in checkpoint.layers:
             packed = checkpoint.weight(name)

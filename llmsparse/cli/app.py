@@ -8,13 +8,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from llmsparse import __version__, cli_packing, cli_recipes, cli_run, cli_serving, cli_tuning
-from llmsparse.cli_exit import exit_code_of
-from llmsparse.cli_options import (
+from llmsparse.cli import packing as cli_packing
+from llmsparse.cli import recipes as cli_recipes
+from llmsparse.cli import running as cli_run
+from llmsparse.cli import serving as cli_serving
+from llmsparse.cli import tuning as cli_tuning
+from llmsparse.cli.exit import exit_code_of
+from llmsparse.cli.options import (
     Assignments,
     Debug,
     Device,
@@ -34,14 +38,11 @@ from llmsparse.cli_options import (
     recipe_from,
     verb,
 )
+from llmsparse.cli.terminal import Terminal
 from llmsparse.errors import RecipeError
 from llmsparse.factorization.keys import KEYS as FACTORIZATION
-from llmsparse.recipe_keys import BATCH, COLUMN, WINDOW
-from llmsparse.terminal import Terminal
-
-if TYPE_CHECKING:
-    pass
-
+from llmsparse.runs.keys import BATCH, COLUMN, WINDOW
+from llmsparse.version import __version__
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 app.add_typer(cli_recipes.app, name="recipes", help="Look at the shipped recipes, copy one, check a file.")
@@ -83,16 +84,16 @@ def prune(
 
     llmsparse prune meta-llama/Llama-3.2-1B --sparsity 0.5
     """
-    from llmsparse.recipe import Recipe
+    from llmsparse.pruning.recipe import Recipe
 
     chosen = recipe_from(Recipe, model, assignments, recipe, flags, resume, overwrite)
     terminal.calm_libraries()
     if dry_run:
-        from llmsparse.planning import make_plan
+        from llmsparse.pruning.plan import make_plan
 
         return terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite, download=False), json)
     terminal.will_write(chosen.output_folder)
-    from llmsparse import pipeline
+    from llmsparse.pruning import pipeline
 
     report = pipeline.prune(chosen, resume=resume, overwrite=overwrite, progress=terminal.progress())
     return terminal.show(report, json)
@@ -110,11 +111,11 @@ def plan(
     **flags: Any,
 ) -> None:
     """Show what `prune` would do: weights, memory, disk. Writes nothing, and downloads no weights."""
-    from llmsparse.recipe import Recipe
+    from llmsparse.pruning.recipe import Recipe
 
     chosen = recipe_from(Recipe, model, assignments, recipe, flags, resume, overwrite)
     terminal.calm_libraries()
-    from llmsparse.planning import make_plan
+    from llmsparse.pruning.plan import make_plan
 
     terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite, download=False), json)
 
@@ -140,7 +141,7 @@ def factorize(
     chosen = recipe_from(FactorRecipe, model, assignments, recipe, flags, resume, overwrite)
     terminal.calm_libraries()
     if dry_run:
-        from llmsparse.factorization.planning import make_plan
+        from llmsparse.factorization.plan import make_plan
 
         return terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite, download=False), json)
     terminal.will_write(chosen.output_folder)
@@ -187,13 +188,13 @@ def evaluate(
             "eval needs a text: --text wikitext2, --text builtin (Python's standard library) or --text FILE"
         )
     terminal.calm_libraries()
-    from llmsparse.comparison import Comparison
-    from llmsparse.evaluation import perplexity
+    from llmsparse.evaluation.comparison import Comparison
+    from llmsparse.evaluation.perplexity import perplexity
 
     if baseline is not None:  # a slip in its name shows before the hours that MODEL may take
-        from llmsparse import source
+        from llmsparse.models.origin import load_config, resolve
 
-        source.load_config(source.resolve(baseline), trust_remote_code)
+        load_config(resolve(baseline), trust_remote_code)
     options: dict[str, Any] = {"windows": windows, "text_field": text_field, "batch_size": batch_size, "device": device}
     options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "progress": terminal.progress()}
     result = perplexity(model, text, seq_len=seq_len, revision=revision, **options)
@@ -216,7 +217,7 @@ def inspect(
 ) -> None:
     """Show sparsity, pattern and size of every weight of MODEL, dense or packed, and totals."""
     terminal.calm_libraries()
-    from llmsparse import inspection
+    from llmsparse.packing import inspect as inspection
 
     terminal.show(inspection.inspect(model, revision=revision, verify=verify), json)
 
@@ -225,7 +226,7 @@ def inspect(
 def demo(terminal: Terminal, json: Json = False) -> None:
     """Prune the model that comes with llmsparse by every method, and compare. No download, about two minutes."""
     terminal.calm_libraries(downloads=False)
-    from llmsparse import demo
+    from llmsparse.demo import run as demo
 
     terminal.show(demo.run(terminal.progress()), json)
 

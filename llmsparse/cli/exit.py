@@ -18,8 +18,8 @@ from typing import Any
 
 import typer
 
+from llmsparse.cli.terminal import Terminal
 from llmsparse.errors import LlmsparseError
-from llmsparse.terminal import Terminal
 
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # any wrong flag or argument; typer does not export the class
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # disk full, no permission

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 
-from llmsparse.recipe_keys import KEYS, Key
-from llmsparse.terminal import Terminal
+from llmsparse.cli.terminal import Terminal
+from llmsparse.runs.keys import KEYS, Key
 
 if TYPE_CHECKING:
-    from llmsparse.run_recipe import RunRecipe
+    from llmsparse.runs.recipe import RunRecipe
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 Chosen = TypeVar("Chosen", bound="RunRecipe")
@@ -115,7 +115,7 @@ def recipe_from(
 
     RecipeError for what no recipe can be made of, and for --resume beside --overwrite.
     """
-    from llmsparse.run_recipe import refuse_both
+    from llmsparse.runs.recipe import refuse_both
 
     refuse_both(resume, overwrite)
     given = {key: value for key, value in flags.items() if value not in (None, [])}

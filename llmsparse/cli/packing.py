@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llmsparse.cli_options import Json, MaxShardSize, Model, Output, Overwrite, Revision, TrustRemoteCode, verb
-from llmsparse.terminal import Terminal
+from llmsparse.cli.options import Json, MaxShardSize, Model, Output, Overwrite, Revision, TrustRemoteCode, verb
+from llmsparse.cli.terminal import Terminal
 
 app = typer.Typer()
 
@@ -36,7 +36,7 @@ def pack(
     llmsparse pack ./pruned -o ./packed
     """
     terminal.calm_libraries()
-    from llmsparse import packing
+    from llmsparse.packing import pack as packing
 
     options: dict[str, Any] = {"revision": revision, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
     options |= {"max_shard_size": max_shard_size, "progress": terminal.progress()}
@@ -60,7 +60,7 @@ def unpack(
     llmsparse unpack ./packed -o ./pruned
     """
     terminal.calm_libraries()
-    from llmsparse import unpacking
+    from llmsparse.packing import unpack as unpacking
 
     options: dict[str, Any] = {"revision": revision, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
     options |= {"max_shard_size": max_shard_size, "progress": terminal.progress()}

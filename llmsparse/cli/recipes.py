@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmsparse.cli_options import Json, verb
+from llmsparse.cli.options import Json, verb
+from llmsparse.cli.terminal import Terminal
 from llmsparse.errors import MachineError, RecipeError, did_you_mean
-from llmsparse.terminal import Terminal
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -43,7 +43,7 @@ class RecipeList:
 @verb(app, "list")
 def list_recipes(terminal: Terminal, json: Json = False) -> None:
     """List the recipes that come with llmsparse, and what each is for."""
-    from llmsparse import recipe_file
+    from llmsparse.runs import recipe_file
 
     terminal.show(RecipeList({name: purpose(path) for name, path in recipe_file.all_shipped().items()}), json)
 
@@ -79,9 +79,9 @@ def validate(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe file, or a shipped name.", show_default=False)],
 ) -> None:
     """Check a recipe: keys, values, method options, patterns. Prints it with every default spelled out."""
-    from llmsparse import recipe_file
     from llmsparse.factorization.recipe import FactorRecipe
-    from llmsparse.recipe import Recipe
+    from llmsparse.pruning.recipe import Recipe
+    from llmsparse.runs import recipe_file
     from llmsparse.tuning.recipe import TuneRecipe
 
     path = recipe_file.all_shipped().get(file) or recipe_file.find(file)
@@ -97,7 +97,7 @@ def validate(
 
 def _has_keys_of(kind: type[BaseModel], data: dict[str, Any]) -> bool:
     """Whether a recipe has keys that this kind knows and `prune` does not."""
-    from llmsparse.recipe import Recipe
+    from llmsparse.pruning.recipe import Recipe
 
     return any(key in kind.model_fields and key not in Recipe.model_fields for key in data)
 
@@ -108,7 +108,7 @@ def purpose(path: Path) -> str:
 
 
 def _shipped(name: str) -> Path:
-    from llmsparse import recipe_file
+    from llmsparse.runs import recipe_file
 
     known = recipe_file.all_shipped()
     if name not in known:

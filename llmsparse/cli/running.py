@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from llmsparse.cli_options import Device, Dtype, Experts, Json, Model, Revision, TrustRemoteCode, verb
-from llmsparse.terminal import Terminal
+from llmsparse.cli.options import Device, Dtype, Experts, Json, Model, Revision, TrustRemoteCode, verb
+from llmsparse.cli.terminal import Terminal
 
 app = typer.Typer()
 
@@ -42,7 +42,7 @@ def generate(
     llmsparse generate ./packed --prompt "Once upon a time"
     """
     terminal.calm_libraries()
-    from llmsparse import generation
+    from llmsparse.inference import generate as generation
 
     pieces = [prompt]  # what is not printed yet; the prompt waits until the model is loaded
 
@@ -74,6 +74,6 @@ def generate(
 def doctor(terminal: Terminal, json: Json = False) -> None:
     """Show versions, devices, and each backend: usable here, or why not."""
     terminal.calm_libraries()
-    from llmsparse.doctor import diagnose
+    from llmsparse.benchmark.doctor import diagnose
 
     terminal.show(diagnose(), json)

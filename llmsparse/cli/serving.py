@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from llmsparse.cli_options import Device, Dtype, Experts, Json, Model, Revision, TrustRemoteCode, verb
+from llmsparse.cli.options import Device, Dtype, Experts, Json, Model, Revision, TrustRemoteCode, verb
+from llmsparse.cli.terminal import Terminal
 from llmsparse.errors import RecipeError
-from llmsparse.terminal import Terminal
 
 app = typer.Typer()
 
@@ -58,7 +58,7 @@ def serve(
     llmsparse serve ./packed --port 8000
     """
     terminal.calm_libraries()
-    from llmsparse import serve
+    from llmsparse.serving import server as serve
 
     serve.serve(
         model,
@@ -117,8 +117,8 @@ def bench(
     """
     os.environ.setdefault("OMP_PROC_BIND", "true")  # before torch starts its threads: each stays on its core
     terminal.calm_libraries()
-    import_module("llmsparse.decoding")  # before torch too: see CORES
-    from llmsparse.bench import bench
+    import_module("llmsparse.benchmark.decoding")  # before torch too: see CORES
+    from llmsparse.benchmark.run import bench
 
     result = bench(
         model,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from llmsparse import progress
+from llmsparse.runs import progress
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -6,8 +6,8 @@ from typing import Any
 
 import typer
 
-from llmsparse.cli_options import Json, ModelOrRecipe, RecipeName, Restart, Resume, TuneAssignments, recipe_from, verb
-from llmsparse.terminal import Terminal
+from llmsparse.cli.options import Json, ModelOrRecipe, RecipeName, Restart, Resume, TuneAssignments, recipe_from, verb
+from llmsparse.cli.terminal import Terminal
 from llmsparse.tuning.keys import KEYS
 
 app = typer.Typer()

@@ -15,13 +15,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from llmsparse.demo import size_and_speed
+from llmsparse.demo.size_and_speed import Payoff
+from llmsparse.evaluation.perplexity import perplexity
+from llmsparse.models.origin import BUILTIN_FOLDER
+from llmsparse.pruning.pipeline import prune
+from llmsparse.pruning.recipe import Recipe
+from llmsparse.runs.progress import Progress
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from llmsparse.demo.payoff import Payoff
-    from llmsparse.progress import Progress
-
-MODEL = Path(__file__).parent / "model"
 SPARSITY = 0.6
 CALIBRATION_WINDOWS = 32
 EVALUATION_WINDOWS = 32
@@ -75,13 +81,6 @@ class Demo:
 
 def run(progress: Progress | None = None) -> Demo:
     """Prune the embedded model by every method; the folders are temporary."""
-    import torch
-
-    from llmsparse.demo import payoff
-    from llmsparse.evaluation import perplexity
-    from llmsparse.pipeline import prune
-    from llmsparse.recipe import Recipe
-
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(prefix="llmsparse-demo-") as scratch:
 
@@ -95,10 +94,10 @@ def run(progress: Progress | None = None) -> Demo:
             return DemoRow(label, sparsity, result.perplexity, seconds, _continue(folder)), result.protocol
 
         def rows() -> Iterator[tuple[DemoRow, dict[str, Any]]]:
-            yield measure("dense", MODEL, 0.0, 0.0)
+            yield measure("dense", BUILTIN_FOLDER, 0.0, 0.0)
             for label, method, steps in RUNS:
                 recipe = Recipe(
-                    model=str(MODEL),
+                    model=str(BUILTIN_FOLDER),
                     output=str(pruned(label)),
                     method=method,
                     sparsity=SPARSITY,
@@ -114,7 +113,7 @@ def run(progress: Progress | None = None) -> Demo:
 
         measured = list(rows())
         last = RUNS[-1][0]
-        pays = payoff.measure(last, pruned(last), Path(scratch) / "packed")
+        pays = size_and_speed.measure(last, pruned(last), Path(scratch) / "packed")
     return Demo([row for row, _ in measured], measured[0][1], pays)
 
 

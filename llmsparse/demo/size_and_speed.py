@@ -75,7 +75,7 @@ class Payoff:
 
 def measure(label: str, folder: Path, packed: Path) -> Payoff:
     """Pack the pruned checkpoint at `folder` into the new folder `packed`, and measure both."""
-    from llmsparse.packing import pack
+    from llmsparse.packing.pack import pack
 
     packing = pack(str(folder), packed)
     dense_speed, packed_speed, text = _tokens_per_second(folder, packed)
@@ -88,7 +88,7 @@ def measure(label: str, folder: Path, packed: Path) -> Payoff:
 
 def _tokens_per_second(dense: Path, packed: Path) -> tuple[float, float, str]:
     """The first turn of each warms up; the text is the packed one's."""
-    from llmsparse.generation import generate
+    from llmsparse.inference.generate import generate
 
     speeds: dict[Path, list[float]] = {dense: [], packed: []}
     text = ""
@@ -102,7 +102,7 @@ def _tokens_per_second(dense: Path, packed: Path) -> tuple[float, float, str]:
 
 
 def _matrix() -> tuple[list[MatrixSpeed], str]:
-    from llmsparse.bench import DENSE, bench
+    from llmsparse.benchmark.run import DENSE, bench
 
     rows: list[MatrixSpeed] = []
     device = ""

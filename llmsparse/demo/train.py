@@ -34,7 +34,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llmsparse.demo import corpus
+from llmsparse.text import builtin as corpus
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 VOCAB = 4096

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from llmsparse.evaluation import Perplexity
+    from llmsparse.evaluation.perplexity import Perplexity
 
 
 @dataclass(frozen=True)

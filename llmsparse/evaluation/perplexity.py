@@ -18,14 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmsparse import calibration, source
-from llmsparse.checkpoint import CheckpointReader
-from llmsparse.device import choose_device, choose_dtype, split_batches, window_length
 from llmsparse.errors import CalibrationError, RecipeError
-from llmsparse.home import expand_home
-from llmsparse.memory import release_freed
-from llmsparse.model import Activations, StreamedModel
-from llmsparse.progress import Progress, Silent
+from llmsparse.models.origin import load_config, load_tokenizer, resolve
+from llmsparse.models.streamed import Activations, StreamedModel
+from llmsparse.runs.device import choose_device, choose_dtype, split_batches, window_length
+from llmsparse.runs.memory import release_freed
+from llmsparse.runs.progress import Progress, Silent
+from llmsparse.storage.checkpoint import CheckpointReader
+from llmsparse.storage.home_folder import expand_home
+from llmsparse.text import windows as calibration
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -84,15 +85,15 @@ def perplexity(
             raise RecipeError(f"{name}: got {value}, wanted at least {least}")
     model, text = str(model), str(text)
     progress = progress or Silent()
-    folder = source.resolve(model, revision)
-    config = source.load_config(folder, trust_remote_code)
+    folder = resolve(model, revision)
+    config = load_config(folder, trust_remote_code)
     reader = CheckpointReader(folder)
     place = choose_device(device)
     streamed = StreamedModel(
         reader, device=place, dtype=choose_dtype(dtype, place, reader), trust_remote_code=trust_remote_code
     )
     stored_tokens = text.endswith(calibration.TOKEN_FILE_SUFFIX)
-    tokenizer = None if stored_tokens else source.load_tokenizer(folder, trust_remote_code)
+    tokenizer = None if stored_tokens else load_tokenizer(folder, trust_remote_code)
     chosen = calibration.load_evaluation(
         text,
         tokenizer,

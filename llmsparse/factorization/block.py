@@ -15,14 +15,14 @@ from llmsparse.errors import CheckpointError, NumericalError
 from llmsparse.factorization import export
 from llmsparse.factorization.ffn import FFN
 from llmsparse.factorization.oracle import Routing, measure
-from llmsparse.factorization.planning import FactorPlan, Target
+from llmsparse.factorization.plan import FactorPlan, Target
 from llmsparse.factorization.refit import SCALES, refit, scaled
 from llmsparse.factorization.router import ROUTERS, Lesson, shipped
 from llmsparse.factorization.split import SPLITS
-from llmsparse.model import Activations, Block
-from llmsparse.model import Slot as InputSlot
-from llmsparse.seeding import generator_for
-from llmsparse.tap import Tap
+from llmsparse.models.streamed import Activations, Block
+from llmsparse.models.streamed import Slot as InputSlot
+from llmsparse.models.tap import Tap
+from llmsparse.runs.seeding import generator_for
 
 PROFILE_TOKENS = 2**12  # that neurons are clustered by, and scales fitted on
 ROUTER_TOKENS = 2**14  # that a router is trained on

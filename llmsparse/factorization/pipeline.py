@@ -12,23 +12,23 @@ from typing import Any
 
 import torch
 
-from llmsparse import source
-from llmsparse.checkpoint import CheckpointReader, CheckpointWriter, parse_size
-from llmsparse.checksum import checksums, read_checked
-from llmsparse.device import full_float32
-from llmsparse.disk import disk_error
-from llmsparse.evaluation import negative_log_likelihood, perplexity_of
-from llmsparse.factorization.layer import LayerRecord, factorize_block
-from llmsparse.factorization.planning import FactorPlan, describe, make_plan, spell
+from llmsparse.evaluation.perplexity import negative_log_likelihood, perplexity_of
+from llmsparse.factorization.block import LayerRecord, factorize_block
+from llmsparse.factorization.plan import FactorPlan, describe, make_plan, spell
 from llmsparse.factorization.recipe import FactorRecipe
 from llmsparse.factorization.report import FactorReport
-from llmsparse.memory import PeakMemory, release_freed
-from llmsparse.model import StreamedModel
-from llmsparse.output import PartialOutput
-from llmsparse.pipeline import CHECKSUMS, OUTSIDE, check_written, recall
-from llmsparse.progress import Progress, Silent
-from llmsparse.run_plan import versions
-from llmsparse.run_recipe import from_arguments
+from llmsparse.models.origin import copy_side_files, write_side_files
+from llmsparse.models.streamed import StreamedModel
+from llmsparse.pruning.pipeline import CHECKSUMS, OUTSIDE, check_written, recall
+from llmsparse.runs.device import full_float32
+from llmsparse.runs.memory import PeakMemory, release_freed
+from llmsparse.runs.partial import PartialOutput
+from llmsparse.runs.plan import versions
+from llmsparse.runs.progress import Progress, Silent
+from llmsparse.runs.recipe import from_arguments
+from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter, parse_size
+from llmsparse.storage.checksum import checksums, read_checked
+from llmsparse.storage.disk import disk_error
 
 
 def factorize(
@@ -56,7 +56,7 @@ def factorize(
         ) as partial,
         progress,
     ):
-        source.copy_side_files(plan.folder, partial.folder)
+        copy_side_files(plan.folder, partial.folder)
         _write_config(plan, partial.folder)
         shard_bytes = parse_size(plan.recipe.max_shard_size)
         writer = CheckpointWriter(partial.folder, plan.tensors, shard_bytes, resuming=bool(partial.finished))
@@ -79,7 +79,7 @@ def factorize(
         report.seconds = time.perf_counter() - started
         report.peak_memory_bytes = memory.read()
         recipe_text = plan.resolved.dump(versions() | {"calibration sha256": plan.windows.fingerprint})
-        source.write_side_files(partial.folder, recipe=recipe_text, report=report.stored(), card=report.card())
+        write_side_files(partial.folder, recipe=recipe_text, report=report.stored(), card=report.card())
         check_written(partial.folder, plan.tensors, partial)
         partial.publish()
     return report

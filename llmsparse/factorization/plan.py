@@ -10,20 +10,19 @@ from typing import Any
 
 import torch
 
-from llmsparse import source
-from llmsparse.checkpoint import CheckpointReader, parse_size
-from llmsparse.device import choose_device, choose_dtype, window_length
-from llmsparse.disk import check_room
 from llmsparse.errors import CalibrationError, CheckpointError
 from llmsparse.factorization import containers, export
 from llmsparse.factorization.containers import Container, Shape
 from llmsparse.factorization.export import Spec
 from llmsparse.factorization.recipe import FactorRecipe
 from llmsparse.factorization.split import Layout
-from llmsparse.model import StreamedModel, Weight
-from llmsparse.output import check_output, held_bytes
-from llmsparse.run_plan import RunPlan, calibration_windows
-from llmsparse.source import Origin
+from llmsparse.models.origin import Origin, load_config, look, resolve
+from llmsparse.models.streamed import StreamedModel, Weight
+from llmsparse.runs.device import choose_device, choose_dtype, window_length
+from llmsparse.runs.partial import check_output, held_bytes
+from llmsparse.runs.plan import RunPlan, calibration_windows
+from llmsparse.storage.checkpoint import CheckpointReader, parse_size
+from llmsparse.storage.disk import check_room
 
 PARTS = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 TOKENS_PER_EXPERT = 32  # of calibration, the least that says anything about an expert
@@ -128,9 +127,9 @@ def make_plan(
     device = choose_device(recipe.device)
     output = recipe.output_folder
     check_output(output, resume=resume, overwrite=overwrite)
-    origin = source.look(recipe.model, recipe.revision)
+    origin = look(recipe.model, recipe.revision)
     check_output(output, resume=resume, overwrite=overwrite, source=origin.folder)
-    config = source.load_config(origin.folder)
+    config = load_config(origin.folder)
     containers.check_source(config, recipe.model)
     window_length(config, recipe.seq_len, recipe.calibration)
     reader = CheckpointReader(origin.folder, origin.absent)
@@ -157,7 +156,7 @@ def make_plan(
     check_room(output, plan.bytes_to_write + parse_size("1MB"), held_bytes(output))
     if not origin.absent or not download:
         return plan
-    origin = Origin(source.resolve(recipe.model, recipe.revision), commit=origin.commit)
+    origin = Origin(resolve(recipe.model, recipe.revision), commit=origin.commit)
     reader = CheckpointReader(origin.folder)
     return replace(plan, origin=origin, reader=reader, model=StreamedModel(reader, device=device, dtype=dtype))
 

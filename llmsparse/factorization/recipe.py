@@ -11,9 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PlainValidator, model_validator
 
-from llmsparse.errors import RecipeError
-from llmsparse.method import OptionError
-from llmsparse.run_recipe import (
+from llmsparse.errors import OptionError, RecipeError
+from llmsparse.runs.recipe import (
     Count,
     Device,
     Dtype,

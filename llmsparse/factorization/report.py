@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from llmsparse.factorization.layer import LayerRecord
-from llmsparse.run_report import LARGE_LOSS, SCHEMA_VERSION, RunReport, card_metadata, perplexity_line, spell_protocol
+from llmsparse.factorization.block import LayerRecord
+from llmsparse.runs.report import LARGE_LOSS, SCHEMA_VERSION, RunReport, card_metadata, perplexity_line, spell_protocol
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from llmsparse.errors import CheckpointError, PatternError
-from llmsparse.patterns import PATTERNS, NofM, parse_pattern
+from llmsparse.sparsity.patterns import PATTERNS, NofM, parse_pattern
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes an element → dtype of its bit pattern
 SUFFIXES = ("", "_mask", "_offsets")  # values keep the weight's own name, so that other software fails on their shape

@@ -16,9 +16,9 @@ from torch.compiler import is_compiling
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llmsparse.errors import MachineError, RecipeError, did_you_mean
-from llmsparse.experts import sparse_experts
-from llmsparse.fused import FusedMlp, fuse_mlp, most_tokens, run_experts, unfuse_mlp, why_not
-from llmsparse.source import PACKED
+from llmsparse.inference.fused_experts import FusedMlp, fuse_mlp, most_tokens, run_experts, unfuse_mlp, why_not
+from llmsparse.inference.packed_experts import sparse_experts
+from llmsparse.models.origin import PACKED
 
 AUTO = "auto"
 ALIGNED = 16  # bytes of a row, for torch's grouped products

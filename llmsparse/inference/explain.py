@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmsparse.backends.choice import Choice
-from llmsparse.experts import packed_weights
-from llmsparse.fused import Fusion, fusions
+from llmsparse.inference.fused_experts import Fusion, fusions
+from llmsparse.inference.packed_experts import packed_weights
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

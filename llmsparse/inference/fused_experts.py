@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmsparse.cpu import experts as cpu
-from llmsparse.cpu.library import DTYPES
+from llmsparse.backends.cpu import experts as cpu
+from llmsparse.backends.cpu.library import DTYPES
 
 NAME = "llmsparse"  # of the implementation of experts
 BF16, FP32 = torch.bfloat16, torch.float32

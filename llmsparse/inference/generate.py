@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from llmsparse import source
 from llmsparse.backends.choice import AUTO
-from llmsparse.device import choose_device
 from llmsparse.errors import RecipeError
-from llmsparse.explanation import explain
-from llmsparse.loading import load_model
-from llmsparse.memory import PeakMemory, used_bytes
+from llmsparse.inference.explain import explain
+from llmsparse.inference.load import load_model
+from llmsparse.models.origin import load_tokenizer, read_config, resolve
+from llmsparse.runs.device import choose_device
+from llmsparse.runs.memory import PeakMemory, used_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -96,12 +96,12 @@ def generate(
     """
     if max_new_tokens < 1:
         raise RecipeError(f"max_new_tokens {max_new_tokens}: wanted 1 or more")
-    place, folder = choose_device(device), source.resolve(model, revision)
+    place, folder = choose_device(device), resolve(model, revision)
     with PeakMemory(place) as memory:
         started = time.perf_counter()
-        tokenizer = source.load_tokenizer(folder, trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code)
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]  # (1, tokens)
-        _check_length(source.read_config(folder), ids.shape[1], max_new_tokens)
+        _check_length(read_config(folder), ids.shape[1], max_new_tokens)
         loaded = load_model(
             folder,
             backend=backend,

@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 REGISTRY = "transformers.quantizers.auto"
-REGISTERS = "llmsparse.hf"  # registers when it is imported
+REGISTERS = "llmsparse.inference.quantizer"  # registers when it is imported
 
 
 def install() -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from llmsparse import source
 from llmsparse.backends.choice import AUTO, check_names
-from llmsparse.checkpoint import CheckpointReader
-from llmsparse.device import DTYPES
 from llmsparse.errors import CheckpointError, RecipeError, did_you_mean
+from llmsparse.models.origin import is_packed, load_config, read_config
+from llmsparse.runs.device import DTYPES
+from llmsparse.storage.checkpoint import CheckpointReader
 
 
 def load_model(
@@ -33,15 +33,15 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    from llmsparse.experts_interface import fuse
-    from llmsparse.hf import SparseConfig
+    from llmsparse.inference.experts_interface import fuse
+    from llmsparse.inference.quantizer import SparseConfig
 
     check_names(backend, optimize)
     if dtype != "auto" and dtype not in DTYPES:
         raise RecipeError(f"dtype {dtype!r} is not known{did_you_mean(dtype, ['auto', *DTYPES])}")
-    packed = source.is_packed(source.read_config(folder))
+    packed = is_packed(read_config(folder))
     if not packed:
-        source.load_config(folder, trust_remote_code)  # refuses, in a line, what is no causal language model
+        load_config(folder, trust_remote_code)  # refuses, in a line, what is no causal language model
     CheckpointReader(folder)  # and what is truncated or lacks a shard
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     if packed or backend != AUTO:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from llmsparse.backends.choice import AUTO, Choice
 from llmsparse.formats.bitmask import Bitmask
 from llmsparse.formats.slicing import joined, rows_of
-from llmsparse.linear import PackedMatrix, SparseLinear, carried, chosen, take
+from llmsparse.inference.linear import PackedMatrix, SparseLinear, carried, chosen, take
 
 
 class PackedStack:

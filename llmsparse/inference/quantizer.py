@@ -30,16 +30,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmsparse.backends import BACKENDS
 from llmsparse.backends.choice import AUTO, check_names
 from llmsparse.errors import CheckpointError, RecipeError
-from llmsparse.experts import PackedStack, packed_weights, prepare_experts
-from llmsparse.experts_interface import llmsparse_experts
 from llmsparse.formats.bitmask import Bitmask, layout, measure, stored_bytes
 from llmsparse.formats.slicing import moved
-from llmsparse.linear import SparseLinear, fill, place
-from llmsparse.memory import release_freed
-from llmsparse.packed import quantization_config, read_layers
-from llmsparse.read_ahead import read_ahead
-from llmsparse.shard import read_header
-from llmsparse.source import PACKED
+from llmsparse.inference.experts_interface import llmsparse_experts
+from llmsparse.inference.linear import SparseLinear, fill, place
+from llmsparse.inference.packed_experts import PackedStack, packed_weights, prepare_experts
+from llmsparse.inference.read_ahead import read_ahead
+from llmsparse.models.origin import PACKED
+from llmsparse.packing.folder import quantization_config, read_layers
+from llmsparse.runs.memory import release_freed
+from llmsparse.storage.shard import read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

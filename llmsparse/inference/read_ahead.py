@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from llmsparse.memory import available_bytes
+from llmsparse.runs.memory import available_bytes
 
 PIECE = 2**21  # Linux reads no more than this ahead for one request
 

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmsparse.activations import Activations
 from llmsparse.errors import CheckpointError
-from llmsparse.naming import Naming
-from llmsparse.skeleton import drop
-from llmsparse.weight import Weight
+from llmsparse.models.activations import Activations
+from llmsparse.models.empty_model import drop
+from llmsparse.models.naming import Naming
+from llmsparse.models.weight import Weight
 
 if TYPE_CHECKING:
-    from llmsparse.tap import Tap
+    from llmsparse.models.tap import Tap
 
 
 class Block:

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from llmsparse.checkpoint import INDEX, SINGLE
 from llmsparse.errors import CheckpointError, MachineError, one_line
-from llmsparse.shard import Header, header_of
+from llmsparse.storage.checkpoint import INDEX, SINGLE
+from llmsparse.storage.shard import Header, header_of
 
 Answer = TypeVar("Answer")
 

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from llmsparse.activations import split_call, tensors_in
-from llmsparse.block import unwrap
 from llmsparse.errors import CheckpointError, LlmsparseError, one_line
-from llmsparse.skeleton import assign, drop, quiet, replaced
-from llmsparse.tap import Watched
+from llmsparse.models.activations import split_call, tensors_in
+from llmsparse.models.block import unwrap
+from llmsparse.models.empty_model import assign, drop, quiet, replaced
+from llmsparse.models.tap import Watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,14 +16,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from llmsparse import demo, hub
-from llmsparse.disk import disk_error
 from llmsparse.errors import CheckpointError, RecipeError, one_line
 from llmsparse.formats import compressed_tensors
-from llmsparse.home import expand_home
-from llmsparse.shard import Header
+from llmsparse.models import hub
+from llmsparse.storage.disk import disk_error
+from llmsparse.storage.home_folder import expand_home
+from llmsparse.storage.shard import Header
 
-BUILTIN = "builtin"  # the embedded model
+BUILTIN = "builtin"  # the embedded model ...
+BUILTIN_FOLDER = Path(__file__).parents[1] / "demo" / "model"  # ... and where it lies
 VOCABULARIES = ["tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json"]
 WEIGHTS = (
     ".safetensors",
@@ -79,7 +80,7 @@ def _local(model: str, revision: str | None) -> Path | None:
     if not model:
         raise CheckpointError("model '': empty; name a folder or a hub id (owner/name)")
     if model == BUILTIN:
-        return demo.MODEL
+        return BUILTIN_FOLDER
     folder = expand_home(model, CheckpointError)
     try:
         is_folder, is_file = folder.is_dir(), folder.is_file()

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmsparse import source
-from llmsparse.activations import Activations, Recorder
-from llmsparse.block import Block, Head
-from llmsparse.checkpoint import CheckpointReader
 from llmsparse.errors import CheckpointError
-from llmsparse.naming import Group, Naming, in_block
-from llmsparse.outline import outline
-from llmsparse.shard import is_finite
-from llmsparse.skeleton import assign, build, find_blocks, quiet, replaced
-from llmsparse.weight import Slot, Weight, list_weights
+from llmsparse.models.activations import Activations, Recorder
+from llmsparse.models.block import Block, Head
+from llmsparse.models.empty_model import assign, build, find_blocks, quiet, replaced
+from llmsparse.models.meta_run import outline
+from llmsparse.models.naming import Group, Naming, in_block
+from llmsparse.models.origin import load_config
+from llmsparse.models.weight import Slot, Weight, list_weights
+from llmsparse.storage.checkpoint import CheckpointReader
+from llmsparse.storage.shard import is_finite
 
 __all__ = ["Activations", "Block", "Head", "Slot", "StreamedModel", "Weight"]
 
@@ -43,7 +43,7 @@ class StreamedModel:
     def __init__(
         self, reader: CheckpointReader, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
     ) -> None:
-        self.config: Any = source.load_config(reader.folder, trust_remote_code)
+        self.config: Any = load_config(reader.folder, trust_remote_code)
         self._reader = reader
         self._device = device
         with quiet():

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
-    from llmsparse.block import Block
-    from llmsparse.weight import Slot
+    from llmsparse.models.block import Block
+    from llmsparse.models.weight import Slot
 
 MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm}
 OPERANDS = ("input", "mat1", "batch1", "weight", "mat2", "batch2", "other")

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from llmsparse.checkpoint import CheckpointReader
 from llmsparse.errors import CheckpointError
-from llmsparse.naming import Group
+from llmsparse.models.naming import Group
+from llmsparse.storage.checkpoint import CheckpointReader
 
 Slot = tuple[str, int | None]  # (parameter name inside the block, expert): where an input enters
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsparse import source
-from llmsparse.checkpoint import CheckpointReader
 from llmsparse.errors import CheckpointError
 from llmsparse.formats import FORMATS, PackedTensor
 from llmsparse.formats.bitmask import check_description, layout
-from llmsparse.shard import DTYPES
+from llmsparse.models.origin import PACKED, read_config
+from llmsparse.storage.checkpoint import CheckpointReader
+from llmsparse.storage.shard import DTYPES
 
 RECORD = "llmsparse_packed.json"
 FORMAT = "bitmask"
@@ -33,7 +33,7 @@ FORMAT_VERSION = 1
 def quantization_config(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The block that makes a `config.json` that of a packed checkpoint."""
     return {
-        "quant_method": source.PACKED,
+        "quant_method": PACKED,
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "bit_order": "little",
@@ -105,7 +105,7 @@ class PackedCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = source.read_config(folder)
+        self.config = read_config(folder)
         self.layers = read_layers(folder / "config.json", self.config)
         self.record = Record.read(folder)
         self.reader = CheckpointReader(folder)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmsparse import source
-from llmsparse.checkpoint import CheckpointReader
 from llmsparse.errors import CheckpointError
-from llmsparse.footprint import NARROW, WIDE, compared
-from llmsparse.model import StreamedModel
-from llmsparse.packed import PackedCheckpoint
-from llmsparse.patterns import PATTERNS
+from llmsparse.models.origin import is_packed, read_config, resolve
+from llmsparse.models.streamed import StreamedModel
+from llmsparse.packing.folder import PackedCheckpoint
+from llmsparse.packing.report import NARROW, WIDE, compared
+from llmsparse.sparsity.patterns import PATTERNS
+from llmsparse.storage.checkpoint import CheckpointReader
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -120,7 +120,7 @@ def inspect(model: str, *, revision: str | None = None, verify: bool = False) ->
     `verify` first checks a packed checkpoint: mask and offsets of every weight, the checksum of every file. Raises
     CheckpointError where one is wrong, and for a checkpoint that is not packed, which holds none.
     """
-    folder = source.resolve(model, revision)
+    folder = resolve(model, revision)
     packed = _packed(folder)
     if verify and packed is None:
         raise CheckpointError(f"{folder}: not packed, so it holds no checksums to verify")
@@ -182,8 +182,8 @@ def _packed_info(packed: PackedCheckpoint, name: str, values: Tensor) -> WeightI
 
 def _packed(folder: Path) -> PackedCheckpoint | None:
     """A folder without a config is looked at all the same."""
-    is_packed = (folder / "config.json").is_file() and source.is_packed(source.read_config(folder))
-    return PackedCheckpoint(folder) if is_packed else None
+    packed = (folder / "config.json").is_file() and is_packed(read_config(folder))
+    return PackedCheckpoint(folder) if packed else None
 
 
 def pattern_of(weight: Tensor, sparsity: float) -> str:

@@ -18,20 +18,21 @@ import torch
 import transformers
 from torch import Tensor
 
-from llmsparse import __version__, source
-from llmsparse.checkpoint import CheckpointReader, CheckpointWriter, parse_size
-from llmsparse.disk import disk_error
 from llmsparse.errors import CheckpointError
-from llmsparse.footprint import Footprint, Packing
 from llmsparse.formats import FORMATS
 from llmsparse.formats.bitmask import BITS, SUFFIXES, layout, measure, stored_bytes
-from llmsparse.memory import release_freed
-from llmsparse.model import StreamedModel
-from llmsparse.naming import Group, Naming
-from llmsparse.output import PartialOutput, check_output
-from llmsparse.packed import FORMAT, RECORD, PackedCheckpoint, Record, quantization_config, sha256
-from llmsparse.progress import Progress, Silent
-from llmsparse.shard import DTYPE_NAMES
+from llmsparse.models.naming import Group, Naming
+from llmsparse.models.origin import copy_side_files, is_packed, read_config, resolve
+from llmsparse.models.streamed import StreamedModel
+from llmsparse.packing.folder import FORMAT, RECORD, PackedCheckpoint, Record, quantization_config, sha256
+from llmsparse.packing.report import Footprint, Packing
+from llmsparse.runs.memory import release_freed
+from llmsparse.runs.partial import PartialOutput, check_output
+from llmsparse.runs.progress import Progress, Silent
+from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter, parse_size
+from llmsparse.storage.disk import disk_error
+from llmsparse.storage.shard import DTYPE_NAMES
+from llmsparse.version import __version__
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 REPLACED = ("config.json", "README.md")  # files of the source that a packed folder has in a version of its own
@@ -55,8 +56,8 @@ def pack(
     MachineError for an output that cannot be. A run that fails leaves nothing behind.
     """
     progress = progress or Silent()
-    folder, shard_bytes = source.resolve(model, revision), parse_size(max_shard_size)
-    if source.is_packed(source.read_config(folder)):
+    folder, shard_bytes = resolve(model, revision), parse_size(max_shard_size)
+    if is_packed(read_config(folder)):
         raise CheckpointError(f"{folder}: already packed, by llmsparse; `llmsparse unpack` makes it dense again")
     out = Path(output)
     check_output(out, resume=False, overwrite=overwrite, source=folder)
@@ -153,10 +154,10 @@ class Selection:
         return stored
 
     def _write_side_files(self, target: Path, packing: Packing, files: set[Path]) -> None:
-        source.copy_side_files(self.folder, target, leaving=(*REPLACED, RECORD))
+        copy_side_files(self.folder, target, leaving=(*REPLACED, RECORD))
         present = [self.folder / name for name in REPLACED if (self.folder / name).is_file()]
         replaced = {path.name: path.read_bytes().decode("utf-8", "surrogateescape") for path in present}
-        config = source.read_config(self.folder) | {"quantization_config": quantization_config(self.layers)}
+        config = read_config(self.folder) | {"quantization_config": quantization_config(self.layers)}
         record = Record(
             versions={"llmsparse": __version__, "transformers": transformers.__version__},
             checksums={file.name: sha256(file) for file in sorted(files)},

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmsparse import source
-from llmsparse.checkpoint import CheckpointReader, CheckpointWriter, parse_size
 from llmsparse.errors import CheckpointError
-from llmsparse.footprint import compared
 from llmsparse.formats import compressed_tensors
-from llmsparse.memory import release_freed
-from llmsparse.naming import Naming
-from llmsparse.output import PartialOutput, check_output
-from llmsparse.packed import RECORD, PackedCheckpoint
-from llmsparse.packing import REPLACED, Spec, write_text
-from llmsparse.progress import Progress, Silent
-from llmsparse.skeleton import build, quiet
+from llmsparse.models.empty_model import build, quiet
+from llmsparse.models.naming import Naming
+from llmsparse.models.origin import copy_side_files, is_packed, load_config, read_config, resolve
+from llmsparse.packing.folder import RECORD, PackedCheckpoint
+from llmsparse.packing.pack import REPLACED, Spec, write_text
+from llmsparse.packing.report import compared
+from llmsparse.runs.memory import release_freed
+from llmsparse.runs.partial import PartialOutput, check_output
+from llmsparse.runs.progress import Progress, Silent
+from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter, parse_size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -72,10 +72,10 @@ def unpack(
     and MachineError for an output that cannot be. A run that fails leaves nothing behind.
     """
     progress = progress or Silent()
-    folder, shard_bytes = source.resolve(model, revision), parse_size(max_shard_size)
-    config, out = source.read_config(folder), Path(output)
+    folder, shard_bytes = resolve(model, revision), parse_size(max_shard_size)
+    config, out = read_config(folder), Path(output)
     orphaned = compressed_tensors.format_of(config)
-    if source.is_packed(config):
+    if is_packed(config):
         packed = PackedCheckpoint(folder)
         reader, weights, what = packed.reader, len(packed.layers), "llmsparse bitmask"
 
@@ -108,7 +108,7 @@ def unpack(
 def _write_packed(
     packed: PackedCheckpoint, target: Path, shard_bytes: int, trust_remote_code: bool, progress: Progress
 ) -> CheckpointWriter:
-    source.copy_side_files(packed.folder, target, leaving=(*REPLACED, RECORD))
+    copy_side_files(packed.folder, target, leaving=(*REPLACED, RECORD))
     if packed.record is not None:
         files, specs = packed.record.files, packed.record.specs()
     else:
@@ -153,7 +153,7 @@ def _write_orphaned(
             stored = weights[name]["shape"]
             shape = compressed_tensors.shape_of(name, reader.read([stored])[stored])
             specs[name] = (shape, reader.spec(weights[name]["compressed"]).dtype)
-    source.copy_side_files(reader.folder, target, leaving=("config.json",))
+    copy_side_files(reader.folder, target, leaving=("config.json",))
     write_text(target / "config.json", json.dumps(config, indent=2) + "\n")
     writer = CheckpointWriter(target, specs, shard_bytes)
     writer.copy(reader, [key for key in reader.keys() if key not in parts])
@@ -171,7 +171,7 @@ def _write_orphaned(
 
 def _naming(folder: Path, keys: dict[str, Spec], trust_remote_code: bool) -> Naming:
     """Names on disk against those of the module that the config in `folder` describes."""
-    config: Any = source.load_config(folder, trust_remote_code)
+    config: Any = load_config(folder, trust_remote_code)
     with quiet():
         model = build(config, torch.device("cpu"), torch.float32, trust_remote_code)
     return Naming(model, keys)

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from llmsparse.errors import NumericalError, RecipeError
-from llmsparse.patterns import Pattern, Scope
 from llmsparse.pruners.protocol import Pruned
-from llmsparse.stats import Gram, Statistic
+from llmsparse.sparsity.patterns import Pattern, Scope
+from llmsparse.sparsity.stats import Gram, Statistic
 
 SHARED_WIDTH = 4096  # up to here inverses are kept for the next weight of this input: about a dozen of 64 MiB
 SOFTEST = 1e-4  # ρ at which a support that has not moved never will

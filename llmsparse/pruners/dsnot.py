@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from llmsparse.errors import RecipeError
-from llmsparse.patterns import Pattern, Scope
 from llmsparse.pruners.protocol import Pruned, Pruner
 from llmsparse.pruners.wanda import Wanda
-from llmsparse.stats import InputMoments, Statistic, combine
+from llmsparse.sparsity.patterns import Pattern, Scope
+from llmsparse.sparsity.stats import InputMoments, Statistic, combine
 
 CANDIDATES = 128  # weights on either side of the mask's edge that a row's swaps are chosen from
 ROUNDS = 3  # of choosing one side of a swap for the best of the other

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmsparse.patterns import Pattern, Scope
 from llmsparse.pruners.protocol import Pruned
-from llmsparse.stats import Statistic
+from llmsparse.sparsity.patterns import Pattern, Scope
+from llmsparse.sparsity.stats import Statistic
 
 
 @dataclass(frozen=True)

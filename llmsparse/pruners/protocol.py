@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from llmsparse.errors import NumericalError
-from llmsparse.patterns import Pattern, Scope
-from llmsparse.stats import Statistic
+from llmsparse.sparsity.patterns import Pattern, Scope
+from llmsparse.sparsity.stats import Statistic
 
 
 class Pruned(NamedTuple):

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from llmsparse.errors import NumericalError, RecipeError
-from llmsparse.patterns import Pattern, Scope
 from llmsparse.pruners.protocol import Pruned
-from llmsparse.stats import Gram, Statistic
+from llmsparse.sparsity.patterns import Pattern, Scope
+from llmsparse.sparsity.stats import Gram, Statistic
 
 ESCALATIONS = 4  # of the damping, tenfold each
 

@@ -13,21 +13,12 @@ from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_ty
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from llmsparse.errors import RecipeError, did_you_mean
-from llmsparse.recipe_file import KeyPath
+from llmsparse.errors import KeyPath, OptionError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from llmsparse.pruners import Pruner
 
 MethodSpec = str | dict[str, Any]
-
-
-class OptionError(RecipeError):
-    """What is wrong with the option at `path`; the recipe says where that stands."""
-
-    def __init__(self, path: KeyPath, message: str) -> None:
-        super().__init__(message)
-        self.path = path
 
 
 def build(spec: MethodSpec, path: KeyPath = ("method",)) -> Pruner:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmsparse.patterns import Pattern, Scope
 from llmsparse.pruners.protocol import Pruned
-from llmsparse.stats import InputNorm, Statistic
+from llmsparse.sparsity.patterns import Pattern, Scope
+from llmsparse.sparsity.stats import InputNorm, Statistic
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsparse.collect import Input, collect, learn_inputs
 from llmsparse.errors import LlmsparseError
-from llmsparse.matching import Match, match
-from llmsparse.model import Activations, Block
-from llmsparse.planning import Plan
-from llmsparse.progress import Progress
+from llmsparse.models.streamed import Activations, Block
 from llmsparse.pruners import Magnitude
-from llmsparse.report import BlockRecord, Row
-from llmsparse.seeding import generator_for
-from llmsparse.selection import HEAD, Choice
-from llmsparse.stats import Statistic, combine
+from llmsparse.pruning.inputs import Input, collect, learn_inputs
+from llmsparse.pruning.matching import Match, match
+from llmsparse.pruning.plan import Plan
+from llmsparse.pruning.report import BlockRecord, Row
+from llmsparse.pruning.selection import HEAD, Choice
+from llmsparse.runs.progress import Progress
+from llmsparse.runs.seeding import generator_for
+from llmsparse.sparsity.stats import Statistic, combine
 
 
 def prune_block(block: Block, acts: Activations, plan: Plan, progress: Progress) -> BlockRecord:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from llmsparse.errors import NumericalError
-from llmsparse.model import Activations, Block, Slot, Weight
-from llmsparse.stats import Statistic
-from llmsparse.tap import Tap
+from llmsparse.models.streamed import Activations, Block, Slot, Weight
+from llmsparse.models.tap import Tap
+from llmsparse.sparsity.stats import Statistic
 
 SAMPLE_ROWS = 4096  # calibration rows kept of each input, at most, to measure output errors on
 SAMPLE_SHARE = 32  # and at most one of so many, so that measuring costs little beside calibrating ...

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmsparse.model import Activations, Block
+from llmsparse.models.streamed import Activations, Block
 
 TOKENS_PER_STEP = 4096  # or four times the block's width, if that is more
 LEARNING_RATES = (1e-2, 3e-2, 1e-1)  # fractions of a weight's root mean square

@@ -13,24 +13,24 @@ from typing import Any, TypeVar
 
 import torch
 
-from llmsparse import source
-from llmsparse.checkpoint import CheckpointReader, CheckpointWriter, parse_size
-from llmsparse.checksum import checksums, read_checked
-from llmsparse.device import full_float32
 from llmsparse.errors import RecipeError
-from llmsparse.evaluation import negative_log_likelihood, perplexity_of
-from llmsparse.memory import PeakMemory, release_freed
-from llmsparse.model import Activations, Block
-from llmsparse.output import PartialOutput
-from llmsparse.packing import select
-from llmsparse.planning import Plan, make_plan
-from llmsparse.progress import Progress, Silent
-from llmsparse.pruning import prune_block
-from llmsparse.recipe import Recipe
-from llmsparse.report import BlockRecord, Report
-from llmsparse.run_plan import versions
-from llmsparse.run_recipe import from_arguments
-from llmsparse.selection import HEAD
+from llmsparse.evaluation.perplexity import negative_log_likelihood, perplexity_of
+from llmsparse.models.origin import copy_side_files, write_side_files
+from llmsparse.models.streamed import Activations, Block
+from llmsparse.packing.pack import select
+from llmsparse.pruning.block import prune_block
+from llmsparse.pruning.plan import Plan, make_plan
+from llmsparse.pruning.recipe import Recipe
+from llmsparse.pruning.report import BlockRecord, Report
+from llmsparse.pruning.selection import HEAD
+from llmsparse.runs.device import full_float32
+from llmsparse.runs.memory import PeakMemory, release_freed
+from llmsparse.runs.partial import PartialOutput
+from llmsparse.runs.plan import versions
+from llmsparse.runs.progress import Progress, Silent
+from llmsparse.runs.recipe import from_arguments
+from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter, parse_size
+from llmsparse.storage.checksum import checksums, read_checked
 
 CHECKSUMS = "checksums"  # beside the record in the journal entry of a block
 Record = TypeVar("Record")
@@ -78,8 +78,8 @@ def prune(
         report.seconds = time.perf_counter() - started
         report.peak_memory_bytes = memory.read()
         recipe_text = plan.resolved.dump(versions() | {"calibration sha256": plan.windows.fingerprint})
-        source.copy_side_files(plan.folder, folder)
-        source.write_side_files(folder, recipe=recipe_text, report=report.stored(), card=report.card())
+        copy_side_files(plan.folder, folder)
+        write_side_files(folder, recipe=recipe_text, report=report.stored(), card=report.card())
         check_written(folder, plan.tensors, partial)
         if folder != partial.folder:
             packable = select(folder, plan.recipe.trust_remote_code, progress)

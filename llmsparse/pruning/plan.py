@@ -16,21 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsparse import source
-from llmsparse.checkpoint import CheckpointReader
-from llmsparse.device import choose_device, choose_dtype, split_batches, window_length
-from llmsparse.disk import check_room
 from llmsparse.errors import RecipeError
 from llmsparse.formats.bitmask import stored_bytes
-from llmsparse.matching import HELD_OUT_SHARE, LEARNING_RATES, batches_per_step, probe_steps
-from llmsparse.memory import available_bytes
-from llmsparse.model import StreamedModel
-from llmsparse.output import check_output, held_bytes
-from llmsparse.recipe import Recipe
-from llmsparse.run_plan import RunPlan, calibration_windows
-from llmsparse.run_recipe import from_arguments
-from llmsparse.selection import Choice, choose
-from llmsparse.source import Origin
+from llmsparse.models.origin import Origin, fingerprint, load_config, look, resolve
+from llmsparse.models.streamed import StreamedModel
+from llmsparse.pruning.matching import HELD_OUT_SHARE, LEARNING_RATES, batches_per_step, probe_steps
+from llmsparse.pruning.recipe import Recipe
+from llmsparse.pruning.selection import Choice, choose
+from llmsparse.runs.device import choose_device, choose_dtype, split_batches, window_length
+from llmsparse.runs.memory import available_bytes
+from llmsparse.runs.partial import check_output, held_bytes
+from llmsparse.runs.plan import RunPlan, calibration_windows
+from llmsparse.runs.recipe import from_arguments
+from llmsparse.storage.checkpoint import CheckpointReader
+from llmsparse.storage.disk import check_room
 
 PACKED_LAST = "; the dense checkpoint stands beside it until the run is done"
 MATCH_STEPS = (300, 150, 75)  # of block matching by default: the most that is affordable, or none
@@ -77,7 +76,7 @@ class Plan(RunPlan[Recipe]):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        model = self.reader.fingerprint() | source.fingerprint(self.folder, self.recipe.trust_remote_code)
+        model = self.reader.fingerprint() | fingerprint(self.folder, self.recipe.trust_remote_code)
         return super().fingerprint | {"model": model, "match steps": self.match_steps}
 
     def memory_bytes(self) -> int:
@@ -142,9 +141,9 @@ def make_plan(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
     device = choose_device(recipe.device)
     output = recipe.output_folder
     check_output(output, resume=resume, overwrite=overwrite)
-    origin = source.look(recipe.model, recipe.revision)
+    origin = look(recipe.model, recipe.revision)
     check_output(output, resume=resume, overwrite=overwrite, source=origin.folder)
-    config = source.load_config(origin.folder, recipe.trust_remote_code)
+    config = load_config(origin.folder, recipe.trust_remote_code)
     window_length(config, recipe.seq_len, recipe.calibration)
     reader = CheckpointReader(origin.folder, origin.absent)
     dtype = choose_dtype(recipe.dtype, device, reader)
@@ -159,7 +158,7 @@ def make_plan(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
     check_room(output, needed + (packed if recipe.format == "packed" else 0), held_bytes(output))
     windows = calibration_windows(recipe, origin.folder, config, model.vocabulary, recipe.trust_remote_code)
     if origin.absent and download:
-        origin = Origin(source.resolve(recipe.model, recipe.revision), commit=origin.commit)
+        origin = Origin(resolve(recipe.model, recipe.revision), commit=origin.commit)
         reader = CheckpointReader(origin.folder)
         model = StreamedModel(reader, device=device, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
     draft = Plan(

@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, model_validator
 
-from llmsparse import method as methods
-from llmsparse.errors import RecipeError, did_you_mean
-from llmsparse.method import MethodSpec, OptionError
-from llmsparse.recipe_file import KeyPath
-from llmsparse.run_recipe import Count, Device, Dtype, Length, PathText, RunRecipe, Seed, ShardSize, Source
+from llmsparse.errors import KeyPath, OptionError, RecipeError, did_you_mean
+from llmsparse.pruners import spec as methods
+from llmsparse.pruners.spec import MethodSpec
+from llmsparse.runs.recipe import Count, Device, Dtype, Length, PathText, RunRecipe, Seed, ShardSize, Source
 
 if TYPE_CHECKING:
-    from llmsparse.patterns import Pattern
     from llmsparse.pruners import Pruner
+    from llmsparse.sparsity.patterns import Pattern
 
 DEFAULT_METHOD = "sparsegpt"
 
@@ -177,7 +176,7 @@ class Recipe(RunRecipe):
                 )
 
     def _pattern(self, rule: Rule | None) -> Pattern:
-        from llmsparse.patterns import parse_pattern
+        from llmsparse.sparsity.patterns import parse_pattern
 
         text, sparsity, pruner = self.pattern, self.sparsity, self.pruner
         if rule is not None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from llmsparse.run_report import LARGE_LOSS, SCHEMA_VERSION, RunReport, card_metadata, perplexity_line, spell_protocol
+from llmsparse.runs.report import LARGE_LOSS, SCHEMA_VERSION, RunReport, card_metadata, perplexity_line, spell_protocol
 
 if TYPE_CHECKING:
-    from llmsparse.footprint import Packing
+    from llmsparse.packing.report import Packing
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from llmsparse.errors import RecipeError, did_you_mean
-from llmsparse.model import StreamedModel, Weight
-from llmsparse.patterns import Pattern
+from llmsparse.models.streamed import StreamedModel, Weight
 from llmsparse.pruners import Pruner
-from llmsparse.recipe import Recipe
+from llmsparse.pruning.recipe import Recipe
+from llmsparse.sparsity.patterns import Pattern
 
 HEAD = "head"  # the pseudo-block of an untied output head
 

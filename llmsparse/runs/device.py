@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsparse.calibration import TOKEN_FILE_SUFFIX
-from llmsparse.checkpoint import CheckpointReader
 from llmsparse.errors import MachineError, RecipeError, did_you_mean
+from llmsparse.storage.checkpoint import CheckpointReader
+from llmsparse.text.windows import TOKEN_FILE_SUFFIX
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}

@@ -13,10 +13,8 @@ from typing import Any, Self, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
-from llmsparse import recipe_file
-from llmsparse.errors import RecipeError, did_you_mean
-from llmsparse.method import OptionError
-from llmsparse.recipe_file import KeyPath
+from llmsparse.errors import KeyPath, OptionError, RecipeError, did_you_mean
+from llmsparse.runs import recipe_file
 
 Kind = TypeVar("Kind", bound=BaseModel)
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
-from llmsparse.disk import disk_error, fsync, replace_file
 from llmsparse.errors import CheckpointError, MachineError, RecipeError
-from llmsparse.home import expand_home
-from llmsparse.run_recipe import refuse_both
+from llmsparse.runs.recipe import refuse_both
+from llmsparse.storage.disk import disk_error, fsync, replace_file
+from llmsparse.storage.home_folder import expand_home
 
 STATE = ".llmsparse"
 

@@ -13,14 +13,15 @@ import torch
 import transformers
 from torch import Tensor
 
-from llmsparse import __version__, calibration, source
-from llmsparse.calibration import Windows
-from llmsparse.checkpoint import CheckpointReader
-from llmsparse.device import split_batches, window_length
-from llmsparse.disk import spell_size
-from llmsparse.model import StreamedModel
-from llmsparse.run_report import spell_protocol
-from llmsparse.source import Origin
+from llmsparse.models.origin import Origin, fingerprint, load_tokenizer
+from llmsparse.models.streamed import StreamedModel
+from llmsparse.runs.device import split_batches, window_length
+from llmsparse.runs.report import spell_protocol
+from llmsparse.storage.checkpoint import CheckpointReader
+from llmsparse.storage.disk import spell_size
+from llmsparse.text import windows as calibration
+from llmsparse.text.windows import Windows
+from llmsparse.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -115,7 +116,7 @@ class RunPlan(ABC, Generic[Chosen]):
         """What a resumed run must share with the one it resumes."""
         return {
             "recipe": {key: value for key, value in self.recipe.resolved().items() if key != "output"},
-            "model": self.reader.fingerprint() | source.fingerprint(self.folder),
+            "model": self.reader.fingerprint() | fingerprint(self.folder),
             "calibration": self.windows.fingerprint,
             "versions": versions(),
             **machine(self.device),
@@ -183,7 +184,7 @@ def calibration_windows(
     stored_tokens = recipe.calibration.endswith(calibration.TOKEN_FILE_SUFFIX)
     windows = calibration.load_windows(
         recipe.calibration,
-        None if stored_tokens else source.load_tokenizer(folder, trust_remote_code),
+        None if stored_tokens else load_tokenizer(folder, trust_remote_code),
         seq_len=length,
         samples=recipe.calibration_samples,
         seed=recipe.seed,

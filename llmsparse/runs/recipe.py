@@ -15,9 +15,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
-from llmsparse import recipe_file
 from llmsparse.errors import RecipeError
-from llmsparse.recipe_origins import Origins
+from llmsparse.runs import recipe_file
+from llmsparse.runs.origins import Origins
 
 
 def _device(value: Any) -> str:
@@ -27,7 +27,7 @@ def _device(value: Any) -> str:
 
 
 def _shard_size(value: Any) -> str:
-    from llmsparse.checkpoint import parse_size
+    from llmsparse.storage.checkpoint import parse_size
 
     try:
         parse_size(str(value))

@@ -15,9 +15,7 @@ from typing import Any
 
 import yaml
 
-from llmsparse.errors import RecipeError, did_you_mean
-
-KeyPath = tuple[str | int, ...]  # ("rules", 0, "sparsity")
+from llmsparse.errors import KeyPath, RecipeError, did_you_mean
 
 ENDLESS = "nests without end: an alias (*name) stands inside what it names; write it out"
 
@@ -36,7 +34,7 @@ def shipped(kind: str = "") -> dict[str, Path]:
     from importlib.resources import files
 
     inside = Path(str(files("llmsparse").joinpath("recipes")))
-    folder = inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+    folder = inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
     return {path.stem: path for path in sorted((folder / kind).glob("*.yaml"))}
 
 

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from llmsparse.api_request import PROMPTS, RefusedError, Served, checked
+from llmsparse.serving.request import PROMPTS, RefusedError, Served, checked
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

@@ -19,14 +19,14 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-from llmsparse import source
-from llmsparse.api_request import Served
 from llmsparse.backends.choice import AUTO, check_names
-from llmsparse.device import choose_device
 from llmsparse.errors import MachineError, RecipeError
-from llmsparse.gate import Gate
-from llmsparse.loading import load_model
-from llmsparse.memory import available_bytes
+from llmsparse.inference.load import load_model
+from llmsparse.models.origin import load_tokenizer, resolve
+from llmsparse.runs.device import choose_device
+from llmsparse.runs.memory import available_bytes
+from llmsparse.serving.middleware import Gate
+from llmsparse.serving.request import Served
 
 EXTRA = ("fastapi", "uvicorn", "openai")
 LOOPBACK = ("127.", "::1")
@@ -60,10 +60,10 @@ def serve(
     if missing:
         raise MachineError(f"serving needs {', '.join(missing)}: pip install 'llmsparse[serve]'")
     check_names(backend, "memory")
-    place, folder = choose_device(device), source.resolve(model, revision)
+    place, folder = choose_device(device), resolve(model, revision)
     bound = _bind(host, port)  # before the model is read: a port in use shows at once
     try:
-        tokenizer = source.load_tokenizer(folder, trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code)
         loaded = load_model(
             folder,
             backend=backend,

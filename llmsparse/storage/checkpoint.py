@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsparse.disk import disk_error, fsync, replace_file, reserve, write_all
 from llmsparse.errors import CheckpointError, RecipeError
-from llmsparse.shard import Header, TensorSpec, bytes_of, lay_out, read_header, read_into
+from llmsparse.storage.disk import disk_error, fsync, replace_file, reserve, write_all
+from llmsparse.storage.shard import Header, TensorSpec, bytes_of, lay_out, read_header, read_into
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from llmsparse.checkpoint import CheckpointReader, CheckpointWriter
 from llmsparse.errors import MachineError
-from llmsparse.shard import bytes_of
+from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter
+from llmsparse.storage.shard import bytes_of
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from llmsparse.errors import CalibrationError, MachineError
-from llmsparse.home import expand_home
+from llmsparse.storage.home_folder import expand_home
 
 Purpose = Literal["calibration", "training", "evaluation"]
 
@@ -85,7 +85,7 @@ def open_texts(source: str, purpose: Purpose, text_field: str | None = None) -> 
 
 
 def _builtin(purpose: Purpose) -> Texts:
-    from llmsparse.demo import corpus
+    from llmsparse.text import builtin as corpus
 
     protocol = {"dataset": "builtin", "text": corpus.describe(purpose), "python": platform.python_version()}
     return Texts(((text,) for text in corpus.texts(purpose)), False, protocol)

@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmsparse.errors import CalibrationError
-from llmsparse.home import expand_home
-from llmsparse.texts import TOKEN_FILE_SUFFIX, Purpose, open_texts
-from llmsparse.tokens import special_tokens, tokenize
+from llmsparse.storage.home_folder import expand_home
+from llmsparse.text.sources import TOKEN_FILE_SUFFIX, Purpose, open_texts
+from llmsparse.text.tokens import special_tokens, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llmsparse.recipe_keys import KEYS as PRUNING
-from llmsparse.recipe_keys import Key
+from llmsparse.runs.keys import KEYS as PRUNING
+from llmsparse.runs.keys import Key
 
 KEYS = {  # of every key but model, by group
     "What is trained, and how": {

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmsparse.skeleton import find_blocks
+from llmsparse.models.empty_model import find_blocks
 from llmsparse.tuning.mixture import Mixture
 
 

@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsparse import source
-from llmsparse.checkpoint import CheckpointWriter, parse_size
-from llmsparse.checksum import checksums
 from llmsparse.errors import CheckpointError, NumericalError
-from llmsparse.evaluation import perplexity_of
-from llmsparse.loading import load_model
-from llmsparse.memory import PeakMemory
-from llmsparse.output import PartialOutput
-from llmsparse.pipeline import CHECKSUMS, check_written
-from llmsparse.progress import Progress, Silent
-from llmsparse.run_recipe import from_arguments
-from llmsparse.skeleton import find_blocks, quiet
+from llmsparse.evaluation.perplexity import perplexity_of
+from llmsparse.inference.load import load_model
+from llmsparse.models.empty_model import find_blocks, quiet
+from llmsparse.models.origin import copy_side_files, write_side_files
+from llmsparse.pruning.pipeline import CHECKSUMS, check_written
+from llmsparse.runs.memory import PeakMemory
+from llmsparse.runs.partial import PartialOutput
+from llmsparse.runs.progress import Progress, Silent
+from llmsparse.runs.recipe import from_arguments
+from llmsparse.storage.checkpoint import CheckpointWriter, parse_size
+from llmsparse.storage.checksum import checksums
 from llmsparse.tuning.losses import language
 from llmsparse.tuning.mixture import Mixture
 from llmsparse.tuning.pair import Pair
-from llmsparse.tuning.planning import TunePlan, make_plan
+from llmsparse.tuning.plan import TunePlan, make_plan
 from llmsparse.tuning.recipe import TuneRecipe
 from llmsparse.tuning.report import TuneReport
 from llmsparse.tuning.trainable import Trainable
@@ -78,8 +78,8 @@ def tune(
         report.warn()
         report.seconds = time.perf_counter() - started
         report.peak_memory_bytes = memory.read()
-        source.copy_side_files(plan.folder, partial.folder)
-        source.write_side_files(
+        copy_side_files(plan.folder, partial.folder)
+        write_side_files(
             partial.folder,
             recipe=plan.resolved.dump(plan.versions | {"text sha256": plan.windows.fingerprint}),
             report=report.stored(),

@@ -13,17 +13,18 @@ import accelerate
 import torch
 from torch import Tensor
 
-from llmsparse import calibration, source
-from llmsparse.checkpoint import CheckpointReader, parse_size
-from llmsparse.device import DTYPES, choose_device, window_length
-from llmsparse.disk import check_room
 from llmsparse.errors import CalibrationError, CheckpointError, RecipeError
 from llmsparse.factorization.containers import CONTAINERS, MIXTURE_KEYS, Container
-from llmsparse.factorization.planning import find_ffn
-from llmsparse.model import StreamedModel
-from llmsparse.output import check_output, held_bytes
-from llmsparse.run_plan import held_out_windows, machine, spoken_name
-from llmsparse.run_plan import versions as versions_of
+from llmsparse.factorization.plan import find_ffn
+from llmsparse.models.origin import load_config, load_tokenizer, resolve
+from llmsparse.models.streamed import StreamedModel
+from llmsparse.runs.device import DTYPES, choose_device, window_length
+from llmsparse.runs.partial import check_output, held_bytes
+from llmsparse.runs.plan import held_out_windows, machine, spoken_name
+from llmsparse.runs.plan import versions as versions_of
+from llmsparse.storage.checkpoint import CheckpointReader, parse_size
+from llmsparse.storage.disk import check_room
+from llmsparse.text import windows as calibration
 from llmsparse.tuning.recipe import TuneRecipe
 
 TOKENS_PER_STEP = 4096
@@ -140,8 +141,8 @@ class TunePlan:
 def make_plan(recipe: TuneRecipe, *, resume: bool = False, overwrite: bool = False) -> TunePlan:
     """Resolve and check everything a run needs, from headers and shapes alone, then read the text."""
     device = choose_device(recipe.device)
-    folder, teacher_folder = source.resolve(recipe.model), source.resolve(recipe.teacher)
-    config, teacher_config = source.load_config(folder), source.load_config(teacher_folder)
+    folder, teacher_folder = resolve(recipe.model), resolve(recipe.teacher)
+    config, teacher_config = load_config(folder), load_config(teacher_folder)
     container = check_student(config, recipe.model)
     check_teacher(config, teacher_config, recipe.teacher)
     length = window_length(config, recipe.seq_len, recipe.text)
@@ -165,7 +166,7 @@ def make_plan(recipe: TuneRecipe, *, resume: bool = False, overwrite: bool = Fal
         length = calibration.stored_length(recipe.text, length)
     windows = calibration.load_windows(
         recipe.text,
-        None if recipe.text.endswith(calibration.TOKEN_FILE_SUFFIX) else source.load_tokenizer(folder),
+        None if recipe.text.endswith(calibration.TOKEN_FILE_SUFFIX) else load_tokenizer(folder),
         seq_len=length,
         samples=recipe.steps * windows_in_a_step(recipe, length or calibration.DEFAULT_SEQ_LEN),
         seed=recipe.seed,

@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmsparse.method import OptionError
-from llmsparse.run_recipe import (
+from llmsparse.errors import OptionError
+from llmsparse.runs.recipe import (
     Count,
     Device,
     Length,

@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from llmsparse.footprint import split_card
-from llmsparse.run_report import SCHEMA_VERSION, RunReport, card_metadata, spell_protocol
+from llmsparse.packing.report import split_card
+from llmsparse.runs.report import SCHEMA_VERSION, RunReport, card_metadata, spell_protocol
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from llmsparse.tuning.planning import TunePlan
+    from llmsparse.tuning.plan import TunePlan
     from llmsparse.tuning.training import History
 
 REPORT, CARD = "llmsparse_report.json", "README.md"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from llmsparse.seeding import generator_for
+from llmsparse.runs.seeding import generator_for
 from llmsparse.tuning.mixture import Mixture
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")  # of a shared expert

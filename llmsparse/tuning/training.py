@@ -24,13 +24,13 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from llmsparse.disk import disk_error, fsync
 from llmsparse.errors import CheckpointError, MachineError, NumericalError, RecipeError
-from llmsparse.progress import Progress
+from llmsparse.runs.progress import Progress
+from llmsparse.storage.disk import disk_error, fsync
 from llmsparse.tuning.interrupts import Interrupts
 from llmsparse.tuning.losses import ROUTER_LOSSES, TERMS, balance, kl, language, layer_error
 from llmsparse.tuning.pair import Pair
-from llmsparse.tuning.planning import TunePlan
+from llmsparse.tuning.plan import TunePlan
 from llmsparse.tuning.trainable import Trainable
 
 BETAS = (0.9, 0.95)

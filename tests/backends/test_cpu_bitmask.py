@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from llmsparse import cpu
-from llmsparse.backends import BACKENDS, WeightSpec
+from llmsparse.backends import BACKENDS, WeightSpec, cpu
 from llmsparse.backends.choice import choose
-from llmsparse.backends.cpu import SCRATCH
+from llmsparse.backends.cpu_bitmask import SCRATCH
 from llmsparse.formats.bitmask import Bitmask
-from llmsparse.linear import PackedMatrix
+from llmsparse.inference.linear import PackedMatrix
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 BACKEND = BACKENDS["cpu-bitmask"]

@@ -17,17 +17,17 @@ import llmsparse
 from llmsparse.backends import BACKENDS, WeightSpec, table
 from llmsparse.backends.choice import choose
 from llmsparse.backends.table import Row, device_kinds
-from llmsparse.bench import bench, rows
-from llmsparse.benchmark import Benchmark, Measured, Speed, Speeds
-from llmsparse.cli import main
+from llmsparse.benchmark.mixtures import dense_source, mixtures
+from llmsparse.benchmark.report import Benchmark, Measured, Speed, Speeds
+from llmsparse.benchmark.run import bench, rows
+from llmsparse.benchmark.timing import MOST_COPIES, Spread, copies_for, side_by_side, spread
+from llmsparse.benchmark.workloads import SHAPES, of_model, of_shapes
+from llmsparse.cli.app import main
 from llmsparse.errors import CheckpointError
-from llmsparse.expert_bench import dense_source, mixtures
-from llmsparse.experts_interface import run_by
-from llmsparse.fused import fusions
-from llmsparse.loading import load_model
-from llmsparse.progress import Silent
-from llmsparse.timing import MOST_COPIES, Spread, copies_for, side_by_side, spread
-from llmsparse.workloads import SHAPES, of_model, of_shapes
+from llmsparse.inference.experts_interface import run_by
+from llmsparse.inference.fused_experts import fusions
+from llmsparse.inference.load import load_model
+from llmsparse.runs.progress import Silent
 
 CPU = torch.device("cpu")
 QUICK = ("--seconds", "0", "--batch", "1,32", "--no-decode")

@@ -9,7 +9,7 @@ import torch
 
 import llmsparse
 from llmsparse.backends import BACKENDS
-from llmsparse.cli import main
+from llmsparse.cli.app import main
 
 
 def test_every_backend_is_usable_or_refused_with_a_reason() -> None:
@@ -25,7 +25,9 @@ def test_every_backend_is_usable_or_refused_with_a_reason() -> None:
 
 
 def test_without_a_compiler_the_cpu_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmsparse.cpu.why_not", lambda: "no C compiler: none of cc, gcc, clang is on the PATH")
+    monkeypatch.setattr(
+        "llmsparse.backends.cpu.why_not", lambda: "no C compiler: none of cc, gcc, clang is on the PATH"
+    )
     (kernel,) = [backend for backend in llmsparse.diagnose().backends if backend.name == "cpu-bitmask"]
     assert kernel.refused is not None and kernel.refused.startswith("no C compiler")
 

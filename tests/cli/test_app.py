@@ -16,13 +16,13 @@ import pytest
 import torch
 
 import llmsparse
-from llmsparse.cli import main
-from llmsparse.cli_exit import exit_code_of
+from llmsparse.cli.app import main
+from llmsparse.cli.exit import exit_code_of
+from llmsparse.cli.terminal import Terminal
 from llmsparse.errors import LlmsparseError
-from llmsparse.progress import Rich, Silent, for_terminal
-from llmsparse.recipe import Recipe
-from llmsparse.recipe_keys import KEYS
-from llmsparse.terminal import Terminal
+from llmsparse.pruning.recipe import Recipe
+from llmsparse.runs.keys import KEYS
+from llmsparse.runs.progress import Rich, Silent, for_terminal
 
 SMALL = ("--calibration", "builtin", "--calibration-samples", "4", "--seq-len", "32", "--match-steps", "0")
 

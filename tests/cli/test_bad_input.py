@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmsparse.cli import main
+from llmsparse.cli.app import main
 
 Spoil = Callable[[Path], None]
 PRUNE = [

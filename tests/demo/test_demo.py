@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from llmsparse import demo
-from llmsparse.demo import payoff
-from llmsparse.pipeline import prune
+from llmsparse.demo import run as demo
+from llmsparse.demo import size_and_speed
+from llmsparse.models.origin import BUILTIN_FOLDER
 from llmsparse.pruners import PRUNERS
-from llmsparse.recipe import Recipe
+from llmsparse.pruning.pipeline import prune
+from llmsparse.pruning.recipe import Recipe
 
 
 def test_the_demo_runs_every_method_but_the_random_baseline() -> None:
@@ -19,10 +20,10 @@ def test_the_demo_runs_every_method_but_the_random_baseline() -> None:
 
 
 def test_the_embedded_model_is_small_and_fits_every_pattern() -> None:
-    from llmsparse.checkpoint import CheckpointReader
+    from llmsparse.storage.checkpoint import CheckpointReader
 
-    reader = CheckpointReader(demo.MODEL)
-    assert sum(path.stat().st_size for path in demo.MODEL.iterdir()) <= 17e6
+    reader = CheckpointReader(BUILTIN_FOLDER)
+    assert sum(path.stat().st_size for path in BUILTIN_FOLDER.iterdir()) <= 17e6
     matrices = [reader.spec(key) for key in reader.keys() if ".layers." in key and "norm" not in key]
     assert len(matrices) == 56
     assert all(size % 128 == 0 for spec in matrices for size in spec.shape)
@@ -30,10 +31,10 @@ def test_the_embedded_model_is_small_and_fits_every_pattern() -> None:
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 def test_packing_the_demos_model_shows_its_size_and_its_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(payoff, "TOKENS", 4)
-    monkeypatch.setattr(payoff, "TURNS", 1)
-    monkeypatch.setattr(payoff, "SECONDS", 0.01)
-    monkeypatch.setattr(payoff, "MATRIX", "256x512")
+    monkeypatch.setattr(size_and_speed, "TOKENS", 4)
+    monkeypatch.setattr(size_and_speed, "TURNS", 1)
+    monkeypatch.setattr(size_and_speed, "SECONDS", 0.01)
+    monkeypatch.setattr(size_and_speed, "MATRIX", "256x512")
     recipe = Recipe(
         model="builtin",
         output=str(tmp_path / "pruned"),
@@ -47,7 +48,7 @@ def test_packing_the_demos_model_shows_its_size_and_its_speed(tmp_path: Path, mo
     )
     prune(recipe)
 
-    shown = payoff.measure("magnitude", tmp_path / "pruned", tmp_path / "packed")
+    shown = size_and_speed.measure("magnitude", tmp_path / "pruned", tmp_path / "packed")
 
     parameters, rows = 6_291_456, 8 * (2 * 256 + 2 * 128 + 2 * 768 + 256)  # of 56 matrices: q, o; k, v; gate, up; down
     assert shown.weight_dense_bytes == 2 * parameters
@@ -55,6 +56,6 @@ def test_packing_the_demos_model_shows_its_size_and_its_speed(tmp_path: Path, mo
     assert shown.checkpoint_dense_bytes - shown.checkpoint_bytes == shown.weight_dense_bytes - shown.weight_bytes
     assert shown.text.startswith("def ") and len(shown.text) > 4
     assert shown.tokens_per_second > 0 and shown.dense_tokens_per_second > 0
-    assert [(row.pattern, row.sparsity) for row in shown.matrix] == list(payoff.PATTERNS)
+    assert [(row.pattern, row.sparsity) for row in shown.matrix] == list(size_and_speed.PATTERNS)
     for row in shown.matrix:
         assert not row.gain or row.packed_seconds < row.dense_seconds

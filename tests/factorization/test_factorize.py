@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear, silu
 
 import llmsparse
-from llmsparse import recipe_file
-from llmsparse.checkpoint import CheckpointReader
-from llmsparse.cli import main
+from llmsparse.cli.app import main
 from llmsparse.errors import CheckpointError, MachineError, RecipeError
-from llmsparse.factorization.planning import make_plan
+from llmsparse.factorization.plan import make_plan
 from llmsparse.factorization.recipe import FactorRecipe
-from llmsparse.progress import Silent
+from llmsparse.runs import recipe_file
+from llmsparse.runs.progress import Silent
+from llmsparse.storage.checkpoint import CheckpointReader
 
 RUN: dict[str, Any] = {
     "calibration_samples": 12,
@@ -94,7 +94,7 @@ def test_written_experts_compute_what_the_report_measured(
     out, report = made
     dense, loaded = (AutoModelForCausalLM.from_pretrained(folder).model.layers[0].mlp for folder in (model, out))
     plan = make_plan(FactorRecipe(model=str(model), output=str(out.with_name("other")), calibration=str(notes), **RUN))
-    from llmsparse.factorization.layer import ffn_inputs
+    from llmsparse.factorization.block import ffn_inputs
 
     block = plan.model.block(0)
     x = torch.cat(ffn_inputs(block, plan.model.embed(plan.held_out)))

@@ -15,9 +15,9 @@ from sparse import assert_same_tensors, one_line, save_sparse
 from torch import Tensor
 
 import llmsparse
-from llmsparse.checkpoint import CheckpointReader
 from llmsparse.errors import CheckpointError
 from llmsparse.formats import compressed_tensors
+from llmsparse.storage.checkpoint import CheckpointReader
 
 Compress = Callable[[str, Tensor], dict[str, Tensor]]
 

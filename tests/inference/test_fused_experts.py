@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import llmsparse
-from llmsparse import experts_interface, fused
-from llmsparse.cpu import experts as kernel
+from llmsparse.backends.cpu import experts as kernel
 from llmsparse.errors import MachineError, RecipeError
-from llmsparse.fused import FusedMlp, fuse_mlp, fusions, most_tokens, run_experts, why_not
-from llmsparse.loading import load_model
+from llmsparse.inference import experts_interface
+from llmsparse.inference import fused_experts as fused
+from llmsparse.inference.fused_experts import FusedMlp, fuse_mlp, fusions, most_tokens, run_experts, why_not
+from llmsparse.inference.load import load_model
 
 if reason := kernel.why_not():
     pytest.skip(f"no CPU kernels here: {reason}", allow_module_level=True)

@@ -13,8 +13,8 @@ from architectures import save_random, tiny_config
 from safetensors.torch import load_file, save_file
 
 import llmsparse
-from llmsparse.cli import main
-from llmsparse.generation import Clock
+from llmsparse.cli.app import main
+from llmsparse.inference.generate import Clock
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 PROMPT = "def parse("

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llmsparse.errors import CheckpointError
-from llmsparse.experts import SparseExperts, packed_weights, prepare_experts, sparse_experts
 from llmsparse.formats.bitmask import Bitmask
-from llmsparse.linear import SparseLinear, fill, place
+from llmsparse.inference.linear import SparseLinear, fill, place
+from llmsparse.inference.packed_experts import SparseExperts, packed_weights, prepare_experts, sparse_experts
 
 
 def sparse(*shape: int, seed: int = 0) -> Tensor:

@@ -22,8 +22,8 @@ from transformers import AutoModel, AutoModelForCausalLM, ContinuousBatchingConf
 
 import llmsparse
 from llmsparse.errors import CheckpointError, MachineError, RecipeError
-from llmsparse.experts import SparseExperts
-from llmsparse.linear import SparseLinear
+from llmsparse.inference.linear import SparseLinear
+from llmsparse.inference.packed_experts import SparseExperts
 
 # pytest has filters of its own in place of the one that the package sets
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")

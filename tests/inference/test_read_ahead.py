@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llmsparse import read_ahead as module
-from llmsparse.read_ahead import read_ahead
+from llmsparse.inference import read_ahead as module
+from llmsparse.inference.read_ahead import read_ahead
 
 pytestmark = pytest.mark.skipif(
     not (hasattr(os, "posix_fadvise") and hasattr(os, "RWF_NOWAIT")), reason="Linux tells what is in its cache"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmsparse.activations import Activations, Recorder
 from llmsparse.errors import CheckpointError
+from llmsparse.models.activations import Activations, Recorder
 
 
 class Tables(NamedTuple):

@@ -27,7 +27,7 @@ RUN += ["--match-steps", "0", "--device", "cpu"]
 COMMANDS = """
 import io, json, sys
 from contextlib import redirect_stderr, redirect_stdout
-from llmsparse.cli import main
+from llmsparse.cli.app import main
 for command in json.loads(sys.argv[1]):
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
         code = main(command)

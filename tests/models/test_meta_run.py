@@ -13,8 +13,8 @@ from architectures import random_model, stream, tiny_config
 from torch import Tensor, nn
 
 from llmsparse.errors import CheckpointError
-from llmsparse.outline import Outline, outline
-from llmsparse.skeleton import find_blocks
+from llmsparse.models.empty_model import find_blocks
+from llmsparse.models.meta_run import Outline, outline
 
 
 class Down(nn.Module):

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import conversion_mapping
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
 
-from llmsparse.checkpoint import CheckpointReader
-from llmsparse.model import Activations, Block
-from llmsparse.naming import Group
-from llmsparse.tap import Tap
+from llmsparse.models.naming import Group
+from llmsparse.models.streamed import Activations, Block
+from llmsparse.models.tap import Tap
+from llmsparse.storage.checkpoint import CheckpointReader
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 from http_reply import Replying
 
 from llmsparse.errors import CheckpointError, MachineError, RecipeError
-from llmsparse.source import copy_side_files, load_config, load_tokenizer, resolve, write_side_files
+from llmsparse.models.origin import copy_side_files, load_config, load_tokenizer, resolve, write_side_files
 
 LLAMA: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -60,7 +60,7 @@ class Hub(Replying):
 RESOLVE = """
 import json, sys
 from llmsparse.errors import LlmsparseError
-from llmsparse.source import resolve
+from llmsparse.models.origin import resolve
 for line in sys.argv[1:]:
     model, _, revision = line.partition("@")
     try:

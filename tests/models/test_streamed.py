@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmsparse.checkpoint import CheckpointReader
 from llmsparse.errors import CheckpointError
-from llmsparse.model import StreamedModel
-from llmsparse.tap import Tap
+from llmsparse.models.streamed import StreamedModel
+from llmsparse.models.tap import Tap
+from llmsparse.storage.checkpoint import CheckpointReader
 
 CPU = torch.device("cpu")
 

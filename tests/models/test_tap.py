@@ -12,8 +12,8 @@ from architectures import ARCHITECTURES, MIXTURE, save_random, stream, tiny_conf
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from llmsparse.model import Activations, Block, Slot, StreamedModel
-from llmsparse.tap import Tap, Watched
+from llmsparse.models.streamed import Activations, Block, Slot, StreamedModel
+from llmsparse.models.tap import Tap, Watched
 
 TOKENS = (6, 32)
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from sparse import save_sparse
 
 import llmsparse
-from llmsparse.cli import main
-from llmsparse.packed import RECORD, PackedCheckpoint
+from llmsparse.cli.app import main
+from llmsparse.packing.folder import RECORD, PackedCheckpoint
 
 Spoil = Callable[[Path], None]
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -158,7 +158,7 @@ def test_an_interrupted_run_leaves_nothing_and_the_old_output(
 
     assert main(["unpack", "packed", "-o", "dense"]) == 0
     before = (packed / RECORD).read_bytes()
-    monkeypatch.setattr("llmsparse.packing.sha256", interrupt)
+    monkeypatch.setattr("llmsparse.packing.pack.sha256", interrupt)
     for arguments in (["-o", "out"], ["-o", "packed", "--overwrite"]):
         assert main(["pack", "dense", *arguments]) == 130
     assert sorted(path.name for path in Path().iterdir()) == ["dense", "packed"]

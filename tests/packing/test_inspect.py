@@ -11,7 +11,7 @@ from architectures import random_model, tiny_config
 from safetensors.torch import load_file, save_file
 
 import llmsparse
-from llmsparse.inspection import pattern_of
+from llmsparse.packing.inspect import pattern_of
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmsparse
-from llmsparse.checkpoint import CheckpointReader
 from llmsparse.errors import CheckpointError
-from llmsparse.packed import RECORD, PackedCheckpoint
+from llmsparse.packing.folder import RECORD, PackedCheckpoint
+from llmsparse.storage.checkpoint import CheckpointReader
 
 FAMILIES = ["llama", "gpt2", "opt", "phi3", "mixtral", "qwen3_moe", "gpt_oss", "granitemoe"]
 OTHERS = sorted(set(ARCHITECTURES) - set(FAMILIES))
@@ -241,7 +241,7 @@ def test_a_packed_checkpoint_is_refused_as_packed(llama: Path, tmp_path: Path) -
 
 PACK = """
 import json, sys, llmsparse
-from llmsparse.memory import PeakMemory
+from llmsparse.runs.memory import PeakMemory
 import torch
 with PeakMemory(torch.device("cpu")) as memory:
     llmsparse.pack(sys.argv[1], sys.argv[2])
@@ -253,7 +253,7 @@ print(json.dumps(memory.read()))
 @pytest.mark.slow
 def test_a_checkpoint_of_1_gb_is_packed_and_unpacked_with_less_memory_than_half(tmp_path: Path) -> None:
     """Written tensor by tensor, so that the test needs no more memory than the run."""
-    from llmsparse.checkpoint import CheckpointWriter
+    from llmsparse.storage.checkpoint import CheckpointWriter
 
     config = tiny_config(
         "llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=32, num_attention_heads=8, head_dim=128

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from llmsparse.stats import Gram
+from llmsparse.sparsity.stats import Gram
 
 Layer = tuple[torch.Tensor, Gram]
 

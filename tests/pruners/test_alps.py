@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from llmsparse.errors import NumericalError, RecipeError
-from llmsparse.patterns import NofM, Unstructured
 from llmsparse.pruners import ALPS, SparseGPT
 from llmsparse.pruners.alps import SHARED_WIDTH
-from llmsparse.stats import Gram
+from llmsparse.sparsity.patterns import NofM, Unstructured
+from llmsparse.sparsity.stats import Gram
 
 Layer = tuple[torch.Tensor, Gram]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from llmsparse.errors import RecipeError
-from llmsparse.patterns import NofM, Pattern, Unstructured
 from llmsparse.pruners import ALPS, DSnoT, Magnitude, Pruned, Pruner, SparseGPT, Wanda
-from llmsparse.stats import Gram, InputMoments
+from llmsparse.sparsity.patterns import NofM, Pattern, Unstructured
+from llmsparse.sparsity.stats import Gram, InputMoments
 
 Layer = tuple[torch.Tensor, Gram]
 INITIALS: list[Pruner] = [Wanda(), Magnitude(), SparseGPT(), ALPS()]

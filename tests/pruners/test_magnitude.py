@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from llmsparse.patterns import NofM, Unstructured
 from llmsparse.pruners import Magnitude
+from llmsparse.sparsity.patterns import NofM, Unstructured
 
 WEIGHT = torch.tensor([[1.0, -4.0, 3.0, -0.5], [8.0, -2.0, 6.0, 7.0]])
 

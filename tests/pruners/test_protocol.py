@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from llmsparse.errors import NumericalError, PatternError
-from llmsparse.patterns import NofM, Pattern, Unstructured
 from llmsparse.pruners import ALPS, PRUNERS, DSnoT, Magnitude, Pruned, Pruner, SparseGPT, Wanda
-from llmsparse.stats import Gram, InputMoments, InputNorm
+from llmsparse.sparsity.patterns import NofM, Pattern, Unstructured
+from llmsparse.sparsity.stats import Gram, InputMoments, InputNorm
 
 METHODS: list[Pruner] = [method() for method in PRUNERS.values()] + [
     DSnoT(criterion="paper"),

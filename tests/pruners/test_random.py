@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from llmsparse.patterns import NofM, Unstructured
 from llmsparse.pruners import Random
+from llmsparse.sparsity.patterns import NofM, Unstructured
 
 
 def mask(seed: int, weight: torch.Tensor) -> torch.Tensor:

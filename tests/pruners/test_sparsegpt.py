@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from llmsparse.errors import NumericalError, RecipeError
-from llmsparse.patterns import NofM, Pattern, Unstructured
 from llmsparse.pruners import SparseGPT
-from llmsparse.stats import Gram
+from llmsparse.sparsity.patterns import NofM, Pattern, Unstructured
+from llmsparse.sparsity.stats import Gram
 
 Layer = tuple[torch.Tensor, Gram]
 

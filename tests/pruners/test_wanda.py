@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from llmsparse.patterns import NofM, Unstructured
 from llmsparse.pruners import Wanda
-from llmsparse.stats import Gram, InputNorm
+from llmsparse.sparsity.patterns import NofM, Unstructured
+from llmsparse.sparsity.stats import Gram, InputNorm
 
 WEIGHT = torch.tensor([[4.0, 1.0, -1.0, 0.5], [3.0, -2.0, 1.0, 1.0]])
 INPUTS = torch.tensor([[0.0, 3.0, 1.0, 2.0], [1.0, 4.0, 0.0, 2.0]])  # norms 1, 5, 1, √8

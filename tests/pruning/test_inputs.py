@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmsparse.checkpoint import CheckpointReader
-from llmsparse.collect import collect, learn_inputs, sample_rows
 from llmsparse.errors import NumericalError
-from llmsparse.model import Activations, Block, StreamedModel
-from llmsparse.stats import Gram
+from llmsparse.models.streamed import Activations, Block, StreamedModel
+from llmsparse.pruning.inputs import collect, learn_inputs, sample_rows
+from llmsparse.sparsity.stats import Gram
+from llmsparse.storage.checkpoint import CheckpointReader
 from tests.architectures import save_random, stream, tiny_config, windows
 
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmsparse.checkpoint import CheckpointReader
-from llmsparse.matching import batches_per_step, match
-from llmsparse.model import Activations, Block, StreamedModel
+from llmsparse.models.streamed import Activations, Block, StreamedModel
+from llmsparse.pruning.matching import batches_per_step, match
+from llmsparse.storage.checkpoint import CheckpointReader
 
 
 @pytest.fixture

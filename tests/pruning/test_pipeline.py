@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import llmsparse
-from llmsparse.checkpoint import CheckpointReader
-from llmsparse.cli import main
+from llmsparse.cli.app import main
 from llmsparse.errors import CheckpointError, LlmsparseError, MachineError, PatternError, RecipeError
-from llmsparse.progress import Silent
 from llmsparse.pruners import PRUNERS
+from llmsparse.runs.progress import Silent
+from llmsparse.storage.checkpoint import CheckpointReader
 
 Build = Callable[..., Path]
 RUN = {"calibration_samples": 8, "seq_len": 32, "match_steps": 0, "device": "cpu"}
@@ -104,10 +104,10 @@ def test_streamed_pruning_equals_pruning_in_memory_bit_for_bit(model: Path, note
     """The same block-by-block loop, written with plain transformers and hooks on the whole model in memory."""
     from transformers import AutoModelForCausalLM
 
-    from llmsparse.patterns import Unstructured
-    from llmsparse.planning import plan
     from llmsparse.pruners import SparseGPT
-    from llmsparse.stats import Gram
+    from llmsparse.pruning.plan import plan
+    from llmsparse.sparsity.patterns import Unstructured
+    from llmsparse.sparsity.stats import Gram
 
     keys = {"model": str(model), "method": "sparsegpt", "sparsity": 0.6, "calibration": str(notes), **RUN}
     llmsparse.prune(output=str(tmp_path / "out"), **keys)
@@ -235,7 +235,7 @@ def test_little_memory_for_statistics_means_more_passes_and_the_same_bytes(
 ) -> None:
     keys = {"model": str(model), "method": "sparsegpt", "sparsity": 0.5, "calibration": str(notes), **RUN}
     llmsparse.prune(output=str(tmp_path / "one" / "out"), **keys)
-    monkeypatch.setattr("llmsparse.planning.STATISTICS_SHARE", 1e-12)
+    monkeypatch.setattr("llmsparse.pruning.plan.STATISTICS_SHARE", 1e-12)
     llmsparse.prune(output=str(tmp_path / "many" / "out"), **keys)
     one, many = tensors(tmp_path / "one" / "out"), tensors(tmp_path / "many" / "out")
     assert all(torch.equal(one[key], many[key]) for key in one)
@@ -441,7 +441,7 @@ NEW_METHOD = """
 from dataclasses import dataclass
 import torch
 from llmsparse.pruners.protocol import Pruned
-from llmsparse.stats import InputNorm
+from llmsparse.sparsity.stats import InputNorm
 
 @dataclass(frozen=True)
 class Loudest:

@@ -11,8 +11,8 @@ import pytest
 from sparse import assert_same_tensors
 
 import llmsparse
-from llmsparse.cli import main
-from llmsparse.packed import RECORD, PackedCheckpoint
+from llmsparse.cli.app import main
+from llmsparse.packing.folder import RECORD, PackedCheckpoint
 
 SMALL: dict[str, Any] = {
     "method": "wanda",
@@ -58,7 +58,9 @@ def test_the_result_is_the_dense_one_packed(model: str, here: Path, capsys: pyte
     assert "ratio" in (here / told["output"] / "README.md").read_text()
 
 
-@pytest.mark.parametrize("step", ["llmsparse.pipeline.select", "llmsparse.packing.Selection._write_side_files"])
+@pytest.mark.parametrize(
+    "step", ["llmsparse.pruning.pipeline.select", "llmsparse.packing.pack.Selection._write_side_files"]
+)
 def test_a_run_that_stops_while_packing_resumes_to_the_same_bytes(
     step: str, model: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,7 +89,7 @@ def test_a_new_run_does_not_trust_what_an_unfinished_one_left(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("llmsparse.pipeline.select", interrupt)
+        patched.setattr("llmsparse.pruning.pipeline.select", interrupt)
         assert main(["prune", model, "--sparsity", "0.6", "--format", "packed", "-o", "out", *FLAGS]) == 130
     shards = [*FLAGS, "max_shard_size=20KB", "--overwrite"]
     assert main(["prune", model, "--sparsity", "0.7", "--format", "packed", "-o", "out", *shards]) == 0

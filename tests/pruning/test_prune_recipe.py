@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmsparse import recipe_file
 from llmsparse.errors import RecipeError
-from llmsparse.patterns import NofM, Unstructured
 from llmsparse.pruners import PRUNERS, DSnoT, Magnitude, SparseGPT, Wanda
-from llmsparse.recipe import Recipe, parse_sparsity
+from llmsparse.pruning.recipe import Recipe, parse_sparsity
+from llmsparse.runs import recipe_file
+from llmsparse.sparsity.patterns import NofM, Unstructured
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from llmsparse.report import BlockRecord, Report, Row
+from llmsparse.pruning.report import BlockRecord, Report, Row
 
 
 def report(before: float = 10.0, after: float = 11.0, **protocol: Any) -> Report:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from llmsparse.errors import RecipeError
-from llmsparse.model import Weight
-from llmsparse.selection import select
+from llmsparse.models.streamed import Weight
+from llmsparse.pruning.selection import select
 
 
 def weight(name: str, prunable: bool = True) -> Weight:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, MambaConfig
 
-from llmsparse.checkpoint import CheckpointReader
-from llmsparse.device import choose_device, choose_dtype, full_float32, split_batches, window_length
 from llmsparse.errors import MachineError, RecipeError
+from llmsparse.runs.device import choose_device, choose_dtype, full_float32, split_batches, window_length
+from llmsparse.storage.checkpoint import CheckpointReader
 
 CPU = torch.device("cpu")
 

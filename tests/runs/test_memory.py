@@ -13,7 +13,7 @@ import numpy
 import pytest
 import torch
 
-from llmsparse.memory import PeakMemory, anonymous_bytes
+from llmsparse.runs.memory import PeakMemory, anonymous_bytes
 
 MIB = 2**20
 
@@ -69,7 +69,7 @@ def test_a_3_gb_checkpoint_in_one_shard_is_pruned_with_half_of_it(
     """Written block by block, so that the test needs no more memory than the run."""
     from transformers import AutoConfig
 
-    from llmsparse.checkpoint import CheckpointWriter
+    from llmsparse.storage.checkpoint import CheckpointWriter
 
     model = tiny_llama(tmp_path / "model", hidden=2048, ffn=8192, layers=1, dtype=torch.bfloat16)
     config = AutoConfig.from_pretrained(model)

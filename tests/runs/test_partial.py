@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from llmsparse.disk import check_room, spell_size
 from llmsparse.errors import CheckpointError, LlmsparseError, MachineError, RecipeError
-from llmsparse.output import STATE, PartialOutput, check_output, held_bytes
+from llmsparse.runs.partial import STATE, PartialOutput, check_output, held_bytes
+from llmsparse.storage.disk import check_room, spell_size
 
 FINGERPRINT: dict[str, Any] = {"recipe": {"method": "wanda"}, "model": {"size": 7}, "seed": 0}
 
@@ -303,7 +303,7 @@ def test_output_below_a_file(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from llmsparse.output import PartialOutput
+from llmsparse.runs.partial import PartialOutput
 with PartialOutput(Path(sys.argv[1]), fingerprint={"seed": 0}, resume=False, overwrite=True) as partial:
     partial.journal("block 0", {})
     print("started", flush=True)
@@ -334,7 +334,7 @@ def test_second_run_is_told_of_the_first_until_that_dies(tmp_path: Path) -> None
 CRASH = """
 import os, sys
 from pathlib import Path
-from llmsparse.output import PartialOutput
+from llmsparse.runs.partial import PartialOutput
 
 out, moment = Path(sys.argv[1]), int(sys.argv[2])
 left = moment
@@ -426,5 +426,5 @@ def test_crash_before_a_run_has_noted_anything_is_no_run(tmp_path: Path) -> None
 
 
 def test_importing_it_does_not_import_torch() -> None:
-    script = "import sys, llmsparse.output; sys.exit('torch' in sys.modules)"
+    script = "import sys, llmsparse.runs.partial; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], env=os.environ).returncode == 0

@@ -15,14 +15,15 @@ from architectures import random_model, tiny_config
 from safetensors.torch import load_file, save_file
 
 import llmsparse
-from llmsparse import planning, source
-from llmsparse.cli import main
+from llmsparse.cli.app import main
 from llmsparse.errors import MachineError, RecipeError
-from llmsparse.factorization import planning as factor_planning
+from llmsparse.factorization import plan as factor_planning
 from llmsparse.factorization.recipe import FactorRecipe
-from llmsparse.output import held_bytes
-from llmsparse.progress import Silent
-from llmsparse.recipe import Recipe
+from llmsparse.models.origin import fingerprint
+from llmsparse.pruning import plan as planning
+from llmsparse.pruning.recipe import Recipe
+from llmsparse.runs.partial import held_bytes
+from llmsparse.runs.progress import Silent
 
 SMALL = ["--calibration-samples", "6"]
 EXPERTS = ["--experts", "4", "--shared", "1", "--active", "1", "--router-steps", "5"]
@@ -119,11 +120,11 @@ def test_a_resume_with_an_edited_config_is_refused(verb: str, tiny_llama: Callab
 def test_code_counts_only_where_it_is_run(tmp_path: Path) -> None:
     for name in ("config.json", "modeling_mine.py", "notes.txt"):
         (tmp_path / name).write_text(name)
-    assert list(source.fingerprint(tmp_path)) == ["config.json"]
-    before = source.fingerprint(tmp_path, trust_remote_code=True)
+    assert list(fingerprint(tmp_path)) == ["config.json"]
+    before = fingerprint(tmp_path, trust_remote_code=True)
     assert list(before) == ["config.json", "modeling_mine.py"]
     (tmp_path / "modeling_mine.py").write_text("changed")
-    assert source.fingerprint(tmp_path, trust_remote_code=True) != before
+    assert fingerprint(tmp_path, trust_remote_code=True) != before
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -135,10 +136,12 @@ def test_the_room_of_an_unfinished_run_is_not_asked_for_twice(
     plan = prune_plan if verb == "prune" else factor_plan
     held = held_bytes(here / "out")
     needed = plan(model, resume=True).to_json()["bytes_to_write"]
-    monkeypatch.setattr("llmsparse.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=10**6 + needed - held // 2))
+    monkeypatch.setattr(
+        "llmsparse.storage.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=10**6 + needed - held // 2)
+    )
     for how in ({"resume": True}, {"overwrite": True}):
         plan(model, **how)
-    monkeypatch.setattr("llmsparse.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr("llmsparse.storage.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(MachineError, match=r"elsewhere needs .* [kM]B and its disk has 1\.00 kB free"):
         plan(model, output="elsewhere")
 

@@ -9,8 +9,8 @@ import pytest
 
 from llmsparse.errors import RecipeError
 from llmsparse.factorization.recipe import FactorRecipe
-from llmsparse.recipe import Recipe
-from llmsparse.run_recipe import RunRecipe, from_arguments, refuse_both
+from llmsparse.pruning.recipe import Recipe
+from llmsparse.runs.recipe import RunRecipe, from_arguments, refuse_both
 from llmsparse.tuning.recipe import TuneRecipe
 
 Kind = type[RunRecipe]

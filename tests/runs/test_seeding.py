@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmsparse.seeding import generator_for
+from llmsparse.runs.seeding import generator_for
 
 
 def draw(generator: torch.Generator) -> int:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from llmsparse import recipe_file
-from llmsparse.cli_recipes import purpose
-from llmsparse.patterns import NofM
-from llmsparse.pipeline import prune
-from llmsparse.recipe import Recipe
+from llmsparse.cli.recipes import purpose
+from llmsparse.pruning.pipeline import prune
+from llmsparse.pruning.recipe import Recipe
+from llmsparse.runs import recipe_file
+from llmsparse.sparsity.patterns import NofM
 
 NAMES = list(recipe_file.shipped())
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from llmsparse.api_request import CHAT, COMPLETION, GREEDY, NEW_TOKENS, RefusedError, Served, checked
+from llmsparse.serving.request import CHAT, COMPLETION, GREEDY, NEW_TOKENS, RefusedError, Served, checked
 
 
 def served(context: int = 100, sampling: dict[str, Any] | None = None) -> Served:

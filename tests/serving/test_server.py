@@ -21,7 +21,7 @@ import openai
 import pytest
 
 import llmsparse
-from llmsparse.cli import main
+from llmsparse.cli.app import main
 
 KEY = "correct-horse"
 TEMPLATE = (

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmsparse.errors import NumericalError, PatternError
-from llmsparse.patterns import NofM, Pattern, Unstructured, parse_pattern
+from llmsparse.sparsity.patterns import NofM, Pattern, Unstructured, parse_pattern
 
 SCOPES = ("row", "matrix")
 sizes = st.integers(1, 12)

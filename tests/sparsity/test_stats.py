@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmsparse.errors import NumericalError
-from llmsparse.stats import Gram, InputMoments, InputNorm, Statistic, combine
+from llmsparse.sparsity.stats import Gram, InputMoments, InputNorm, Statistic, combine
 
 CPU = torch.device("cpu")
 KINDS = (InputNorm, InputMoments, Gram)

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 
-from llmsparse import checkpoint
-from llmsparse.checkpoint import INDEX, SINGLE, CheckpointReader, CheckpointWriter, parse_size
 from llmsparse.errors import CheckpointError, MachineError, RecipeError
-from llmsparse.shard import DTYPES
+from llmsparse.storage import checkpoint
+from llmsparse.storage.checkpoint import INDEX, SINGLE, CheckpointReader, CheckpointWriter, parse_size
+from llmsparse.storage.shard import DTYPES
 
 DATA = {"format": "pt"}
 
@@ -193,7 +193,7 @@ def test_copies_any_size_in_constant_memory(tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 import torch
-from llmsparse.checkpoint import CheckpointReader, CheckpointWriter
+from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 source, target = map(Path, sys.argv[1:])
 reader = CheckpointReader(source)

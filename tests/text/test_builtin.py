@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from llmsparse import texts
-from llmsparse.demo import corpus
 from llmsparse.errors import MachineError
+from llmsparse.text import builtin as corpus
+from llmsparse.text import sources as texts
 
 
 def read(purpose: texts.Purpose) -> list[str]:

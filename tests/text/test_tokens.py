@@ -11,9 +11,10 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from llmsparse import calibration, tokens
-from llmsparse.texts import Texts
-from llmsparse.tokens import special_tokens, tokenize
+from llmsparse.text import tokens
+from llmsparse.text import windows as calibration
+from llmsparse.text.sources import Texts
+from llmsparse.text.tokens import special_tokens, tokenize
 
 LLAMA3 = r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 import llmsparse
-from llmsparse.calibration import Windows, load_evaluation, load_windows
 from llmsparse.errors import CalibrationError, LlmsparseError, MachineError
+from llmsparse.text.windows import Windows, load_evaluation, load_windows
 
 SEQ = 16
 
@@ -282,7 +282,7 @@ def put_in_hub_cache(home: Path, name: str, revision: str, file: str, content: b
 def test_pinned_files_in_the_hub_cache_are_used_offline(tmp_path: Path, tokenizer_folder: Path) -> None:
     from pyarrow import BufferOutputStream, parquet, table
 
-    from llmsparse.texts import C4, C4_FILES, WIKITEXT, WIKITEXT_FILES
+    from llmsparse.text.sources import C4, C4_FILES, WIKITEXT, WIKITEXT_FILES
 
     for which in ("calibration", "evaluation"):
         documents = "\n".join(json.dumps({"text": f"document {i} of {which} " * 30, "url": "u"}) for i in range(50))
@@ -293,7 +293,7 @@ def test_pinned_files_in_the_hub_cache_are_used_offline(tmp_path: Path, tokenize
     code = f"""
 import json
 from transformers import AutoTokenizer
-from llmsparse.calibration import load_evaluation, load_windows
+from llmsparse.text.windows import load_evaluation, load_windows
 tokenizer = AutoTokenizer.from_pretrained({str(tokenizer_folder)!r})
 c4 = load_windows("c4", tokenizer, seq_len=16, samples=8, seed=0, held_out=4)
 wiki = load_evaluation("wikitext2", tokenizer, seq_len=16)

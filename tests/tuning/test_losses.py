@@ -24,7 +24,7 @@ from llmsparse.tuning.losses import (
 )
 from llmsparse.tuning.pair import Pair
 from llmsparse.tuning.pipeline import load_pair
-from llmsparse.tuning.planning import TunePlan, make_plan
+from llmsparse.tuning.plan import TunePlan, make_plan
 from llmsparse.tuning.recipe import TuneRecipe
 from llmsparse.tuning.trainable import Trainable
 from llmsparse.tuning.training import losses

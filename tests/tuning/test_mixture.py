@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import llmsparse
 from llmsparse.factorization.router import top
 from llmsparse.tuning.pipeline import load_pair
-from llmsparse.tuning.planning import make_plan
+from llmsparse.tuning.plan import make_plan
 from llmsparse.tuning.recipe import TuneRecipe
 
 CASES: list[tuple[str, str, int, int, str]] = [  # source, container, shared, active, blocks kept dense

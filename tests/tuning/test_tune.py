@@ -22,13 +22,13 @@ import yaml
 from safetensors.torch import load_file
 
 import llmsparse
-from llmsparse import recipe_file
-from llmsparse.cli import main
+from llmsparse.cli.app import main
 from llmsparse.errors import CalibrationError, CheckpointError, MachineError, NumericalError, RecipeError
-from llmsparse.output import held_bytes
-from llmsparse.progress import Silent
-from llmsparse.tuning import planning
-from llmsparse.tuning.planning import make_plan
+from llmsparse.runs import recipe_file
+from llmsparse.runs.partial import held_bytes
+from llmsparse.runs.progress import Silent
+from llmsparse.tuning import plan as planning
+from llmsparse.tuning.plan import make_plan
 from llmsparse.tuning.recipe import TuneRecipe
 from llmsparse.tuning.training import rate_at
 
@@ -151,7 +151,7 @@ def test_the_room_of_an_unfinished_run_is_not_asked_for_twice(
     with pytest.raises(KeyboardInterrupt):
         llmsparse.tune(recipe, progress=StopsAtStep(3))
     free = 10**6 + make_plan(recipe, resume=True).bytes_to_write - held_bytes(tmp_path / "out") // 2
-    monkeypatch.setattr("llmsparse.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr("llmsparse.storage.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     make_plan(recipe, resume=True)
     with pytest.raises(MachineError, match=r"elsewhere needs .*B and its disk has"):
         make_plan(recipe.replace(output=str(tmp_path / "elsewhere")))

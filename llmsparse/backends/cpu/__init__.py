@@ -12,8 +12,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from llmsparse.cpu.library import DTYPES, kernel_rows, kernels, library, why_not
-from llmsparse.cpu.weight import CpuWeight, prepare
+from llmsparse.backends.cpu.library import DTYPES, kernel_rows, kernels, library, why_not
+from llmsparse.backends.cpu.weight import CpuWeight, prepare
 
 __all__ = ["CpuWeight", "expand", "kernel_rows", "kernels", "matvec", "prepare", "why_not"]
 

@@ -14,8 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from llmsparse.cpu.kernel_library import KernelLibrary
-from llmsparse.cpu.library import DTYPES
+from llmsparse.backends.cpu.kernel_library import KernelLibrary
+from llmsparse.backends.cpu.library import DTYPES
 from llmsparse.errors import RecipeError
 
 SIGNATURES = {

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llmsparse.cpu.build import BuildError, load, openmp_runtime
+from llmsparse.backends.cpu.build import BuildError, load, openmp_runtime
 from llmsparse.errors import MachineError
 
 HERE = Path(__file__).parent

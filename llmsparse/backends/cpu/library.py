@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from llmsparse.cpu.kernel_library import KernelLibrary
+from llmsparse.backends.cpu.kernel_library import KernelLibrary
 from llmsparse.errors import RecipeError
 
 DTYPES = {torch.bfloat16: 2, torch.float32: 4}  # as enum { BF16, FP32 } of floats.h

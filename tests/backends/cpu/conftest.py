@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from llmsparse.cpu import why_not
+from llmsparse.backends.cpu import why_not
 
 if reason := why_not():
     pytest.skip(f"no CPU kernels here: {reason}", allow_module_level=True)

@@ -11,7 +11,7 @@ GUARDED = """
 import ctypes, mmap, sys
 from dataclasses import replace
 import torch
-from llmsparse.cpu import CpuWeight, expand, kernels, matvec, prepare
+from llmsparse.backends.cpu import CpuWeight, expand, kernels, matvec, prepare
 from llmsparse.formats.bitmask import Bitmask
 
 libc = ctypes.CDLL(None, use_errno=True)

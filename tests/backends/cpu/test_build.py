@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llmsparse.cpu import build
-from llmsparse.cpu.library import LIBRARY
+from llmsparse.backends.cpu import build
+from llmsparse.backends.cpu.library import LIBRARY
 
 LOAD = f"""
 import runpy, sys
@@ -20,7 +20,7 @@ print(load(*map(Path, {[str(path) for path in LIBRARY.sources]!r})).kernel_fits(
 """
 WITHOUT = """
 import torch
-from llmsparse.cpu import prepare, why_not
+from llmsparse.backends.cpu import prepare, why_not
 from llmsparse.formats.bitmask import Bitmask
 print(why_not())
 prepare(Bitmask.pack(torch.ones(2, 2)))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sparse_weights import n_of_m, sparse
 
-from llmsparse.cpu import expand, matvec, prepare
+from llmsparse.backends.cpu import expand, matvec, prepare
 from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.formats.bitmask import Bitmask
 

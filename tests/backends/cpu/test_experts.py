@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from llmsparse.cpu.experts import experts, gated, kernels
+from llmsparse.backends.cpu.experts import experts, gated, kernels
 from llmsparse.errors import RecipeError
 
 BF16, FP32 = torch.bfloat16, torch.float32

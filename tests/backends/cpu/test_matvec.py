@@ -11,7 +11,7 @@ from sparse_weights import n_of_m, sparse
 from torch import Tensor
 from torch.nn.functional import linear
 
-from llmsparse.cpu import CpuWeight, expand, kernel_rows, kernels, matvec, prepare
+from llmsparse.backends.cpu import CpuWeight, expand, kernel_rows, kernels, matvec, prepare
 from llmsparse.formats.bitmask import Bitmask
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llmsparse.cpu import build
-from llmsparse.cpu.kernel_library import HERE
+from llmsparse.backends.cpu import build
+from llmsparse.backends.cpu.kernel_library import HERE
 
 FLAGS = ("-O1", "-g", "-std=gnu11", "-fno-strict-aliasing", "-fopenmp", "-Wall", "-Wextra", "-Werror")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from sparse_weights import sparse
 
-from llmsparse.cpu import expand, kernels, matvec, prepare
-from llmsparse.cpu.library import library
+from llmsparse.backends.cpu import expand, kernels, matvec, prepare
+from llmsparse.backends.cpu.library import library
 from llmsparse.formats.bitmask import Bitmask
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -20,7 +20,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 ONE_POOL = """
 import os, re, sys
 import torch
-from llmsparse.cpu import expand, matvec, prepare
+from llmsparse.backends.cpu import expand, matvec, prepare
 from llmsparse.formats.bitmask import Bitmask
 
 def threads(): return len(os.listdir("/proc/self/task"))

@@ -1,0 +1,1 @@
+"""Speed side by side with dense, and what can run on this machine."""

@@ -1,0 +1,1 @@
+"""The embedded model, and what there is to see with it."""

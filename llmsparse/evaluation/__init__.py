@@ -1,0 +1,1 @@
+"""Perplexity, streamed block by block."""

@@ -1,0 +1,1 @@
+"""A checkpoint without its zeros, and back, bit for bit."""

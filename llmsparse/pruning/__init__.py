@@ -1,0 +1,1 @@
+"""The verb `prune`: recipe, plan, pipeline, one block, report."""

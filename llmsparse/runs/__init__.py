@@ -1,0 +1,1 @@
+"""What every run shares: recipe, plan, partial output and its journal, report, progress."""

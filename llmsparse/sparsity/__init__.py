@@ -1,0 +1,1 @@
+"""Patterns, which say what is kept, and statistics, which say what matters."""

@@ -1,0 +1,1 @@
+"""Safetensors in and out, tensor by tensor; writes that survive a power cut."""

@@ -1,0 +1,1 @@
+"""Text → windows of token ids."""

@@ -31,8 +31,8 @@ from llmsparse.factorization.block import PROFILE_TOKENS, draw
 from llmsparse.factorization.clustering import assign
 from llmsparse.factorization.ffn import FFN
 from llmsparse.factorization.oracle import greedy
-from llmsparse.factorization.plan import FactorPlan, make_plan
-from llmsparse.factorization.recipe import FactorRecipe
+from llmsparse.factorization.plan import FactorizePlan, make_plan
+from llmsparse.factorization.recipe import FactorizeRecipe
 from llmsparse.factorization.refit import refit, routed_hidden
 from llmsparse.factorization.router import expert_outputs, tokens_at_once, top
 from llmsparse.factorization.split import Layout, Split, clustered
@@ -139,7 +139,7 @@ def perplexity(model: Any, windows: Tensor) -> float:
 
 
 @torch.no_grad()
-def in_memory(plan: FactorPlan, layout: Layout, method: str) -> float:
+def in_memory(plan: FactorizePlan, layout: Layout, method: str) -> float:
     """Perplexity on the held-out windows, each layer converted behind the ones before it."""
     model = AutoModelForCausalLM.from_pretrained(plan.folder, dtype=torch.float32)
     generator = torch.Generator().manual_seed(plan.recipe.seed)
@@ -162,7 +162,7 @@ def sweep(model: str, text: str, seeds: list[int]) -> Iterator[Result]:
     with tempfile.TemporaryDirectory() as folder:
         common = {"model": model, "device": "cpu", "calibration_samples": WINDOWS, "output": str(Path(folder) / "out")}
         for seed in seeds:
-            plan = make_plan(FactorRecipe(**common, calibration=text, seq_len=SEQ_LEN, seed=seed), overwrite=True)
+            plan = make_plan(FactorizeRecipe(**common, calibration=text, seq_len=SEQ_LEN, seed=seed), overwrite=True)
             held_out, tokens = plan.windows.held_out, Path(folder) / "tokens.safetensors"
             save_file({"input_ids": torch.cat([plan.windows.ids, held_out])}, tokens)  # read once, the same for all
             dense = perplexity(AutoModelForCausalLM.from_pretrained(plan.folder, dtype=torch.float32), held_out)

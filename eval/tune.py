@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import llmsparse
-from llmsparse.factorization.recipe import FactorRecipe
+from llmsparse.factorization.recipe import FactorizeRecipe
 from llmsparse.tuning.recipe import TuneRecipe
 
 RESULTS = Path(__file__).parent / "results" / "tune.csv"
@@ -63,7 +63,7 @@ def run(model: str, text: str, seed: int, kinds: list[str]) -> list[Result]:
     with tempfile.TemporaryDirectory() as scratch:
         moe = f"{scratch}/moe"
         common = {"output": moe, "calibration": text, "seed": str(seed), "device": "cpu"}
-        llmsparse.factorize(FactorRecipe.load(RECIPE, {"model": model, **common}))
+        llmsparse.factorize(FactorizeRecipe.load(RECIPE, {"model": model, **common}))
         dense, before = measure(model, text), measure(moe, text)
         for train in kinds:
             recipe = TuneRecipe(

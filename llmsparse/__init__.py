@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from llmsparse.evaluation.perplexity import Perplexity as Perplexity
     from llmsparse.evaluation.perplexity import perplexity as perplexity
     from llmsparse.factorization.pipeline import factorize as factorize
-    from llmsparse.factorization.recipe import FactorRecipe as FactorRecipe
-    from llmsparse.factorization.report import FactorReport as FactorReport
+    from llmsparse.factorization.recipe import FactorizeRecipe as FactorizeRecipe
+    from llmsparse.factorization.report import FactorizeReport as FactorizeReport
     from llmsparse.inference.experts_interface import fuse as fuse
     from llmsparse.inference.explain import Explanation as Explanation
     from llmsparse.inference.explain import explain as explain
@@ -47,11 +47,11 @@ if TYPE_CHECKING:
     from llmsparse.packing.unpack import Unpacking as Unpacking
     from llmsparse.packing.unpack import unpack as unpack
     from llmsparse.pruning.pipeline import prune as prune
-    from llmsparse.pruning.plan import Plan as Plan
+    from llmsparse.pruning.plan import PrunePlan as PrunePlan
     from llmsparse.pruning.plan import plan as plan
-    from llmsparse.pruning.recipe import Recipe as Recipe
+    from llmsparse.pruning.recipe import PruneRecipe as PruneRecipe
     from llmsparse.pruning.recipe import Rule as Rule
-    from llmsparse.pruning.report import Report as Report
+    from llmsparse.pruning.report import PruneReport as PruneReport
     from llmsparse.tuning.pipeline import tune as tune
     from llmsparse.tuning.recipe import TuneRecipe as TuneRecipe
     from llmsparse.tuning.report import TuneReport as TuneReport
@@ -63,15 +63,15 @@ _ERRORS = (
 _LAZY = {  # name → the module it stands in
     "Diagnosis": "benchmark.doctor",
     "Explanation": "inference.explain",
-    "FactorRecipe": "factorization.recipe",
-    "FactorReport": "factorization.report",
+    "FactorizeRecipe": "factorization.recipe",
+    "FactorizeReport": "factorization.report",
     "Generation": "inference.generate",
     "Inspection": "packing.inspect",
     "Packing": "packing.report",
     "Perplexity": "evaluation.perplexity",
-    "Plan": "pruning.plan",
-    "Recipe": "pruning.recipe",
-    "Report": "pruning.report",
+    "PrunePlan": "pruning.plan",
+    "PruneRecipe": "pruning.recipe",
+    "PruneReport": "pruning.report",
     "Rule": "pruning.recipe",
     "SparseConfig": "inference.quantizer",
     "TuneRecipe": "tuning.recipe",
@@ -91,10 +91,19 @@ _LAZY = {  # name → the module it stands in
     "unpack": "packing.unpack",
 }
 
+_FORMER = {  # names of version 0.1, for one version more
+    "FactorRecipe": "FactorizeRecipe",
+    "FactorReport": "FactorizeReport",
+    "Plan": "PrunePlan",
+    "Recipe": "PruneRecipe",
+    "Report": "PruneReport",
+}
+
 __all__ = ["__version__", *sorted([error.__name__ for error in _ERRORS] + [*_LAZY])]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    name = _FORMER.get(name, name)
     if name not in _LAZY:
         raise AttributeError(f"module 'llmsparse' has no attribute {name!r}")
     return getattr(import_module(f"llmsparse.{_LAZY[name]}"), name)

@@ -12,14 +12,14 @@ import pytest
 import llmsparse
 from llmsparse.errors import RecipeError
 from llmsparse.evaluation.perplexity import perplexity_of
-from llmsparse.factorization.recipe import FactorRecipe
-from llmsparse.pruning.recipe import Recipe
+from llmsparse.factorization.recipe import FactorizeRecipe
+from llmsparse.pruning.recipe import PruneRecipe
 
 SMALL: dict[str, Any] = {"calibration": "builtin", "calibration_samples": 4, "seq_len": 32, "device": "cpu"}
 VERBS = [
-    (llmsparse.prune, Recipe(model="m", sparsity=0.5)),
-    (llmsparse.plan, Recipe(model="m", sparsity=0.5)),
-    (llmsparse.factorize, FactorRecipe(model="m")),
+    (llmsparse.prune, PruneRecipe(model="m", sparsity=0.5)),
+    (llmsparse.plan, PruneRecipe(model="m", sparsity=0.5)),
+    (llmsparse.factorize, FactorizeRecipe(model="m")),
 ]
 
 

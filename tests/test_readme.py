@@ -15,7 +15,7 @@ from urllib.request import urlopen
 import pytest
 
 from llmsparse.cli.app import main
-from llmsparse.pruning.recipe import Recipe
+from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.sparsity.patterns import NofM, Unstructured
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -90,7 +90,7 @@ def test_the_python_examples_run(folder: Path, capsys: pytest.CaptureFixture[str
 def test_the_rules_are_those_that_the_comments_say(tmp_path: Path) -> None:
     (example,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
     (tmp_path / "rules.yaml").write_text(example)
-    recipe = Recipe.load(tmp_path / "rules.yaml", {"model": "m"})
+    recipe = PruneRecipe.load(tmp_path / "rules.yaml", {"model": "m"})
     assert recipe.pattern_for("a.up_proj") == NofM(2, 4) and recipe.method_for("a.up_proj") == "sparsegpt"
     assert recipe.pattern_for("a.down_proj") == Unstructured(0.7, "row") and recipe.method_for("a.down_proj") == "alps"
 

@@ -54,7 +54,7 @@ def why_not(backend: str, spec: WeightSpec) -> str | None:
     return BACKENDS[backend].why_not(spec)
 
 
-def choose(
+def choose_backend(
     weight: str, spec: WeightSpec, packed_bytes: int, *, backend: str = AUTO, optimize: str = "memory"
 ) -> Choice:
     """What runs a weight called `weight`. MachineError where a named backend cannot run it here."""

@@ -25,7 +25,7 @@ Span = tuple[float, float]  # both ends included
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """In this region the backend beats dense: `speedup` is the least that was measured for one token."""
 
     backend: str
@@ -51,7 +51,7 @@ class Row:
         )
 
 
-def matching(spec: WeightSpec) -> list[Row]:
+def matching(spec: WeightSpec) -> list[Measurement]:
     """Rows that cover a weight: the user's first, then by the device they name, the most specific first."""
     kinds = device_kinds(spec.device)
     tables = (read(user_file()), shipped())
@@ -60,7 +60,7 @@ def matching(spec: WeightSpec) -> list[Row]:
 
 
 @cache
-def shipped() -> list[Row]:
+def shipped() -> list[Measurement]:
     """The table that comes with llmsparse."""
     return read(SHIPPED)
 
@@ -71,7 +71,7 @@ def user_file() -> Path:
     return Path(cache_folder).expanduser() / "llmsparse" / "backends.json"
 
 
-def save(rows: Iterable[Row], lost: Iterable[Row] = ()) -> Path:
+def save(rows: Iterable[Measurement], lost: Iterable[Measurement] = ()) -> Path:
     """Put rows into the user's table, in place of those that they say something new about; returns the file. Rows that
     say the same as one of `lost`, found not to be so, are taken out."""
     file, new = user_file(), list(rows)
@@ -85,7 +85,7 @@ def save(rows: Iterable[Row], lost: Iterable[Row] = ()) -> Path:
     return file
 
 
-def read(file: Path) -> list[Row]:
+def read(file: Path) -> list[Measurement]:
     """The rows of a table; none where there is no file. RecipeError for one that is damaged."""
     try:
         content = json.loads(file.read_bytes())
@@ -127,12 +127,12 @@ def cpu_info() -> tuple[str, ...]:
         return ()
 
 
-def _place(row: Row) -> tuple[Any, ...]:
+def _place(row: Measurement) -> tuple[Any, ...]:
     return tuple(
-        getattr(row, field.name) for field in fields(Row) if field.name not in ("speedup", "measured", "tokens")
+        getattr(row, field.name) for field in fields(Measurement) if field.name not in ("speedup", "measured", "tokens")
     )
 
 
-def _row(content: dict[str, Any]) -> Row:
+def _row(content: dict[str, Any]) -> Measurement:
     spans: dict[str, Any] = {name: tuple(map(float, content[name])) for name in ("sparsity", "rows", "columns")}
-    return Row(**content | spans)
+    return Measurement(**content | spans)

@@ -23,7 +23,7 @@ from llmsparse.benchmark.report import DENSE, MixtureMeasured, Speed, Speeds
 from llmsparse.benchmark.timing import Call, cache_bytes, copies_for, side_by_side
 from llmsparse.inference.experts_interface import run_by
 from llmsparse.inference.fused_experts import NAME, most_tokens, why_not
-from llmsparse.models.empty_model import build
+from llmsparse.models.empty_model import build_empty
 from llmsparse.models.origin import BUILTIN, load_config
 from llmsparse.runs.device import DTYPES
 
@@ -33,7 +33,7 @@ WINDOWS = 16  # of the random text, each as long as the largest batch
 
 
 @dataclass(frozen=True)
-class Mixture:
+class MixtureWorkload:
     """The FFN of a block that is a mixture, standing for `count`."""
 
     name: str
@@ -62,7 +62,7 @@ class Mixture:
         return self.experts.down_proj.shape[0] * self.experts.down_proj.shape[2] + shared
 
 
-def mixtures(model: Any, tokens: int) -> list[Mixture]:
+def mixtures(model: Any, tokens: int) -> list[MixtureWorkload]:
     """One for each shape among the blocks of a loaded model whose experts can run fused; `tokens`: of the largest batch."""
     found: dict[tuple[Any, ...], tuple[str, int]] = {}
     for name, module in model.named_modules():
@@ -73,13 +73,13 @@ def mixtures(model: Any, tokens: int) -> list[Mixture]:
             found[key] = (first, count + 1)
     inputs = _inputs(model, [name for name, _ in found.values()], tokens)
     return [
-        Mixture(name, count, model.get_submodule(name), _experts_of(model.get_submodule(name)), inputs[name])
+        MixtureWorkload(name, count, model.get_submodule(name), _experts_of(model.get_submodule(name)), inputs[name])
         for name, count in found.values()
     ]
 
 
-def measure_mixture(
-    mixture: Mixture, batches: Sequence[int], device: torch.device, bandwidth: float, seconds: float
+def time_mixture(
+    mixture: MixtureWorkload, batches: Sequence[int], device: torch.device, bandwidth: float, seconds: float
 ) -> MixtureMeasured:
     """The mixture by each implementation and the dense FFN, by turns."""
     weight, cache = mixture.experts.down_proj, cache_bytes(device)
@@ -119,7 +119,7 @@ def measure_mixture(
 def has_experts(folder: Path, trust_remote_code: bool) -> bool:
     """Whether transformers runs experts of this model through its interface; no weight is read."""
     config = load_config(folder, trust_remote_code)
-    model = build(config, torch.device("cpu"), torch.float32, trust_remote_code)
+    model = build_empty(config, torch.device("cpu"), torch.float32, trust_remote_code)
     return any(hasattr(module, "is_transposed") for module in model.modules())
 
 
@@ -134,7 +134,7 @@ def dense_source(folder: Path) -> str | None:
 
 
 def _calls(
-    mixture: Mixture, x: Tensor, names: Sequence[str], read: dict[str, int], cache: int
+    mixture: MixtureWorkload, x: Tensor, names: Sequence[str], read: dict[str, int], cache: int
 ) -> dict[str, list[Call]]:
     """x (windows, batch, width). Candidates start at copies of their own, so that none finds what another has read."""
     calls: dict[str, list[Call]] = {}
@@ -160,7 +160,7 @@ def _experts_of(block: nn.Module) -> Any:
     return next(module for module in block.modules() if hasattr(module, "is_transposed"))
 
 
-def _touched(mixture: Mixture, x: Tensor) -> int:
+def _touched(mixture: MixtureWorkload, x: Tensor) -> int:
     """How many experts a batch (tokens, width) chooses."""
     chosen: list[Tensor] = []
 

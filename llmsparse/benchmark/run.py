@@ -15,9 +15,9 @@ import torch
 
 from llmsparse.backends import BACKENDS, WeightSpec, table
 from llmsparse.backends.choice import check_names, why_not
-from llmsparse.backends.table import Row, device_kinds
+from llmsparse.backends.table import Measurement, device_kinds
 from llmsparse.benchmark.decoding import Decoding, decode
-from llmsparse.benchmark.mixtures import STOCK, Mixture, dense_source, has_experts, measure_mixture, mixtures
+from llmsparse.benchmark.mixtures import STOCK, MixtureWorkload, dense_source, has_experts, mixtures, time_mixture
 from llmsparse.benchmark.report import DENSE, GAIN, Benchmark, Measured, MixtureMeasured, Speed, Speeds
 from llmsparse.benchmark.timing import cache_bytes, copies_for, copy_bandwidth, side_by_side
 from llmsparse.benchmark.workloads import Workload, of_model, of_shapes
@@ -26,7 +26,7 @@ from llmsparse.formats.bitmask import Bitmask
 from llmsparse.formats.slicing import moved
 from llmsparse.inference.fused_experts import NAME
 from llmsparse.inference.load import load_model
-from llmsparse.models.origin import is_packed, read_config, resolve
+from llmsparse.models.origin import fetch_model, is_packed, read_config
 from llmsparse.runs.device import DTYPES, choose_device
 from llmsparse.runs.progress import Progress, Silent
 from llmsparse.version import __version__
@@ -72,8 +72,8 @@ def bench(
         check_names(backend, "memory")
     progress, place = progress or Silent(), choose_device(device)
     names = list(BACKENDS) if backend == ALL else list(dict.fromkeys((DENSE, backend)))
-    folder = None if model is None else resolve(model, revision)
-    mixed: list[Mixture] = []
+    folder = None if model is None else fetch_model(model, revision)
+    mixed: list[MixtureWorkload] = []
     if folder is not None:
         if backend == ALL and _is_mixture(folder, trust_remote_code):
             loaded = load_model(folder, device=place, experts=STOCK[0], trust_remote_code=trust_remote_code)
@@ -95,10 +95,10 @@ def bench(
         progress.start(len(workloads) + len(mixed))
         for workload in workloads:
             progress.block(workload.name)
-            measured.append(measure(workload, names, sizes, place, cache, bandwidth, seconds))
+            measured.append(time_weight(workload, names, sizes, place, cache, bandwidth, seconds))
         for mixture in mixed:
             progress.block(mixture.name)
-            mixed_measured.append(measure_mixture(mixture, sizes, place, bandwidth, seconds))
+            mixed_measured.append(time_mixture(mixture, sizes, place, bandwidth, seconds))
     if backend != ALL and all(backend in one.refused for one in measured):
         raise MachineError(f"backend {backend} cannot run here: {measured[0].refused[backend]}")
     protocol = _protocol(place, cache, bandwidth, seconds)
@@ -112,7 +112,7 @@ def bench(
     return result
 
 
-def measure(
+def time_weight(
     workload: Workload,
     names: Sequence[str],
     batches: Sequence[int],
@@ -164,7 +164,7 @@ def measure(
     )  # fmt: skip
 
 
-def rows(result: Benchmark, device: torch.device) -> tuple[list[Row], list[Row]]:
+def rows(result: Benchmark, device: torch.device) -> tuple[list[Measurement], list[Measurement]]:
     """For the table of backends: what is faster than dense, the fastest first; and what was measured and is not.
 
     A backend is faster up to the largest batch before the first at which it gains less than GAIN. One that takes any
@@ -172,8 +172,8 @@ def rows(result: Benchmark, device: torch.device) -> tuple[list[Row], list[Row]]
     """
     about = f"{time.strftime('%Y-%m-%d')} on {result.protocol['device']}, {result.protocol['threads']} threads, "
     about += ", ".join(f"{name} {number}" for name, number in result.versions.items() if number)
-    faster: list[tuple[float, Row]] = []
-    lost: list[Row] = []
+    faster: list[tuple[float, Measurement]] = []
+    lost: list[Measurement] = []
     for one in result.measured:
         spans: dict[str, Any] = {"rows": (one.shape[0],) * 2, "columns": (one.shape[1],) * 2}
         spans["sparsity"] = (max(0.0, round(one.sparsity - SLACK, 2)), 1.0)
@@ -186,7 +186,7 @@ def rows(result: Benchmark, device: torch.device) -> tuple[list[Row], list[Row]]
             if end < len(won) and one.limits[name] is None:
                 end = 0
             tokens, least = (won[end - 1][0], min(gain for _, gain in won[:end])) if end else (0, won[0][1])
-            row = Row(
+            row = Measurement(
                 name, device_kinds(device)[0], one.dtype, one.pattern, **spans, tokens=tokens, speedup=round(least, 2),
                 measured=about,
             )  # fmt: skip

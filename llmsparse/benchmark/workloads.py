@@ -14,7 +14,7 @@ from llmsparse.formats.bitmask import Bitmask
 from llmsparse.formats.slicing import rows_of
 from llmsparse.models.origin import is_packed, read_config
 from llmsparse.packing.folder import PackedCheckpoint
-from llmsparse.packing.pack import select
+from llmsparse.packing.pack import select_packable
 from llmsparse.runs.progress import Progress
 from llmsparse.sparsity.patterns import NofM, parse_pattern
 
@@ -93,7 +93,7 @@ def _weights(folder: Path, trust_remote_code: bool, progress: Progress) -> Itera
             yield name, packed
         return
     with progress:
-        selection = select(folder, trust_remote_code, progress)
+        selection = select_packable(folder, trust_remote_code, progress)
     for part in selection.packables:
         for name, tensor in selection.naming.to_module(selection.reader.read(part.group.keys)):
             described = part.layers.get(name)

@@ -84,9 +84,9 @@ def prune(
 
     llmsparse prune meta-llama/Llama-3.2-1B --sparsity 0.5
     """
-    from llmsparse.pruning.recipe import Recipe
+    from llmsparse.pruning.recipe import PruneRecipe
 
-    chosen = recipe_from(Recipe, model, assignments, recipe, flags, resume, overwrite)
+    chosen = recipe_from(PruneRecipe, model, assignments, recipe, flags, resume, overwrite)
     terminal.calm_libraries()
     if dry_run:
         from llmsparse.pruning.plan import make_plan
@@ -111,9 +111,9 @@ def plan(
     **flags: Any,
 ) -> None:
     """Show what `prune` would do: weights, memory, disk. Writes nothing, and downloads no weights."""
-    from llmsparse.pruning.recipe import Recipe
+    from llmsparse.pruning.recipe import PruneRecipe
 
-    chosen = recipe_from(Recipe, model, assignments, recipe, flags, resume, overwrite)
+    chosen = recipe_from(PruneRecipe, model, assignments, recipe, flags, resume, overwrite)
     terminal.calm_libraries()
     from llmsparse.pruning.plan import make_plan
 
@@ -136,9 +136,9 @@ def factorize(
 
     llmsparse factorize meta-llama/Llama-3.2-1B --recipe factorize-50
     """
-    from llmsparse.factorization.recipe import FactorRecipe
+    from llmsparse.factorization.recipe import FactorizeRecipe
 
-    chosen = recipe_from(FactorRecipe, model, assignments, recipe, flags, resume, overwrite)
+    chosen = recipe_from(FactorizeRecipe, model, assignments, recipe, flags, resume, overwrite)
     terminal.calm_libraries()
     if dry_run:
         from llmsparse.factorization.plan import make_plan
@@ -192,9 +192,9 @@ def evaluate(
     from llmsparse.evaluation.perplexity import perplexity
 
     if baseline is not None:  # a slip in its name shows before the hours that MODEL may take
-        from llmsparse.models.origin import load_config, resolve
+        from llmsparse.models.origin import fetch_model, load_config
 
-        load_config(resolve(baseline), trust_remote_code)
+        load_config(fetch_model(baseline), trust_remote_code)
     options: dict[str, Any] = {"windows": windows, "text_field": text_field, "batch_size": batch_size, "device": device}
     options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "progress": terminal.progress()}
     result = perplexity(model, text, seq_len=seq_len, revision=revision, **options)

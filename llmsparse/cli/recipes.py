@@ -79,8 +79,8 @@ def validate(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe file, or a shipped name.", show_default=False)],
 ) -> None:
     """Check a recipe: keys, values, method options, patterns. Prints it with every default spelled out."""
-    from llmsparse.factorization.recipe import FactorRecipe
-    from llmsparse.pruning.recipe import Recipe
+    from llmsparse.factorization.recipe import FactorizeRecipe
+    from llmsparse.pruning.recipe import PruneRecipe
     from llmsparse.runs import recipe_file
     from llmsparse.tuning.recipe import TuneRecipe
 
@@ -90,16 +90,16 @@ def validate(
     if _has_keys_of(TuneRecipe, data):
         recipe = TuneRecipe.load(path, flags)
     else:
-        kind = FactorRecipe if _has_keys_of(FactorRecipe, data) else Recipe
+        kind = FactorizeRecipe if _has_keys_of(FactorizeRecipe, data) else PruneRecipe
         recipe = kind.load(path, {"model": flags.get("model")})
     print(recipe.dump({"valid": path}), end="")
 
 
 def _has_keys_of(kind: type[BaseModel], data: dict[str, Any]) -> bool:
     """Whether a recipe has keys that this kind knows and `prune` does not."""
-    from llmsparse.pruning.recipe import Recipe
+    from llmsparse.pruning.recipe import PruneRecipe
 
-    return any(key in kind.model_fields and key not in Recipe.model_fields for key in data)
+    return any(key in kind.model_fields and key not in PruneRecipe.model_fields for key in data)
 
 
 def purpose(path: Path) -> str:

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmsparse.demo import size_and_speed
-from llmsparse.demo.size_and_speed import Payoff
+from llmsparse.demo.size_and_speed import SizeAndSpeed
 from llmsparse.evaluation.perplexity import perplexity
 from llmsparse.models.origin import BUILTIN_FOLDER
 from llmsparse.pruning.pipeline import prune
-from llmsparse.pruning.recipe import Recipe
+from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.runs.progress import Progress
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Demo:
 
     rows: list[DemoRow]
     protocol: dict[str, Any]
-    payoff: Payoff
+    payoff: SizeAndSpeed
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -96,7 +96,7 @@ def run(progress: Progress | None = None) -> Demo:
         def rows() -> Iterator[tuple[DemoRow, dict[str, Any]]]:
             yield measure("dense", BUILTIN_FOLDER, 0.0, 0.0)
             for label, method, steps in RUNS:
-                recipe = Recipe(
+                recipe = PruneRecipe(
                     model=str(BUILTIN_FOLDER),
                     output=str(pruned(label)),
                     method=method,
@@ -113,7 +113,7 @@ def run(progress: Progress | None = None) -> Demo:
 
         measured = list(rows())
         last = RUNS[-1][0]
-        pays = size_and_speed.measure(last, pruned(last), Path(scratch) / "packed")
+        pays = size_and_speed.size_and_speed(last, pruned(last), Path(scratch) / "packed")
     return Demo([row for row, _ in measured], measured[0][1], pays)
 
 

@@ -31,7 +31,7 @@ class MatrixSpeed:
 
 
 @dataclass(frozen=True)
-class Payoff:
+class SizeAndSpeed:
     """A pruned checkpoint of the demo, dense beside packed."""
 
     label: str
@@ -73,14 +73,14 @@ class Payoff:
         return Group(table, "", speed)
 
 
-def measure(label: str, folder: Path, packed: Path) -> Payoff:
+def size_and_speed(label: str, folder: Path, packed: Path) -> SizeAndSpeed:
     """Pack the pruned checkpoint at `folder` into the new folder `packed`, and measure both."""
     from llmsparse.packing.pack import pack
 
     packing = pack(str(folder), packed)
     dense_speed, packed_speed, text = _tokens_per_second(folder, packed)
     matrix, device = _matrix()
-    return Payoff(
+    return SizeAndSpeed(
         label, packing.packed_bytes, packing.packed_dense_bytes, packing.bytes, packing.dense_bytes, packed_speed,
         dense_speed, matrix, device, text,
     )  # fmt: skip

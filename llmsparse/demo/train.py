@@ -42,7 +42,7 @@ WINDOW = 512
 
 
 @dataclass
-class Progress:
+class Spent:
     """What has been spent so far, across resumes."""
 
     step: int = 0
@@ -63,11 +63,11 @@ class Hyper:
     clip: float = 1.0
     seed: int = 0
 
-    def left(self, done: Progress) -> float:
+    def left(self, done: Spent) -> float:
         """The fraction of the run still ahead, at most 0 at its end."""
         return 1 - max(done.step / self.steps, done.seconds / (60 * self.minutes))
 
-    def lr_now(self, done: Progress) -> float:
+    def lr_now(self, done: Spent) -> float:
         """Warm up, then fall linearly to 0 over the whole run."""
         return self.lr * min((done.step + 1) / self.warmup, self.left(done))
 
@@ -172,7 +172,7 @@ class Run:
     """A training run and its saved state."""
 
     def __init__(self, hyper: Hyper, state: Path, device: str):
-        self.hyper, self.state, self.device, self.progress = hyper, state, device, Progress()
+        self.hyper, self.state, self.device, self.progress = hyper, state, device, Spent()
         torch.manual_seed(hyper.seed)
         texts = list(corpus.texts("training"))
         self.tokenizer = train_tokenizer(texts)
@@ -223,7 +223,7 @@ class Run:
         saved = torch.load(self.state / "state.pt", weights_only=True)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.progress = Progress(**saved["progress"])
+        self.progress = Spent(**saved["progress"])
 
     def export(self, out: Path) -> None:
         """Write the folder that ships: bf16 weights, tokenizer, configs and a README with measured figures."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmsparse.errors import CalibrationError, RecipeError
-from llmsparse.models.origin import load_config, load_tokenizer, resolve
+from llmsparse.models.origin import fetch_model, load_config, load_tokenizer
 from llmsparse.models.streamed import Activations, StreamedModel
 from llmsparse.runs.device import choose_device, choose_dtype, split_batches, window_length
 from llmsparse.runs.memory import release_freed
@@ -85,7 +85,7 @@ def perplexity(
             raise RecipeError(f"{name}: got {value}, wanted at least {least}")
     model, text = str(model), str(text)
     progress = progress or Silent()
-    folder = resolve(model, revision)
+    folder = fetch_model(model, revision)
     config = load_config(folder, trust_remote_code)
     reader = CheckpointReader(folder)
     place = choose_device(device)

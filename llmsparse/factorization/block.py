@@ -14,13 +14,13 @@ from torch import Tensor
 from llmsparse.errors import CheckpointError, NumericalError
 from llmsparse.factorization import export
 from llmsparse.factorization.ffn import FFN
-from llmsparse.factorization.oracle import Routing, measure
-from llmsparse.factorization.plan import FactorPlan, Target
+from llmsparse.factorization.oracle import Routing, routing_quality
+from llmsparse.factorization.plan import FactorizePlan, Target
 from llmsparse.factorization.refit import SCALES, refit, scaled
-from llmsparse.factorization.router import ROUTERS, Lesson, shipped
+from llmsparse.factorization.router import ROUTERS, RouterTask, shipped
 from llmsparse.factorization.split import SPLITS
 from llmsparse.models.streamed import Activations, Block
-from llmsparse.models.streamed import Slot as InputSlot
+from llmsparse.models.streamed import Slot as Slot
 from llmsparse.models.tap import Tap
 from llmsparse.runs.seeding import generator_for
 
@@ -50,7 +50,7 @@ class LayerRecord:
 
 @torch.no_grad()
 def factorize_block(
-    block: Block, acts: Activations, held_out: Activations | None, plan: FactorPlan
+    block: Block, acts: Activations, held_out: Activations | None, plan: FactorizePlan
 ) -> tuple[dict[str, Tensor], LayerRecord]:
     """The on-disk tensors that take the place of the block's FFN, and what is to be said of them.
 
@@ -66,7 +66,7 @@ def factorize_block(
     split = SPLITS[recipe.split](layout, dense.loudness(some).T.contiguous(), generator)
     x = draw(inputs, ROUTER_TOKENS, generator).to(plan.device)
     affine = plan.container.bias is not None
-    scores = ROUTERS[recipe.router](Lesson(dense, split, x, layout.active, affine, recipe.router_steps, generator))
+    scores = ROUTERS[recipe.router](RouterTask(dense, split, x, layout.active, affine, recipe.router_steps, generator))
     router = shipped(scores, x, plan.container.formula, layout.active, target.dtype)
     notes: dict[str, Any] = {}
     written = scaled(dense, split, SCALES[recipe.scale](dense, split, router, [some]))
@@ -74,14 +74,14 @@ def factorize_block(
         written, notes = refit(dense, written, split, router, inputs)
 
     seen = ffn_inputs(block, first_tokens(held_out, MEASURED_TOKENS)) if held_out else inputs
-    routing = measure(dense, written, split, router, [draw(seen, MEASURED_TOKENS, generator)])
+    routing = routing_quality(dense, written, split, router, [draw(seen, MEASURED_TOKENS, generator)])
     tensors = export.tensors(plan.container, layout, target.prefix, written, split, router, target.dtype)
     where = "held-out" if held_out else "calibration"
     notes |= {"zeros_before": dense.zeros()}
     return tensors, LayerRecord(block.name, routing, where, notes, time.perf_counter() - started)
 
 
-def load_ffn(block: Block, target: Target, plan: FactorPlan) -> FFN:
+def load_ffn(block: Block, target: Target, plan: FactorizePlan) -> FFN:
     """The FFN in fp32 on the device that computes. CheckpointError for NaN or Inf in it."""
     matrices: list[Tensor] = []
     for weight in (target.gate, target.up, target.down):
@@ -100,7 +100,7 @@ def ffn_inputs(block: Block, acts: Activations) -> list[Tensor]:
     """What enters the FFN, one (tokens, width) a batch, on the device of the activations."""
     inputs: list[Tensor] = []
 
-    def note(slot: InputSlot, x: Tensor) -> None:
+    def note(slot: Slot, x: Tensor) -> None:
         if slot[0] == "mlp.gate_proj.weight":
             inputs.append(x.to(acts.hidden[0].device, copy=True))
             raise Seen  # the FFN is most of the block

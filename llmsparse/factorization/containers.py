@@ -93,7 +93,7 @@ def check_source(config: Any, where: str) -> None:
         raise CheckpointError(f"{where}: its attention has an output bias (attention_bias), which no container has")
 
 
-def choose(name: str, shape: Shape) -> Container:
+def choose_container(name: str, shape: Shape) -> Container:
     """The container asked for, or the first that holds the source. RecipeError says why it, or why none, does."""
     if name != "auto":
         container = CONTAINERS[name]

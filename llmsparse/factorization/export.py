@@ -22,7 +22,7 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 PROJECTIONS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
-class Slot(NamedTuple):
+class ExpertTensors(NamedTuple):
     """Where the three matrices of an expert go: names within a block, width, and the factor on its down projection."""
 
     gate: str
@@ -32,15 +32,15 @@ class Slot(NamedTuple):
     factor: float
 
 
-def slots(container: Container, layout: Layout) -> Iterator[Slot]:
+def slots(container: Container, layout: Layout) -> Iterator[ExpertTensors]:
     """The shared slot, where there is one, and then every routed expert."""
     if layout.shared:
         assert container.shared is not None
         gate, up, down = (container.shared + name for name in PROJECTIONS)
-        yield Slot(gate, up, down, layout.shared * layout.width, 2.0 if container.shared_gate else 1.0)
+        yield ExpertTensors(gate, up, down, layout.shared * layout.width, 2.0 if container.shared_gate else 1.0)
     for expert in range(layout.routed):
         gate, up, down = (name.format(expert) for name in container.experts)
-        yield Slot(gate, up, down, layout.width, float(layout.active))
+        yield ExpertTensors(gate, up, down, layout.width, float(layout.active))
 
 
 def specs(container: Container, layout: Layout, prefix: str, width: int, dtype: torch.dtype) -> dict[str, Spec]:

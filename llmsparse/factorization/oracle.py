@@ -52,7 +52,7 @@ def greedy(outputs: Tensor, active: int, target: Tensor | None = None) -> Tensor
     return mask
 
 
-def measure(dense: FFN, written: FFN, split: Split, router: Router, inputs: Iterable[Tensor]) -> Routing:
+def routing_quality(dense: FFN, written: FFN, split: Split, router: Router, inputs: Iterable[Tensor]) -> Routing:
     """Energies and load over `inputs`, (tokens, width) each."""
     energy, missed, tokens = 0.0, torch.zeros(3, dtype=torch.float64), 0
     load = torch.zeros(len(split.routed), dtype=torch.float64)

@@ -14,9 +14,9 @@ import torch
 
 from llmsparse.evaluation.perplexity import negative_log_likelihood, perplexity_of
 from llmsparse.factorization.block import LayerRecord, factorize_block
-from llmsparse.factorization.plan import FactorPlan, describe, make_plan, spell
-from llmsparse.factorization.recipe import FactorRecipe
-from llmsparse.factorization.report import FactorReport
+from llmsparse.factorization.plan import FactorizePlan, describe, make_plan, spell
+from llmsparse.factorization.recipe import FactorizeRecipe
+from llmsparse.factorization.report import FactorizeReport
 from llmsparse.models.origin import copy_side_files, write_side_files
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.pruning.pipeline import CHECKSUMS, OUTSIDE, check_written, recall
@@ -32,14 +32,14 @@ from llmsparse.storage.disk import disk_error
 
 
 def factorize(
-    recipe: FactorRecipe | str | Path | None = None,
+    recipe: FactorizeRecipe | str | Path | None = None,
     *,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     **keys: Any,
-) -> FactorReport:
-    """Write a dense model as a mixture of experts, as a FactorRecipe says, or a model and keys of one:
+) -> FactorizeReport:
+    """Write a dense model as a mixture of experts, as a FactorizeRecipe says, or a model and keys of one:
     `factorize("…", experts=16)`.
 
     The run writes `<output>.partial`, renamed when all is done; `resume` takes up one that was interrupted and gives
@@ -47,7 +47,7 @@ def factorize(
     """
     progress = progress or Silent()
     started = time.perf_counter()
-    plan = make_plan(from_arguments(FactorRecipe, recipe, keys), resume=resume, overwrite=overwrite)
+    plan = make_plan(from_arguments(FactorizeRecipe, recipe, keys), resume=resume, overwrite=overwrite)
     with (
         full_float32(),
         PeakMemory(plan.device) as memory,
@@ -66,7 +66,7 @@ def factorize(
             writer.sync()
             partial.journal(OUTSIDE, {})
 
-        report = FactorReport(
+        report = FactorizeReport(
             **plan.described(),
             layout=describe(plan.layout),
             experts=spell(plan.layout),
@@ -87,7 +87,7 @@ def factorize(
 
 @torch.no_grad()
 def factorize_blocks(
-    plan: FactorPlan, report: FactorReport, partial: PartialOutput, writer: CheckpointWriter, progress: Progress
+    plan: FactorizePlan, report: FactorizeReport, partial: PartialOutput, writer: CheckpointWriter, progress: Progress
 ) -> None:
     """Carry activations through the factorized blocks, and held-out windows through these and the dense ones."""
     dense = plan.model
@@ -133,15 +133,15 @@ def factorize_blocks(
         }
 
 
-def _perplexity(model: StreamedModel, acts: Any, plan: FactorPlan) -> float:
+def _perplexity(model: StreamedModel, acts: Any, plan: FactorizePlan) -> float:
     return perplexity_of(negative_log_likelihood(model, acts, plan.held_out), _tokens(plan))
 
 
-def _tokens(plan: FactorPlan) -> int:
+def _tokens(plan: FactorizePlan) -> int:
     return sum(ids.shape[0] * (ids.shape[1] - 1) for ids in plan.held_out)
 
 
-def _write_config(plan: FactorPlan, folder: Path) -> None:
+def _write_config(plan: FactorizePlan, folder: Path) -> None:
     try:
         plan.config.save_pretrained(folder)
     except OSError as error:

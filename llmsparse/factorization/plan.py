@@ -14,9 +14,9 @@ from llmsparse.errors import CalibrationError, CheckpointError
 from llmsparse.factorization import containers, export
 from llmsparse.factorization.containers import Container, Shape
 from llmsparse.factorization.export import Spec
-from llmsparse.factorization.recipe import FactorRecipe
+from llmsparse.factorization.recipe import FactorizeRecipe
 from llmsparse.factorization.split import Layout
-from llmsparse.models.origin import Origin, load_config, look, resolve
+from llmsparse.models.origin import Origin, fetch_model, load_config, look_at_model
 from llmsparse.models.streamed import StreamedModel, Weight
 from llmsparse.runs.device import choose_device, choose_dtype, window_length
 from llmsparse.runs.partial import check_output, held_bytes
@@ -44,7 +44,7 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactorPlan(RunPlan[FactorRecipe]):
+class FactorizePlan(RunPlan[FactorizeRecipe]):
     """A factorization that has passed every check that needs no weights; `model` is the dense one."""
 
     layout: Layout
@@ -53,7 +53,7 @@ class FactorPlan(RunPlan[FactorRecipe]):
     targets: dict[str, Target]  # block name → its FFN, for the blocks that are factorized
 
     @property
-    def resolved(self) -> FactorRecipe:
+    def resolved(self) -> FactorizeRecipe:
         return super().resolved.replace(container=self.container.name)
 
     @cached_property
@@ -118,8 +118,8 @@ class FactorPlan(RunPlan[FactorRecipe]):
 
 
 def make_plan(
-    recipe: FactorRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True
-) -> FactorPlan:
+    recipe: FactorizeRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True
+) -> FactorizePlan:
     """Resolve and check everything a run needs, from headers and shapes alone, then read the calibration text.
 
     Last of all weights are downloaded that are not here yet, unless `download` is off: a plan needs none.
@@ -127,7 +127,7 @@ def make_plan(
     device = choose_device(recipe.device)
     output = recipe.output_folder
     check_output(output, resume=resume, overwrite=overwrite)
-    origin = look(recipe.model, recipe.revision)
+    origin = look_at_model(recipe.model, recipe.revision)
     check_output(output, resume=resume, overwrite=overwrite, source=origin.folder)
     config = load_config(origin.folder)
     containers.check_source(config, recipe.model)
@@ -141,7 +141,7 @@ def make_plan(
     layout = Layout(config.intermediate_size, recipe.experts, recipe.shared, recipe.active)
     layout.check(f"each FFN of {recipe.model}")
     shape = Shape(config, layout, kept)
-    container = containers.choose(recipe.container, shape)
+    container = containers.choose_container(recipe.container, shape)
     windows = calibration_windows(recipe, origin.folder, config, model.vocabulary)
     needed = TOKENS_PER_EXPERT * recipe.experts
     if windows.ids.numel() < needed:
@@ -149,14 +149,14 @@ def make_plan(
             f"{recipe.calibration}: {windows.ids.numel()} tokens of calibration are too few for {recipe.experts} experts, "
             f"wanted {needed} or more; give more text or --calibration-samples, or fewer --experts"
         )
-    plan = FactorPlan(
+    plan = FactorizePlan(
         recipe=recipe, origin=origin, output=output, reader=reader, model=model, windows=windows, device=device,
         dtype=dtype, layout=layout, container=container, config=container.config(shape), targets=targets,
     )  # fmt: skip
     check_room(output, plan.bytes_to_write + parse_size("1MB"), held_bytes(output))
     if not origin.absent or not download:
         return plan
-    origin = Origin(resolve(recipe.model, recipe.revision), commit=origin.commit)
+    origin = Origin(fetch_model(recipe.model, recipe.revision), commit=origin.commit)
     reader = CheckpointReader(origin.folder)
     return replace(plan, origin=origin, reader=reader, model=StreamedModel(reader, device=device, dtype=dtype))
 

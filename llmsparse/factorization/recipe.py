@@ -35,7 +35,7 @@ def parse_blocks(value: Any) -> str:
     return text
 
 
-class FactorRecipe(RunRecipe):
+class FactorizeRecipe(RunRecipe):
     """A factorization. `keys.py` says what each key is for."""
 
     verb: ClassVar[str] = "factorize"

@@ -16,7 +16,7 @@ WASTE = 1.1  # neurons that run, padding included, over those asked for: worth a
 
 
 @dataclass(kw_only=True)
-class FactorReport(RunReport):
+class FactorizeReport(RunReport):
     """The outcome of `factorize`; its `protocol` is that of the calibration windows."""
 
     layout: dict[str, Any]  # numbers of experts, their width, the share of the neurons that runs

@@ -86,7 +86,7 @@ def _log2(ratio: float) -> int:
     return max(-126, min(126, int(torch.tensor(ratio).log2().ceil())))
 
 
-class Lesson(NamedTuple):
+class RouterTask(NamedTuple):
     """What a router is made from."""
 
     ffn: FFN
@@ -104,58 +104,56 @@ def expert_outputs(ffn: FFN, split: Split, x: Tensor, hidden: Tensor | None = No
     return torch.stack([hidden[:, members] @ ffn.down[:, members].T for members in split.routed], 1)
 
 
-def linear(lesson: Lesson) -> Scores:
+def linear(task: RouterTask) -> Scores:
     """Trained to say which experts have the largest outputs ‖oᵢ(x)‖, where it matters: an answer counts by how far the
     output lies from the one that just makes it in, or just fails to."""
-    norms = _per_token(lesson, lambda x: expert_outputs(lesson.ffn, lesson.split, x).norm(dim=-1))
-    target = top(norms, lesson.active).float()
+    norms = _per_token(task, lambda x: expert_outputs(task.ffn, task.split, x).norm(dim=-1))
+    target = top(norms, task.active).float()
     ranked = norms.sort(1, descending=True).values
-    border = ranked[:, lesson.active - 1 : lesson.active + 1].mean(
-        1, keepdim=True
-    )  # between the last in and the first out
+    border = ranked[:, task.active - 1 : task.active + 1].mean(1, keepdim=True)  # between the last in and the first out
     stake = (norms - border).abs()
     stake = stake / stake.mean().clamp_min(1e-30)
 
     def loss(logits: Tensor, rows: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(logits, target[rows], weight=stake[rows])
 
-    return _train(lesson, loss)
+    return _train(task, loss)
 
 
-def gate_mean(lesson: Lesson) -> Scores:
+def gate_mean(task: RouterTask) -> Scores:
     """No training: the mean direction of each expert's gate rows, as in EMoE (arXiv 2310.10908)."""
-    rows = [F.normalize(lesson.ffn.gate[members], dim=1).mean(0) for members in lesson.split.routed]
+    rows = [F.normalize(task.ffn.gate[members], dim=1).mean(0) for members in task.split.routed]
     weight = torch.stack(rows)
     return Scores(weight, weight.new_zeros(len(rows)))
 
 
-def prior_approximate(lesson: Lesson) -> Scores:
+def prior_approximate(task: RouterTask) -> Scores:
     """FactorLLM's loss (arXiv 2408.11855): KL(softmax r ‖ softmax T), T the mask of the experts closest to y/(E//k).
 
     x is what the layer really gets; the released code feeds it the FFN output of the layer before, without residual.
     """
-    ratio = len(lesson.split.routed) // lesson.active
+    ratio = len(task.split.routed) // task.active
 
     def distance(x: Tensor) -> Tensor:
-        outputs = expert_outputs(lesson.ffn, lesson.split, x)
-        return (outputs - lesson.ffn(x)[:, None] / ratio).square().mean(-1)
+        outputs = expert_outputs(task.ffn, task.split, x)
+        return (outputs - task.ffn(x)[:, None] / ratio).square().mean(-1)
 
-    target = top(-_per_token(lesson, distance), lesson.active).float().log_softmax(1)
+    target = top(-_per_token(task, distance), task.active).float().log_softmax(1)
 
     def loss(logits: Tensor, rows: Tensor) -> Tensor:
         return F.kl_div(target[rows], logits.log_softmax(1), reduction="batchmean", log_target=True)
 
-    return _train(lesson, loss)
+    return _train(task, loss)
 
 
-def untrained(lesson: Lesson) -> Scores:
+def untrained(task: RouterTask) -> Scores:
     """Random directions: what FactorLLM's released code ends up with, where no loss reaches the router."""
-    width = lesson.x.shape[1]
-    weight = torch.randn(len(lesson.split.routed), width, generator=lesson.generator) / width**0.5
-    return Scores(weight.to(lesson.x), lesson.x.new_zeros(len(weight)))
+    width = task.x.shape[1]
+    weight = torch.randn(len(task.split.routed), width, generator=task.generator) / width**0.5
+    return Scores(weight.to(task.x), task.x.new_zeros(len(weight)))
 
 
-ROUTERS: dict[str, Callable[[Lesson], Scores]] = {
+ROUTERS: dict[str, Callable[[RouterTask], Scores]] = {
     "linear": linear,
     "gate-mean": gate_mean,
     "prior-approximate": prior_approximate,
@@ -163,9 +161,9 @@ ROUTERS: dict[str, Callable[[Lesson], Scores]] = {
 }
 
 
-def _per_token(lesson: Lesson, value: Callable[[Tensor], Tensor]) -> Tensor:
+def _per_token(task: RouterTask, value: Callable[[Tensor], Tensor]) -> Tensor:
     """`value` of a few tokens at a time."""
-    return torch.cat([value(x) for x in lesson.x.split(tokens_at_once(lesson.ffn, lesson.split))])
+    return torch.cat([value(x) for x in task.x.split(tokens_at_once(task.ffn, task.split))])
 
 
 def tokens_at_once(ffn: FFN, split: Split) -> int:
@@ -173,18 +171,18 @@ def tokens_at_once(ffn: FFN, split: Split) -> int:
     return max(1, 2**26 // (ffn.neurons + len(split.routed) * ffn.down.shape[0]))
 
 
-def _train(lesson: Lesson, loss: Callable[[Tensor, Tensor], Tensor]) -> Scores:
+def _train(task: RouterTask, loss: Callable[[Tensor, Tensor], Tensor]) -> Scores:
     """Adam on standardised inputs, which the scores that are returned do without."""
-    x, affine = lesson.x, lesson.affine
+    x, affine = task.x, task.affine
     centre = x.mean(0) if affine else x.new_zeros(x.shape[1])
     scale = (x - centre).square().mean(0).sqrt().clamp_min(1e-6)
     standard = (x - centre) / scale  # (tokens, width)
-    weight = x.new_zeros(len(lesson.split.routed), x.shape[1]).requires_grad_()
-    bias = x.new_zeros(len(lesson.split.routed)).requires_grad_(affine)
+    weight = x.new_zeros(len(task.split.routed), x.shape[1]).requires_grad_()
+    bias = x.new_zeros(len(task.split.routed)).requires_grad_(affine)
     optimizer = torch.optim.Adam([weight, bias] if affine else [weight], lr=LEARNING_RATE)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, lesson.steps))
-    for _ in range(lesson.steps):
-        rows = torch.randint(len(x), (min(BATCH, len(x)),), generator=lesson.generator).to(x.device)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, task.steps))
+    for _ in range(task.steps):
+        rows = torch.randint(len(x), (min(BATCH, len(x)),), generator=task.generator).to(x.device)
         with torch.enable_grad():
             value = loss(standard[rows] @ weight.T + bias, rows)
             value.backward()

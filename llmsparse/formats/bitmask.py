@@ -136,7 +136,7 @@ class Bitmask:
         return None
 
 
-def measure(weight: Tensor) -> dict[str, Any]:
+def describe_unpacked(weight: Tensor) -> dict[str, Any]:
     """What `describe()` would say of a weight (..., out, in) on the CPU, packed in the narrowest pattern that it obeys:
     N:M where every group of consecutive inputs does, else unstructured. Packs nothing."""
     width, nnz = weight.shape[-1], 0

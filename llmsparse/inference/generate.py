@@ -20,7 +20,7 @@ from llmsparse.backends.choice import AUTO
 from llmsparse.errors import RecipeError
 from llmsparse.inference.explain import explain
 from llmsparse.inference.load import load_model
-from llmsparse.models.origin import load_tokenizer, read_config, resolve
+from llmsparse.models.origin import fetch_model, load_tokenizer, read_config
 from llmsparse.runs.device import choose_device
 from llmsparse.runs.memory import PeakMemory, used_bytes
 
@@ -96,7 +96,7 @@ def generate(
     """
     if max_new_tokens < 1:
         raise RecipeError(f"max_new_tokens {max_new_tokens}: wanted 1 or more")
-    place, folder = choose_device(device), resolve(model, revision)
+    place, folder = choose_device(device), fetch_model(model, revision)
     with PeakMemory(place) as memory:
         started = time.perf_counter()
         tokenizer = load_tokenizer(folder, trust_remote_code)

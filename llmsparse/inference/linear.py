@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llmsparse.backends import BACKENDS, WeightSpec
-from llmsparse.backends.choice import AUTO, Choice, choose
+from llmsparse.backends.choice import AUTO, Choice, choose_backend
 from llmsparse.formats.bitmask import SUFFIXES, Bitmask, layout
 from llmsparse.formats.slicing import moved
 
@@ -162,7 +162,7 @@ def chosen(
 ) -> Choice:
     """The choice for a packed weight."""
     size = sum(tensor.nbytes for tensor in packed.tensors().values())
-    return choose(name, WeightSpec.of(packed, transposed, whole), size, backend=backend, optimize=optimize)
+    return choose_backend(name, WeightSpec.of(packed, transposed, whole), size, backend=backend, optimize=optimize)
 
 
 def carried(held: Held, fn: Callable[[Tensor], Tensor]) -> Held:

@@ -30,7 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmsparse.backends import BACKENDS
 from llmsparse.backends.choice import AUTO, check_names
 from llmsparse.errors import CheckpointError, RecipeError
-from llmsparse.formats.bitmask import Bitmask, layout, measure, stored_bytes
+from llmsparse.formats.bitmask import Bitmask, describe_unpacked, layout, stored_bytes
 from llmsparse.formats.slicing import moved
 from llmsparse.inference.experts_interface import llmsparse_experts
 from llmsparse.inference.linear import SparseLinear, fill, place
@@ -221,7 +221,7 @@ class PackWhileLoading(ConversionOps):
             weight: Tensor = value[0] if isinstance(value, list) else value
             transposed = self.quantizer.candidates[name]
             outputs_first = (weight.mT if transposed else weight).cpu()
-            described = measure(outputs_first)
+            described = describe_unpacked(outputs_first)
             if stored_bytes(described) >= weight.nbytes:
                 left[name] = value
                 continue

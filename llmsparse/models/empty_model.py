@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 RECORDS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
-def build(
+def build_empty(
     config: PretrainedConfig, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
     """The causal LM of `config` in eval mode, as `from_pretrained(dtype=dtype)` would build it, but for its weights.

@@ -35,7 +35,7 @@ def fetch(model: str, revision: str | None = None) -> Path:
     return folder
 
 
-def look(model: str, revision: str | None = None) -> tuple[Path, dict[str, Header]]:
+def look_at(model: str, revision: str | None = None) -> tuple[Path, dict[str, Header]]:
     """Its folder as `fetch` gives it, but for the shards that are not in the cache: the headers of these, by name.
 
     Errors as of `fetch`.

@@ -38,7 +38,7 @@ SMALL = 2**20  # elements
 
 
 @dataclass
-class Outline:
+class MetaRun:
     """The parameters that are multiplied with activations, and the container that blocks return."""
 
     transposed: dict[str, bool] = field(default_factory=dict[str, bool])  # parameter → laid out (in, out); call order
@@ -51,12 +51,12 @@ class Outline:
 
 
 @torch.no_grad()
-def outline(model: PreTrainedModel, blocks: Sequence[nn.Module], device: torch.device) -> Outline:
+def run_on_meta(model: PreTrainedModel, blocks: Sequence[nn.Module], device: torch.device) -> MetaRun:
     """Learn it from a few tokens on a model whose parameters are on meta.
 
     Raises CheckpointError for a model that is more than a stack of blocks: streaming would lose what passes it by.
     """
-    found = Outline()
+    found = MetaRun()
     ids = torch.zeros(1, TOKENS, dtype=torch.int64, device=device)
 
     def watch(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,7 +109,7 @@ def _series(name: str) -> str:
 
 
 @contextmanager
-def _stubbed(model: PreTrainedModel, blocks: Sequence[nn.Module], found: Outline, poisoned: str) -> Generator[None]:
+def _stubbed(model: PreTrainedModel, blocks: Sequence[nn.Module], found: MetaRun, poisoned: str) -> Generator[None]:
     """Within it blocks do not run; NaN stands for the embedding, or for what all blocks but the last return."""
     returned: list[Tensor] = []
 
@@ -162,7 +162,7 @@ def _require(model: nn.Module, condition: bool | Tensor, fault: str) -> None:
 class _Zeros(TorchFunctionMode):
     """Matrices are on meta, everything else is real: calls that mix them return zeros, or NaN where one goes in."""
 
-    def __init__(self, model: nn.Module, result: Outline, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, result: MetaRun, device: torch.device) -> None:
         super().__init__()
         self._watched = Watched(model.named_parameters())
         self._result = result

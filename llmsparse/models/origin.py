@@ -58,7 +58,7 @@ class Origin:
         return sum(header.size for header in self.absent.values())
 
 
-def resolve(model: str, revision: str | None = None) -> Path:
+def fetch_model(model: str, revision: str | None = None) -> Path:
     """The folder of `model`: a local one, `builtin` for the embedded one, else a hub id, downloaded or cached (safetensors only).
 
     Raises CheckpointError where there is no such model or leave to read it, MachineError without a network.
@@ -66,12 +66,12 @@ def resolve(model: str, revision: str | None = None) -> Path:
     return _local(model, revision) or hub.fetch(model, revision)
 
 
-def look(model: str, revision: str | None = None) -> Origin:
+def look_at_model(model: str, revision: str | None = None) -> Origin:
     """As `resolve`, but of a hub id's weights, unless they are in the cache, only headers are fetched."""
     folder = _local(model, revision)
     if folder is not None:
         return Origin(folder)
-    folder, absent = hub.look(model, revision)
+    folder, absent = hub.look_at(model, revision)
     return Origin(folder, absent, hub.commit_of(folder))
 
 
@@ -97,7 +97,7 @@ def _local(model: str, revision: str | None) -> Path | None:
     return None
 
 
-def fingerprint(folder: Path, trust_remote_code: bool = False) -> dict[str, str]:
+def config_fingerprint(folder: Path, trust_remote_code: bool = False) -> dict[str, str]:
     """Checksums of what decides, weights aside, what a model computes: its config, and its code where that is run."""
     files = [folder / "config.json", *(sorted(folder.glob("*.py")) if trust_remote_code else [])]
     try:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from llmsparse.errors import CheckpointError
 from llmsparse.models.activations import Activations, Recorder
 from llmsparse.models.block import Block, Head
-from llmsparse.models.empty_model import assign, build, find_blocks, quiet, replaced
-from llmsparse.models.meta_run import outline
+from llmsparse.models.empty_model import assign, build_empty, find_blocks, quiet, replaced
+from llmsparse.models.meta_run import run_on_meta
 from llmsparse.models.naming import Group, Naming, in_block
 from llmsparse.models.origin import load_config
 from llmsparse.models.weight import Slot, Weight, list_weights
@@ -47,7 +47,7 @@ class StreamedModel:
         self._reader = reader
         self._device = device
         with quiet():
-            self._model = build(self.config, device, dtype, trust_remote_code)
+            self._model = build_empty(self.config, device, dtype, trust_remote_code)
         self._dtypes = {name: tensor.dtype for name, tensor in self._model.state_dict().items()}
         self._parameters = dict(self._model.named_parameters(remove_duplicate=False)).keys()
         path, self._blocks = find_blocks(self._model)
@@ -64,7 +64,7 @@ class StreamedModel:
         self._output, self._head = self._named(self._model.get_output_embeddings())
         self._tied = self._check_complete()
         self._loaded = False  # what lies outside the blocks and embeddings
-        self._outline = outline(self._model, self._blocks, device)
+        self._outline = run_on_meta(self._model, self._blocks, device)
 
     @property
     def hidden_size(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmsparse.errors import CheckpointError
-from llmsparse.models.origin import is_packed, read_config, resolve
+from llmsparse.models.origin import fetch_model, is_packed, read_config
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.packing.folder import PackedCheckpoint
 from llmsparse.packing.report import NARROW, WIDE, compared
@@ -120,7 +120,7 @@ def inspect(model: str, *, revision: str | None = None, verify: bool = False) ->
     `verify` first checks a packed checkpoint: mask and offsets of every weight, the checksum of every file. Raises
     CheckpointError where one is wrong, and for a checkpoint that is not packed, which holds none.
     """
-    folder = resolve(model, revision)
+    folder = fetch_model(model, revision)
     packed = _packed(folder)
     if verify and packed is None:
         raise CheckpointError(f"{folder}: not packed, so it holds no checksums to verify")

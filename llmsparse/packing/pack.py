@@ -20,12 +20,12 @@ from torch import Tensor
 
 from llmsparse.errors import CheckpointError
 from llmsparse.formats import FORMATS
-from llmsparse.formats.bitmask import BITS, SUFFIXES, layout, measure, stored_bytes
+from llmsparse.formats.bitmask import BITS, SUFFIXES, describe_unpacked, layout, stored_bytes
 from llmsparse.models.naming import Group, Naming
-from llmsparse.models.origin import copy_side_files, is_packed, read_config, resolve
+from llmsparse.models.origin import copy_side_files, fetch_model, is_packed, read_config
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.packing.folder import FORMAT, RECORD, PackedCheckpoint, Record, quantization_config, sha256
-from llmsparse.packing.report import Footprint, Packing
+from llmsparse.packing.report import PackedSize, Packing
 from llmsparse.runs.memory import release_freed
 from llmsparse.runs.partial import PartialOutput, check_output
 from llmsparse.runs.progress import Progress, Silent
@@ -56,13 +56,13 @@ def pack(
     MachineError for an output that cannot be. A run that fails leaves nothing behind.
     """
     progress = progress or Silent()
-    folder, shard_bytes = resolve(model, revision), parse_size(max_shard_size)
+    folder, shard_bytes = fetch_model(model, revision), parse_size(max_shard_size)
     if is_packed(read_config(folder)):
         raise CheckpointError(f"{folder}: already packed, by llmsparse; `llmsparse unpack` makes it dense again")
     out = Path(output)
     check_output(out, resume=False, overwrite=overwrite, source=folder)
     with progress:
-        selection = select(folder, trust_remote_code, progress, drop_negative_zeros)
+        selection = select_packable(folder, trust_remote_code, progress, drop_negative_zeros)
         with PartialOutput(
             out, source=folder, fingerprint={"pack": str(folder)}, resume=False, overwrite=overwrite, resumable=False
         ) as partial:
@@ -89,8 +89,8 @@ class Selection:
     reader: CheckpointReader
     naming: Naming
     packables: list[Packable]
-    weights: list[Footprint]
-    left_dense: list[Footprint]
+    weights: list[PackedSize]
+    left_dense: list[PackedSize]
     drops_negative_zeros: bool
 
     @property
@@ -178,12 +178,14 @@ class Selection:
         PackedCheckpoint(target)  # what was written must be what a reader wants
 
 
-def select(folder: Path, trust_remote_code: bool, progress: Progress, drop_negative_zeros: bool = False) -> Selection:
+def select_packable(
+    folder: Path, trust_remote_code: bool, progress: Progress, drop_negative_zeros: bool = False
+) -> Selection:
     """Measure every weight that could be packed. CheckpointError where none would become smaller."""
     reader = CheckpointReader(folder)
     model = StreamedModel(reader, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=trust_remote_code)
     packables: list[Packable] = []
-    footprints: list[Footprint] = []
+    footprints: list[PackedSize] = []
     groups = list(model.matrices())
     progress.start(len(groups))
     for group, transposed in groups:
@@ -198,7 +200,7 @@ def select(folder: Path, trust_remote_code: bool, progress: Progress, drop_negat
                 continue
             described = {"transposed": True} if transposed.get(name) else {}
             stored = _positive_zeros(tensor) if drop_negative_zeros else tensor
-            described = measure(_outputs_first(stored, described)) | described
+            described = describe_unpacked(_outputs_first(stored, described)) | described
             footprint = _footprint(name, described, tensor)
             footprints.append(footprint)
             if footprint.pays:
@@ -240,10 +242,10 @@ def _outputs_first(tensor: Tensor, described: Mapping[str, Any]) -> Tensor:
     return tensor.mT if described.get("transposed") else tensor
 
 
-def _footprint(name: str, described: Mapping[str, Any], tensor: Tensor) -> Footprint:
+def _footprint(name: str, described: Mapping[str, Any], tensor: Tensor) -> PackedSize:
     shape, nnz = tuple(described["shape"]), described["nnz"]
     sparsity = 1 - nnz / max(1, tensor.numel())
-    return Footprint(
+    return PackedSize(
         name.removesuffix(".weight"),
         shape,
         described["dtype"],

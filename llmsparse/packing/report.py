@@ -16,7 +16,7 @@ NARROW = (
 
 
 @dataclass(frozen=True)
-class Footprint:
+class PackedSize:
     """One weight that could be packed."""
 
     name: str  # as in the module, without `.weight`
@@ -39,8 +39,8 @@ class Packing:
 
     model: str
     output: str
-    weights: list[Footprint]  # packed
-    left_dense: list[Footprint]  # they would be larger
+    weights: list[PackedSize]  # packed
+    left_dense: list[PackedSize]  # they would be larger
     bytes: int
     dense_bytes: int
     drops_negative_zeros: bool = False

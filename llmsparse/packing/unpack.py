@@ -16,9 +16,9 @@ import torch
 
 from llmsparse.errors import CheckpointError
 from llmsparse.formats import compressed_tensors
-from llmsparse.models.empty_model import build, quiet
+from llmsparse.models.empty_model import build_empty, quiet
 from llmsparse.models.naming import Naming
-from llmsparse.models.origin import copy_side_files, is_packed, load_config, read_config, resolve
+from llmsparse.models.origin import copy_side_files, fetch_model, is_packed, load_config, read_config
 from llmsparse.packing.folder import RECORD, PackedCheckpoint
 from llmsparse.packing.pack import REPLACED, Spec, write_text
 from llmsparse.packing.report import compared
@@ -72,7 +72,7 @@ def unpack(
     and MachineError for an output that cannot be. A run that fails leaves nothing behind.
     """
     progress = progress or Silent()
-    folder, shard_bytes = resolve(model, revision), parse_size(max_shard_size)
+    folder, shard_bytes = fetch_model(model, revision), parse_size(max_shard_size)
     config, out = read_config(folder), Path(output)
     orphaned = compressed_tensors.format_of(config)
     if is_packed(config):
@@ -173,7 +173,7 @@ def _naming(folder: Path, keys: dict[str, Spec], trust_remote_code: bool) -> Nam
     """Names on disk against those of the module that the config in `folder` describes."""
     config: Any = load_config(folder, trust_remote_code)
     with quiet():
-        model = build(config, torch.device("cpu"), torch.float32, trust_remote_code)
+        model = build_empty(config, torch.device("cpu"), torch.float32, trust_remote_code)
     return Naming(model, keys)
 
 

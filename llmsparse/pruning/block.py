@@ -19,23 +19,23 @@ from torch import Tensor
 from llmsparse.errors import LlmsparseError
 from llmsparse.models.streamed import Activations, Block
 from llmsparse.pruners import Magnitude
-from llmsparse.pruning.inputs import Input, collect, learn_inputs
+from llmsparse.pruning.inputs import Input, calibrate, learn_inputs
 from llmsparse.pruning.matching import Match, match
-from llmsparse.pruning.plan import Plan
-from llmsparse.pruning.report import BlockRecord, Row
+from llmsparse.pruning.plan import PrunePlan
+from llmsparse.pruning.report import BlockRecord, PrunedWeight
 from llmsparse.pruning.selection import HEAD, Choice
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.seeding import generator_for
 from llmsparse.sparsity.stats import Statistic, combine
 
 
-def prune_block(block: Block, acts: Activations, plan: Plan, progress: Progress) -> BlockRecord:
+def prune_block(block: Block, acts: Activations, plan: PrunePlan, progress: Progress) -> BlockRecord:
     """Prune the chosen weights of a dense block in `block.stored`, and match its output to the dense block's."""
     started = time.perf_counter()
     choices = {choice.weight.name: choice for choice in plan.choices[block.name]}
     if not choices:
         return BlockRecord(block.name, [], None, {})
-    rows: list[Row] = []
+    rows: list[PrunedWeight] = []
     seconds: dict[str, float] = {}
     keep: dict[str, Tensor] = {}
     targets: list[Tensor] = []
@@ -48,7 +48,7 @@ def prune_block(block: Block, acts: Activations, plan: Plan, progress: Progress)
     for number, group in enumerate(groups(inputs, needs, plan)):
         if number and plan.recipe.true_sequential:
             block.reload()  # later inputs see the weights pruned so far; otherwise the module stays dense
-        outputs = collect(
+        outputs = calibrate(
             block,
             acts,
             group,
@@ -78,7 +78,9 @@ def prune_block(block: Block, acts: Activations, plan: Plan, progress: Progress)
     return BlockRecord(block.name, rows, asdict(result) if result else None, seconds)
 
 
-def groups(inputs: list[Input], needs: Callable[[Input], type[Statistic] | None], plan: Plan) -> Iterator[list[Input]]:
+def groups(
+    inputs: list[Input], needs: Callable[[Input], type[Statistic] | None], plan: PrunePlan
+) -> Iterator[list[Input]]:
     """Inputs measured in one pass: as many as the memory for statistics allows; one by one when true-sequential."""
     held: list[Input] = []
     size = 0
@@ -93,7 +95,7 @@ def groups(inputs: list[Input], needs: Callable[[Input], type[Statistic] | None]
     yield held
 
 
-def prune_weight(block: Block, choice: Choice, entry: Input, plan: Plan) -> tuple[Row, Tensor]:
+def prune_weight(block: Block, choice: Choice, entry: Input, plan: PrunePlan) -> tuple[PrunedWeight, Tensor]:
     """Prune one weight in `block.stored`; returns its report row and its keep-mask, (out, in) on the CPU."""
     weight, pruner, notes = choice.weight, choice.pruner, dict[str, Any]()
     stored = block.view(weight)  # (out, in), stored dtype
@@ -110,7 +112,7 @@ def prune_weight(block: Block, choice: Choice, entry: Input, plan: Plan) -> tupl
     pruned = pruner(dense, entry.statistic, choice.pattern, generator)
     notes |= pruned.notes
     block.store(weight, pruned.weight)
-    row = Row(
+    row = PrunedWeight(
         name=weight.name,
         shape=weight.shape,
         method=choice.method,
@@ -139,7 +141,7 @@ def match_block(
     targets: list[Tensor],
     choices: dict[str, Choice],
     keep: dict[str, Tensor],
-    plan: Plan,
+    plan: PrunePlan,
     progress: Progress,
 ) -> Match:
     """Tune the surviving weights so that the block's output comes back to the dense one's; updates `block.stored`."""

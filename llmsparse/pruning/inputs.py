@@ -70,7 +70,7 @@ def learn_inputs(block: Block, acts: Activations, weights: Sequence[Weight]) -> 
     return [Input(slots, tuple(weight for slot in slots for weight in by_slot[slot])) for slots in groups]
 
 
-def collect(
+def calibrate(
     block: Block,
     acts: Activations,
     inputs: Iterable[Input],

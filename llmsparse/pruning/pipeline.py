@@ -17,11 +17,11 @@ from llmsparse.errors import RecipeError
 from llmsparse.evaluation.perplexity import negative_log_likelihood, perplexity_of
 from llmsparse.models.origin import copy_side_files, write_side_files
 from llmsparse.models.streamed import Activations, Block
-from llmsparse.packing.pack import select
+from llmsparse.packing.pack import select_packable
 from llmsparse.pruning.block import prune_block
-from llmsparse.pruning.plan import Plan, make_plan
-from llmsparse.pruning.recipe import Recipe
-from llmsparse.pruning.report import BlockRecord, Report
+from llmsparse.pruning.plan import PrunePlan, make_plan
+from llmsparse.pruning.recipe import PruneRecipe
+from llmsparse.pruning.report import BlockRecord, PruneReport
 from llmsparse.pruning.selection import HEAD
 from llmsparse.runs.device import full_float32
 from llmsparse.runs.memory import PeakMemory, release_freed
@@ -38,13 +38,13 @@ OUTSIDE = "outside the blocks"  # journal entry: everything that is not pruned h
 
 
 def prune(
-    recipe: Recipe | str | Path | None = None,
+    recipe: PruneRecipe | str | Path | None = None,
     *,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     **keys: Any,
-) -> Report:
+) -> PruneReport:
     """Prune a checkpoint into a new folder, as a Recipe says, or a model and keys of one: `prune("…", sparsity=0.7)`.
 
     The run writes `<output>.partial`, renamed when all is done; `resume` takes up one that was interrupted and gives
@@ -53,7 +53,7 @@ def prune(
     """
     progress = progress or Silent()
     started = time.perf_counter()
-    plan = make_plan(from_arguments(Recipe, recipe, keys), resume=resume, overwrite=overwrite)
+    plan = make_plan(from_arguments(PruneRecipe, recipe, keys), resume=resume, overwrite=overwrite)
     with (
         full_float32(),
         PeakMemory(plan.device) as memory,
@@ -70,7 +70,7 @@ def prune(
             writer.sync()
             partial.journal(OUTSIDE, {})
 
-        report = Report(**plan.described(), total_parameters=plan.total_parameters)
+        report = PruneReport(**plan.described(), total_parameters=plan.total_parameters)
         prune_blocks(plan, report, partial, writer, progress)
         writer.finish()
 
@@ -82,7 +82,7 @@ def prune(
         write_side_files(folder, recipe=recipe_text, report=report.stored(), card=report.card())
         check_written(folder, plan.tensors, partial)
         if folder != partial.folder:
-            packable = select(folder, plan.recipe.trust_remote_code, progress)
+            packable = select_packable(folder, plan.recipe.trust_remote_code, progress)
             names = {"model": plan.output.name, "output": str(plan.output)}
             report.packing = packable.write(partial.folder, shard_bytes, progress, **names)
             report.seconds = time.perf_counter() - started
@@ -92,7 +92,7 @@ def prune(
 
 @torch.no_grad()
 def prune_blocks(
-    plan: Plan, report: Report, partial: PartialOutput, writer: CheckpointWriter, progress: Progress
+    plan: PrunePlan, report: PruneReport, partial: PartialOutput, writer: CheckpointWriter, progress: Progress
 ) -> None:
     """Carry three streams of activations through the blocks: calibration windows through the pruned prefix, and
     held-out windows through the pruned prefix and through the dense model, for the perplexity before and after."""
@@ -129,7 +129,12 @@ def prune_blocks(
 
 
 def finish_block(
-    block: Block, acts: Activations, plan: Plan, partial: PartialOutput, writer: CheckpointWriter, progress: Progress
+    block: Block,
+    acts: Activations,
+    plan: PrunePlan,
+    partial: PartialOutput,
+    writer: CheckpointWriter,
+    progress: Progress,
 ) -> BlockRecord:
     """Leave `block` pruned, as it is on disk: pruned and written now, or read back from an interrupted run."""
     keys = sorted({choice.weight.key for choice in plan.choices[block.name]})

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from llmsparse.errors import RecipeError
 from llmsparse.formats.bitmask import stored_bytes
-from llmsparse.models.origin import Origin, fingerprint, load_config, look, resolve
+from llmsparse.models.origin import Origin, config_fingerprint, fetch_model, load_config, look_at_model
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.pruning.matching import HELD_OUT_SHARE, LEARNING_RATES, batches_per_step, probe_steps
-from llmsparse.pruning.recipe import Recipe
-from llmsparse.pruning.selection import Choice, choose
+from llmsparse.pruning.recipe import PruneRecipe
+from llmsparse.pruning.selection import Choice, choose_weights
 from llmsparse.runs.device import choose_device, choose_dtype, split_batches, window_length
 from llmsparse.runs.memory import available_bytes
 from llmsparse.runs.partial import check_output, held_bytes
@@ -39,7 +39,7 @@ STATISTICS_SHARE = 0.4  # of the memory that is free, for statistics held togeth
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(RunPlan[Recipe]):
+class PrunePlan(RunPlan[PruneRecipe]):
     """A pruning that has passed every check that needs no weights."""
 
     choices: dict[str, list[Choice]]  # block name → what is pruned in it
@@ -47,7 +47,7 @@ class Plan(RunPlan[Recipe]):
     packed_bytes: int  # what will be written in that format, as far as patterns alone can tell
 
     @property
-    def resolved(self) -> Recipe:
+    def resolved(self) -> PruneRecipe:
         return super().resolved.replace(match_steps=self.match_steps)
 
     @cached_property
@@ -76,7 +76,7 @@ class Plan(RunPlan[Recipe]):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        model = self.reader.fingerprint() | fingerprint(self.folder, self.recipe.trust_remote_code)
+        model = self.reader.fingerprint() | config_fingerprint(self.folder, self.recipe.trust_remote_code)
         return super().fingerprint | {"model": model, "match steps": self.match_steps}
 
     def memory_bytes(self) -> int:
@@ -127,13 +127,15 @@ class Plan(RunPlan[Recipe]):
 
 
 def plan(
-    recipe: Recipe | str | Path | None = None, *, resume: bool = False, overwrite: bool = False, **keys: Any
-) -> Plan:
+    recipe: PruneRecipe | str | Path | None = None, *, resume: bool = False, overwrite: bool = False, **keys: Any
+) -> PrunePlan:
     """What `prune` with the same recipe or keys would do; nothing is written, and no weights are downloaded."""
-    return make_plan(from_arguments(Recipe, recipe, keys), resume=resume, overwrite=overwrite, download=False)
+    return make_plan(from_arguments(PruneRecipe, recipe, keys), resume=resume, overwrite=overwrite, download=False)
 
 
-def make_plan(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, download: bool = True) -> Plan:
+def make_plan(
+    recipe: PruneRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True
+) -> PrunePlan:
     """Resolve and check everything a run needs, from headers and shapes alone, then read the calibration text.
 
     Last of all weights are downloaded that are not here yet, unless `download` is off: a plan needs none.
@@ -141,14 +143,14 @@ def make_plan(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
     device = choose_device(recipe.device)
     output = recipe.output_folder
     check_output(output, resume=resume, overwrite=overwrite)
-    origin = look(recipe.model, recipe.revision)
+    origin = look_at_model(recipe.model, recipe.revision)
     check_output(output, resume=resume, overwrite=overwrite, source=origin.folder)
     config = load_config(origin.folder, recipe.trust_remote_code)
     window_length(config, recipe.seq_len, recipe.calibration)
     reader = CheckpointReader(origin.folder, origin.absent)
     dtype = choose_dtype(recipe.dtype, device, reader)
     model = StreamedModel(reader, device=device, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
-    choices = choose(recipe, model)
+    choices = choose_weights(recipe, model)
     needed = sum(spec.end - spec.begin for spec in map(reader.spec, reader.keys()))
     packed = packed_bytes(reader, choices)
     if recipe.format == "packed" and packed == needed:
@@ -158,10 +160,10 @@ def make_plan(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
     check_room(output, needed + (packed if recipe.format == "packed" else 0), held_bytes(output))
     windows = calibration_windows(recipe, origin.folder, config, model.vocabulary, recipe.trust_remote_code)
     if origin.absent and download:
-        origin = Origin(resolve(recipe.model, recipe.revision), commit=origin.commit)
+        origin = Origin(fetch_model(recipe.model, recipe.revision), commit=origin.commit)
         reader = CheckpointReader(origin.folder)
         model = StreamedModel(reader, device=device, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
-    draft = Plan(
+    draft = PrunePlan(
         recipe=recipe, origin=origin, output=output, reader=reader, model=model, windows=windows, device=device,
         dtype=dtype, choices=choices, match_steps=0, packed_bytes=packed,
     )  # fmt: skip
@@ -170,7 +172,7 @@ def make_plan(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, 
     )
 
 
-def default_match_steps(plan: Plan) -> int:
+def default_match_steps(plan: PrunePlan) -> int:
     """Matching is on wherever it stays affordable: fully on any GPU, and on a CPU as far as minutes allow.
 
     The estimate counts, for each token and step, 2 operations forward and 4 backward for each parameter and for each

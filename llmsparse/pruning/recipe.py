@@ -1,4 +1,4 @@
-"""Recipe: everything a pruning run needs, each key of it also a flag of `llmsparse prune`.
+"""PruneRecipe: everything a pruning run needs, each key of it also a flag of `llmsparse prune`.
 
 What needs the model's shapes (a rule that matches nothing, a width that 4 does not divide) is checked by the plan.
 """
@@ -91,7 +91,7 @@ class Rule(BaseModel):
         return None if self.method is None else methods.build(self.method)
 
 
-class Recipe(RunRecipe):
+class PruneRecipe(RunRecipe):
     """A pruning run. `recipe_keys.py` says what each key is for."""
 
     default_method: ClassVar[str] = DEFAULT_METHOD

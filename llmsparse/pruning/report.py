@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Row:
+class PrunedWeight:
     """One pruned weight."""
 
     name: str
@@ -35,7 +35,7 @@ class BlockRecord:
     """What the journal keeps of a finished block."""
 
     name: str
-    rows: list[Row]
+    rows: list[PrunedWeight]
     match: dict[str, Any] | None  # relative output error before and after block matching
     seconds: dict[str, float]  # by name: for each weight of the block, and for the block as a whole
 
@@ -44,12 +44,12 @@ class BlockRecord:
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> BlockRecord:
-        rows = [Row(**(row | {"shape": tuple(row["shape"])})) for row in entry["rows"]]
+        rows = [PrunedWeight(**(row | {"shape": tuple(row["shape"])})) for row in entry["rows"]]
         return cls(entry["name"], rows, entry["match"], entry["seconds"])
 
 
 @dataclass(kw_only=True)
-class Report(RunReport):
+class PruneReport(RunReport):
     """The outcome of `prune`; its `protocol` is that of the calibration windows."""
 
     blocks: list[BlockRecord] = field(default_factory=list[BlockRecord])
@@ -58,7 +58,7 @@ class Report(RunReport):
     total_parameters: int = 0
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[PrunedWeight]:
         return [row for block in self.blocks for row in block.rows]
 
     @property

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from llmsparse.errors import RecipeError, did_you_mean
 from llmsparse.models.streamed import StreamedModel, Weight
 from llmsparse.pruners import Pruner
-from llmsparse.pruning.recipe import Recipe
+from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.sparsity.patterns import Pattern
 
 HEAD = "head"  # the pseudo-block of an untied output head
@@ -29,12 +29,14 @@ class Choice:
     pattern: Pattern
 
 
-def choose(recipe: Recipe, model: StreamedModel) -> dict[str, list[Choice]]:
+def choose_weights(recipe: PruneRecipe, model: StreamedModel) -> dict[str, list[Choice]]:
     """Which weights of each block are pruned, how, and to which pattern; the output head stands under its own name."""
     blocks: dict[str, list[Weight]] = {name: model.weights(i) for i, name in enumerate(model.block_names)}
     blocks[HEAD] = model.head_weights()
     weights = [weight for block in blocks.values() for weight in block]
-    selected = select(weights, only=recipe.only, include=recipe.include, exclude=recipe.exclude, tied=model.tied_head)
+    selected = matching_weights(
+        weights, only=recipe.only, include=recipe.include, exclude=recipe.exclude, tied=model.tied_head
+    )
     recipe.check_rules([weight.name for weight in selected])
     names = {weight.name for weight in selected}
     choices: dict[str, list[Choice]] = {}
@@ -49,7 +51,7 @@ def choose(recipe: Recipe, model: StreamedModel) -> dict[str, list[Choice]]:
     return choices
 
 
-def select(
+def matching_weights(
     weights: Sequence[Weight],
     *,
     only: Sequence[str] = (),

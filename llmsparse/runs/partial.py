@@ -22,7 +22,7 @@ from llmsparse.runs.recipe import refuse_both
 from llmsparse.storage.disk import disk_error, fsync, replace_file
 from llmsparse.storage.home_folder import expand_home
 
-STATE = ".llmsparse"
+STATE_FOLDER = ".llmsparse"
 
 
 class PartialOutput:
@@ -46,7 +46,7 @@ class PartialOutput:
         source: Path | None = None,
         resumable: bool = True,
     ) -> None:
-        self._place = place = _Place(out, source)
+        self._place = place = _RunFolder(out, source)
         self._resumable = resumable
         self.out, self.folder, self.state = place.out, place.folder, place.state
         self.finished: dict[str, Any] = {}
@@ -102,7 +102,7 @@ class PartialOutput:
                 self.out.rename(self._place.replaced)
             self.folder.rename(self.out)
             fsync(self.out.parent)
-            shutil.rmtree(self.out / STATE)
+            shutil.rmtree(self.out / STATE_FOLDER)
         except OSError as error:
             raise disk_error(self.out, error) from error
         return self.out
@@ -110,7 +110,7 @@ class PartialOutput:
 
 def check_output(out: Path, *, resume: bool, overwrite: bool, source: Path | None = None) -> None:
     """Refuse what PartialOutput would refuse, but for the fingerprint, without writing anything: for a plan."""
-    place = _Place(out, source)
+    place = _RunFolder(out, source)
     try:
         place.decide(resume, overwrite)
         if place.lock.exists():
@@ -129,7 +129,7 @@ def held_bytes(out: Path) -> int:
 
     An old OUT is not counted, not even one that waits inside to be replaced: it stays until the new one is complete.
     """
-    place = _Place(out, None)
+    place = _RunFolder(out, None)
     try:
         files = [path for path in place.folder.rglob("*") if place.replaced not in path.parents]
         return sum(path.lstat().st_blocks * 512 for path in files)
@@ -137,7 +137,7 @@ def held_bytes(out: Path) -> int:
         raise disk_error(place.folder, error) from error
 
 
-class _Place:
+class _RunFolder:
     """The paths of a run, what lies there, and what may be done with it."""
 
     def __init__(self, out: Path, source: Path | None) -> None:
@@ -146,7 +146,7 @@ class _Place:
             raise RecipeError(f"{self.out}: a mount point, which cannot be replaced; name a folder inside it")
         self.folder = self.out.with_name(self.out.name + ".partial")
         self.lock = self.out.with_name(self.out.name + ".lock")
-        self.state = self.folder / STATE
+        self.state = self.folder / STATE_FOLDER
         self.journal = self.state / "journal.jsonl"
         self.replaced = self.state / "replaced"
         model = source.expanduser().resolve() if source is not None else None
@@ -183,8 +183,8 @@ class _Place:
         """Finish what a crash inside `publish` left undone."""
         if self.replaced.exists() and not self.out.exists():
             self.replaced.rename(self.out)
-        if (self.out / STATE).is_dir():
-            shutil.rmtree(self.out / STATE)
+        if (self.out / STATE_FOLDER).is_dir():
+            shutil.rmtree(self.out / STATE_FOLDER)
 
     def start(self, fingerprint: dict[str, Any], overwrite: bool, resumable: bool) -> None:
         """Empty OUT.partial, the journal first, so that a crash leaves nothing to trust, and note this run."""
@@ -211,7 +211,7 @@ class _Place:
                 return {key: run[key] for key in ("fingerprint", "overwrite", "resumable")}
             except (ValueError, KeyError, TypeError) as error:
                 raise RecipeError(f"{file}: corrupt; delete {self.folder} and start anew") from error
-        if self.folder.exists() and any(path.name != STATE for path in self.folder.iterdir()):
+        if self.folder.exists() and any(path.name != STATE_FOLDER for path in self.folder.iterdir()):
             raise RecipeError(f"{self.folder}: in the way, and not written by llmsparse; move it elsewhere")
         return None
 

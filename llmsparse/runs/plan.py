@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from llmsparse.models.origin import Origin, fingerprint, load_tokenizer
+from llmsparse.models.origin import Origin, config_fingerprint, load_tokenizer
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.runs.device import split_batches, window_length
 from llmsparse.runs.report import spell_protocol
@@ -116,7 +116,7 @@ class RunPlan(ABC, Generic[Chosen]):
         """What a resumed run must share with the one it resumes."""
         return {
             "recipe": {key: value for key, value in self.recipe.resolved().items() if key != "output"},
-            "model": self.reader.fingerprint() | fingerprint(self.folder),
+            "model": self.reader.fingerprint() | config_fingerprint(self.folder),
             "calibration": self.windows.fingerprint,
             "versions": versions(),
             **machine(self.device),

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 
 from llmsparse.errors import RecipeError
 from llmsparse.runs import recipe_file
-from llmsparse.runs.origins import Origins
+from llmsparse.runs.layers import Layers
 
 
 def _device(value: Any) -> str:
@@ -73,7 +73,7 @@ class RunRecipe(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise Origins(data).explain(error, type(self)) from error
+            raise Layers(data).explain(error, type(self)) from error
 
     @classmethod
     def load(
@@ -84,7 +84,7 @@ class RunRecipe(BaseModel):
         Raises RecipeError that names file and line, flag, or assignment.
         """
         path = None if recipe is None else recipe_file.find(recipe, cls.verb)
-        return Origins.layered(path, flags or {}, assignments, cls.default_method).build(cls)
+        return Layers.layered(path, flags or {}, assignments, cls.default_method).build(cls)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other values, checked like a new one."""
@@ -103,7 +103,7 @@ Kind = TypeVar("Kind", bound=RunRecipe)
 
 
 def from_arguments(kind: type[Kind], recipe: Kind | str | Path | None, keys: Mapping[str, Any]) -> Kind:
-    """The recipe of a call from Python: `run(Recipe(…))`, `run("model", key=…)` or `run(model="model", key=…)`."""
+    """The recipe of a call from Python: `run(PruneRecipe(…))`, `run("model", key=…)` or `run(model="model", key=…)`."""
     if isinstance(recipe, kind):
         if keys:
             raise RecipeError(

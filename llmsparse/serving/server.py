@@ -22,7 +22,7 @@ from typing import Any
 from llmsparse.backends.choice import AUTO, check_names
 from llmsparse.errors import MachineError, RecipeError
 from llmsparse.inference.load import load_model
-from llmsparse.models.origin import load_tokenizer, resolve
+from llmsparse.models.origin import fetch_model, load_tokenizer
 from llmsparse.runs.device import choose_device
 from llmsparse.runs.memory import available_bytes
 from llmsparse.serving.middleware import Gate
@@ -60,7 +60,7 @@ def serve(
     if missing:
         raise MachineError(f"serving needs {', '.join(missing)}: pip install 'llmsparse[serve]'")
     check_names(backend, "memory")
-    place, folder = choose_device(device), resolve(model, revision)
+    place, folder = choose_device(device), fetch_model(model, revision)
     bound = _bind(host, port)  # before the model is read: a port in use shows at once
     try:
         tokenizer = load_tokenizer(folder, trust_remote_code)

@@ -25,9 +25,9 @@ from llmsparse.runs.progress import Progress, Silent
 from llmsparse.runs.recipe import from_arguments
 from llmsparse.storage.checkpoint import CheckpointWriter, parse_size
 from llmsparse.storage.checksum import checksums
+from llmsparse.tuning.distillation import Distillation
 from llmsparse.tuning.losses import language
 from llmsparse.tuning.mixture import Mixture
-from llmsparse.tuning.pair import Pair
 from llmsparse.tuning.plan import TunePlan, make_plan
 from llmsparse.tuning.recipe import TuneRecipe
 from llmsparse.tuning.report import TuneReport
@@ -35,7 +35,7 @@ from llmsparse.tuning.trainable import Trainable
 from llmsparse.tuning.training import Training
 
 BEFORE, TUNED = "before", "tuned weights"  # journal entries
-STATE = "tuning.pt"
+STATE_FILE = "tuning.pt"
 
 
 def tune(
@@ -62,19 +62,23 @@ def tune(
         ) as partial,
         progress,
     ):
-        pair = load_pair(plan)
+        distillation = load_both(plan)
         if BEFORE not in partial.finished:
-            partial.journal(BEFORE, measure(plan, {"teacher": pair.teacher, "before": pair.student}))
-        pair.sharpen(plan.windows.ids[plan.schedule[0][: plan.windows_at_once]].to(plan.device))
-        trainable = Trainable(pair.student, pair.mixtures, plan.recipe.train, plan.recipe.lora_rank, plan.recipe.seed)
-        training = Training(pair, trainable, plan, partial.state / STATE)
+            partial.journal(
+                BEFORE, held_out_losses(plan, {"teacher": distillation.teacher, "before": distillation.student})
+            )
+        distillation.sharpen(plan.windows.ids[plan.schedule[0][: plan.windows_at_once]].to(plan.device))
+        trainable = Trainable(
+            distillation.student, distillation.mixtures, plan.recipe.train, plan.recipe.lora_rank, plan.recipe.seed
+        )
+        training = Training(distillation, trainable, plan, partial.state / STATE_FILE)
         training.resume()
         training.run(progress)
 
         write(plan, trainable, partial)
         report = TuneReport.of(plan, training.history)
-        report.perplexity = partial.finished[BEFORE] | measure(plan, {"after": pair.student})
-        report.loads = measure_loads(plan, pair)
+        report.perplexity = partial.finished[BEFORE] | held_out_losses(plan, {"after": distillation.student})
+        report.loads = expert_loads(plan, distillation)
         report.warn()
         report.seconds = time.perf_counter() - started
         report.peak_memory_bytes = memory.read()
@@ -90,7 +94,7 @@ def tune(
     return report
 
 
-def load_pair(plan: TunePlan) -> Pair:
+def load_both(plan: TunePlan) -> Distillation:
     """Student in fp32, teacher in the dtype of the products, both on the device."""
     with quiet():
         student = load_model(plan.folder, device=plan.device, dtype="float32")
@@ -103,11 +107,11 @@ def load_pair(plan: TunePlan) -> Pair:
         for number in plan.mixtures
     ]
     teacher.requires_grad_(False)
-    return Pair(student.eval(), teacher.eval(), mixtures, plan.mixtures)
+    return Distillation(student.eval(), teacher.eval(), mixtures, plan.mixtures)
 
 
 @torch.no_grad()
-def measure(plan: TunePlan, models: dict[str, Any]) -> dict[str, float]:
+def held_out_losses(plan: TunePlan, models: dict[str, Any]) -> dict[str, float]:
     """Perplexity of each model on the held-out windows. CheckpointError where it is no number."""
     found: dict[str, float] = {}
     held_out = plan.windows.held_out
@@ -127,13 +131,13 @@ def measure(plan: TunePlan, models: dict[str, Any]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure_loads(plan: TunePlan, pair: Pair) -> list[list[float]]:
+def expert_loads(plan: TunePlan, distillation: Distillation) -> list[list[float]]:
     """Of each mixture, the share of the held-out tokens that each routed expert runs for."""
-    totals = [torch.zeros(mixture.routed, dtype=torch.int64) for mixture in pair.mixtures]
+    totals = [torch.zeros(mixture.routed, dtype=torch.int64) for mixture in distillation.mixtures]
     for ids in plan.windows.held_out.to(plan.device).split(plan.windows_at_once):
         with plan.autocast():
-            pair.student(input_ids=ids, use_cache=False)
-        totals = [total + load for total, load in zip(totals, pair.loads(), strict=True)]
+            distillation.student(input_ids=ids, use_cache=False)
+        totals = [total + load for total, load in zip(totals, distillation.loads(), strict=True)]
     return [(total / plan.windows.held_out.numel()).tolist() for total in totals]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from llmsparse.errors import CalibrationError, CheckpointError, RecipeError
 from llmsparse.factorization.containers import CONTAINERS, MIXTURE_KEYS, Container
 from llmsparse.factorization.plan import find_ffn
-from llmsparse.models.origin import load_config, load_tokenizer, resolve
+from llmsparse.models.origin import fetch_model, load_config, load_tokenizer
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.runs.device import DTYPES, choose_device, window_length
 from llmsparse.runs.partial import check_output, held_bytes
@@ -141,7 +141,7 @@ class TunePlan:
 def make_plan(recipe: TuneRecipe, *, resume: bool = False, overwrite: bool = False) -> TunePlan:
     """Resolve and check everything a run needs, from headers and shapes alone, then read the text."""
     device = choose_device(recipe.device)
-    folder, teacher_folder = resolve(recipe.model), resolve(recipe.teacher)
+    folder, teacher_folder = fetch_model(recipe.model), fetch_model(recipe.teacher)
     config, teacher_config = load_config(folder), load_config(teacher_folder)
     container = check_student(config, recipe.model)
     check_teacher(config, teacher_config, recipe.teacher)

@@ -22,7 +22,7 @@ MATRICES = ("gate_proj", "up_proj", "down_proj")  # of a shared expert
 STACKS = ("gate_up_proj", "down_proj")  # of the routed ones
 
 
-class Place(NamedTuple):
+class HeldWeight(NamedTuple):
     """A weight: its name in the model, the module that holds it, and its name there."""
 
     name: str
@@ -71,10 +71,10 @@ class Trainable:
         model.requires_grad_(False)
         self.routers: dict[str, nn.Parameter] = {}
         self.experts: dict[str, nn.Parameter] = {}
-        self._places: list[Place] = []
+        self._places: list[HeldWeight] = []
         for mixture in mixtures:
             if mixture.chooses:
-                place = Place(f"{mixture.name}.gate.weight", mixture.gate, "weight")
+                place = HeldWeight(f"{mixture.name}.gate.weight", mixture.gate, "weight")
                 parametrize.register_parametrization(mixture.gate, "weight", Scaled(mixture.router_scale))
                 self.routers[place.name] = mixture.gate.parametrizations.weight.original
                 self._places.append(place)
@@ -102,17 +102,17 @@ class Trainable:
             module.get_parameter(leaf).copy_(values[name])
 
 
-def matrices(mixture: Mixture) -> Iterator[Place]:
+def matrices(mixture: Mixture) -> Iterator[HeldWeight]:
     """Every matrix of every expert."""
     for leaf in STACKS:
-        yield Place(f"{mixture.name}.experts.{leaf}", mixture.experts, leaf)
+        yield HeldWeight(f"{mixture.name}.experts.{leaf}", mixture.experts, leaf)
     if mixture.shared is not None:
         path = next(path for path, module in mixture.module.named_modules() if module is mixture.shared)
         for part in MATRICES:
-            yield Place(f"{mixture.name}.{path}.{part}.weight", mixture.shared.get_submodule(part), "weight")
+            yield HeldWeight(f"{mixture.name}.{path}.{part}.weight", mixture.shared.get_submodule(part), "weight")
 
 
-def _opened(place: Place) -> dict[str, nn.Parameter]:
+def _opened(place: HeldWeight) -> dict[str, nn.Parameter]:
     """The weight itself, its zeros without gradient: AdamW moves no zero whose gradients were all zero."""
     weight = place.module.get_parameter(place.leaf)
     if (keep := _kept(weight)) is not None:
@@ -120,7 +120,7 @@ def _opened(place: Place) -> dict[str, nn.Parameter]:
     return {place.name: weight}
 
 
-def _adapted(place: Place, rank: int, seed: int) -> dict[str, nn.Parameter]:
+def _adapted(place: HeldWeight, rank: int, seed: int) -> dict[str, nn.Parameter]:
     added = LowRank(place.value, rank, generator_for(place.name, seed))
     parametrize.register_parametrization(place.module, place.leaf, added)
     return {f"{place.name}.a": added.a, f"{place.name}.b": added.b}

@@ -27,9 +27,9 @@ from torch.nn.utils import parametrize
 from llmsparse.errors import CheckpointError, MachineError, NumericalError, RecipeError
 from llmsparse.runs.progress import Progress
 from llmsparse.storage.disk import disk_error, fsync
+from llmsparse.tuning.distillation import Distillation
 from llmsparse.tuning.interrupts import Interrupts
 from llmsparse.tuning.losses import ROUTER_LOSSES, TERMS, balance, kl, language, layer_error
-from llmsparse.tuning.pair import Pair
 from llmsparse.tuning.plan import TunePlan
 from llmsparse.tuning.trainable import Trainable
 
@@ -72,10 +72,10 @@ def rate_at(step: int, plan: TunePlan) -> float:
     return recipe.final_rate + (1 - recipe.final_rate) * 0.5 * (1 + math.cos(math.pi * passed))
 
 
-def losses(pair: Pair, ids: Tensor, plan: TunePlan) -> dict[str, Tensor]:
+def losses(distillation: Distillation, ids: Tensor, plan: TunePlan) -> dict[str, Tensor]:
     """Every term that has a weight, for a batch (batch, tokens)."""
-    weights, seen = plan.recipe.weights, pair.see(ids)
-    layers = [*zip(pair.mixtures, seen.entered, seen.wanted, seen.given, seen.logits, seen.chosen, strict=True)]
+    weights, seen = plan.recipe.weights, distillation.see(ids)
+    layers = [*zip(distillation.mixtures, seen.entered, seen.wanted, seen.given, seen.logits, seen.chosen, strict=True)]
     choosing = [layer for layer in layers if layer[0].chooses]
     router_loss = ROUTER_LOSSES[plan.recipe.router_loss]
     terms: dict[str, Callable[[], Any]] = {
@@ -93,9 +93,9 @@ def losses(pair: Pair, ids: Tensor, plan: TunePlan) -> dict[str, Tensor]:
 class Training:
     """A run of `train` and its state."""
 
-    def __init__(self, pair: Pair, trainable: Trainable, plan: TunePlan, state: Path) -> None:
+    def __init__(self, distillation: Distillation, trainable: Trainable, plan: TunePlan, state: Path) -> None:
         self._plan, self._trainable, self._state = plan, trainable, state
-        self._pair, self.history, self.accelerator = pair, History(), engine(plan)
+        self._distillation, self.history, self.accelerator = distillation, History(), engine(plan)
         self._ids = plan.windows.ids.to(self.accelerator.device)
         routers, experts = [*trainable.routers.values()], [*trainable.experts.values()]
         groups = [
@@ -103,7 +103,7 @@ class Training:
             {"params": experts, "rate": plan.recipe.rate},
         ]
         optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=plan.recipe.weight_decay)
-        self._optimizer = self.accelerator.prepare(pair.student, optimizer)[1]
+        self._optimizer = self.accelerator.prepare(distillation.student, optimizer)[1]
 
     def run(self, progress: Progress) -> None:
         """All steps that are left. Saves every so often, at the end, and when interrupted."""
@@ -136,9 +136,9 @@ class Training:
         windows = plan.schedule[history.step].split(plan.windows_at_once)
         totals = dict.fromkeys(TERMS, 0.0)
         for part in windows:
-            with self.accelerator.accumulate(self._pair.student), parametrize.cached():
+            with self.accelerator.accumulate(self._distillation.student), parametrize.cached():
                 with self.accelerator.autocast():
-                    terms = losses(self._pair, self._ids[part.to(self._ids.device)], plan)
+                    terms = losses(self._distillation, self._ids[part.to(self._ids.device)], plan)
                 loss = torch.stack([plan.recipe.weights[name] * term for name, term in terms.items()]).sum()
                 if not torch.isfinite(loss):
                     raise NumericalError(
@@ -162,7 +162,7 @@ class Training:
         history.losses.append({"step": history.step} | mean)
         history.pending = []
         pace = history.step * plan.batch_size * plan.seq_len / history.seconds
-        load = entropy_of(self._pair.loads())
+        load = entropy_of(self._distillation.loads())
         return f"step {history.step}: loss {mean['loss']:.4f}, expert load entropy {load:.3f}, {pace:,.0f} tokens/s"
 
     def save(self) -> None:

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from llmsparse.backends import BACKENDS, WeightSpec
-from llmsparse.backends.choice import Choice, check_names, choose
-from llmsparse.backends.table import Row, device_kinds, read, save, shipped, user_file
+from llmsparse.backends.choice import Choice, check_names, choose_backend
+from llmsparse.backends.table import Measurement, device_kinds, read, save, shipped, user_file
 from llmsparse.errors import MachineError, RecipeError
 
 CPU = torch.device("cpu")
 SPEC = WeightSpec((4096, 4096), "unstructured", int(0.3 * 4096**2), torch.bfloat16, CPU)
-ROW = Row("dense-lowmem", "cpu", "bfloat16", "unstructured", (0.6, 1.0), (1, 10**9), (512, 8192), 4, 1.6, "2026, here")
+ROW = Measurement(
+    "dense-lowmem", "cpu", "bfloat16", "unstructured", (0.6, 1.0), (1, 10**9), (512, 8192), 4, 1.6, "2026, here"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +27,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def chosen(spec: WeightSpec = SPEC, backend: str = "auto", optimize: str = "memory") -> Choice:
-    return choose("up", spec, 1, backend=backend, optimize=optimize)
+    return choose_backend("up", spec, 1, backend=backend, optimize=optimize)
 
 
 def test_the_users_table_decides_first() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from llmsparse.backends import BACKENDS, WeightSpec, cpu
-from llmsparse.backends.choice import choose
+from llmsparse.backends.choice import choose_backend
 from llmsparse.backends.cpu_bitmask import SCRATCH
 from llmsparse.formats.bitmask import Bitmask
 from llmsparse.inference.linear import PackedMatrix
@@ -19,7 +19,7 @@ def matrix(out: int = 40, width: int = 96, seed: int = 0) -> tuple[torch.Tensor,
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out, width, generator=generator) * (torch.rand(out, width, generator=generator) > 0.7)
     packed = Bitmask.pack(weight)
-    return weight, PackedMatrix(packed, choose("w", WeightSpec.of(packed), 0, backend="cpu-bitmask"))
+    return weight, PackedMatrix(packed, choose_backend("w", WeightSpec.of(packed), 0, backend="cpu-bitmask"))
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 5, 24, 25, 50])

@@ -15,8 +15,8 @@ from rich.console import Console
 
 import llmsparse
 from llmsparse.backends import BACKENDS, WeightSpec, table
-from llmsparse.backends.choice import choose
-from llmsparse.backends.table import Row, device_kinds
+from llmsparse.backends.choice import choose_backend
+from llmsparse.backends.table import Measurement, device_kinds
 from llmsparse.benchmark.mixtures import dense_source, mixtures
 from llmsparse.benchmark.report import Benchmark, Measured, Speed, Speeds
 from llmsparse.benchmark.run import bench, rows
@@ -178,17 +178,17 @@ def test_what_is_faster_is_saved_up_to_the_batch_where_it_no_longer_is() -> None
 
 
 def test_auto_reads_what_was_saved_and_forgets_what_was_lost() -> None:
-    assert choose("w", spec(), 0).backend == "dense"
+    assert choose_backend("w", spec(), 0).backend == "dense"
     faster, lost = rows(found(speeds(1, dense=1, dense_lowmem=1.5)), CPU)
     table.save(faster, lost)
-    choice = choose("w", spec(), 0)
+    choice = choose_backend("w", spec(), 0)
     assert choice.backend == "dense-lowmem" and choice.because.startswith("1.5 × dense: ")
     table.save(*rows(found(speeds(1, dense=1, dense_lowmem=0.8)), CPU))
-    assert choose("w", spec(), 0).backend == "dense"
+    assert choose_backend("w", spec(), 0).backend == "dense"
 
 
 def test_save_writes_the_table_that_auto_reads(capsys: pytest.CaptureFixture[str], cache: Path) -> None:
-    other = Row("mma24", "GPU", "bfloat16", "2:4", (0.5, 0.5), (1, 2), (1, 2), 8, 2.0, "before")
+    other = Measurement("mma24", "GPU", "bfloat16", "2:4", (0.5, 0.5), (1, 2), (1, 2), 8, 2.0, "before")
     table.save([other])
     code, out, _ = run(capsys, "--shapes", "96x64", *QUICK, "--save", "--json")
     result = json.loads(out)

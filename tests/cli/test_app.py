@@ -20,7 +20,7 @@ from llmsparse.cli.app import main
 from llmsparse.cli.exit import exit_code_of
 from llmsparse.cli.terminal import Terminal
 from llmsparse.errors import LlmsparseError
-from llmsparse.pruning.recipe import Recipe
+from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.runs.keys import KEYS
 from llmsparse.runs.progress import Rich, Silent, for_terminal
 
@@ -70,9 +70,9 @@ def test_version_and_help(run: Any) -> None:
 
 def test_every_key_of_a_recipe_is_a_flag(run: Any) -> None:
     flags = {name: key for keys in KEYS.values() for name, key in keys.items()}
-    assert set(flags) == set(Recipe.model_fields) - {"model", "rules"}
+    assert set(flags) == set(PruneRecipe.model_fields) - {"model", "rules"}
     for name, key in flags.items():
-        default = Recipe.model_fields[name].default
+        default = PruneRecipe.model_fields[name].default
         assert default in (None, False, ()) if key.default is None else key.default == str(default)
     for verb in ("prune", "plan"):
         _, out, _ = run(verb, "--help")

@@ -11,7 +11,7 @@ from llmsparse.demo import size_and_speed
 from llmsparse.models.origin import BUILTIN_FOLDER
 from llmsparse.pruners import PRUNERS
 from llmsparse.pruning.pipeline import prune
-from llmsparse.pruning.recipe import Recipe
+from llmsparse.pruning.recipe import PruneRecipe
 
 
 def test_the_demo_runs_every_method_but_the_random_baseline() -> None:
@@ -35,7 +35,7 @@ def test_packing_the_demos_model_shows_its_size_and_its_speed(tmp_path: Path, mo
     monkeypatch.setattr(size_and_speed, "TURNS", 1)
     monkeypatch.setattr(size_and_speed, "SECONDS", 0.01)
     monkeypatch.setattr(size_and_speed, "MATRIX", "256x512")
-    recipe = Recipe(
+    recipe = PruneRecipe(
         model="builtin",
         output=str(tmp_path / "pruned"),
         method="magnitude",
@@ -48,7 +48,7 @@ def test_packing_the_demos_model_shows_its_size_and_its_speed(tmp_path: Path, mo
     )
     prune(recipe)
 
-    shown = size_and_speed.measure("magnitude", tmp_path / "pruned", tmp_path / "packed")
+    shown = size_and_speed.size_and_speed("magnitude", tmp_path / "pruned", tmp_path / "packed")
 
     parameters, rows = 6_291_456, 8 * (2 * 256 + 2 * 128 + 2 * 768 + 256)  # of 56 matrices: q, o; k, v; gate, up; down
     assert shown.weight_dense_bytes == 2 * parameters

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from llmsparse.errors import CheckpointError, RecipeError
-from llmsparse.factorization.containers import Shape, check_source, choose
+from llmsparse.factorization.containers import Shape, check_source, choose_container
 from llmsparse.factorization.export import slots, specs, tensors
 from llmsparse.factorization.ffn import FFN
 from llmsparse.factorization.pipeline import factorize
@@ -89,12 +89,12 @@ def shape(config: PretrainedConfig, shared: int = 1, kept: Sequence[int] = (), e
 
 
 def test_auto_takes_the_first_container_that_holds_the_source() -> None:
-    assert choose("auto", shape(tiny_config("llama"))).name == "glm4_moe"
-    assert choose("auto", shape(tiny_config("llama"), shared=0)).name == "mixtral"
-    assert choose("auto", shape(tiny_config("qwen3"), shared=0)).name == "qwen3_moe"
-    assert choose("auto", shape(tiny_config("mistral", sliding_window=8))).name == "qwen2_moe"
-    assert choose("auto", shape(tiny_config("qwen2"), kept=[0, 1])).name == "glm4_moe"
-    assert choose("auto", shape(tiny_config("qwen2"), kept=[1])).name == "qwen2_moe"
+    assert choose_container("auto", shape(tiny_config("llama"))).name == "glm4_moe"
+    assert choose_container("auto", shape(tiny_config("llama"), shared=0)).name == "mixtral"
+    assert choose_container("auto", shape(tiny_config("qwen3"), shared=0)).name == "qwen3_moe"
+    assert choose_container("auto", shape(tiny_config("mistral", sliding_window=8))).name == "qwen2_moe"
+    assert choose_container("auto", shape(tiny_config("qwen2"), kept=[0, 1])).name == "glm4_moe"
+    assert choose_container("auto", shape(tiny_config("qwen2"), kept=[1])).name == "qwen2_moe"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_containers_that_cannot_hold_a_source_say_why(
     container: str, source: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
-        choose(container, shape(tiny_config(source), **options))
+        choose_container(container, shape(tiny_config(source), **options))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_sources_that_cannot_be_factorized_are_refused(source: str, options: dic
 
 def test_planned_shapes_are_those_that_are_written_and_padding_is_zero() -> None:
     layout = Layout(20, experts=2, shared=1, active=1)  # slots of 16: 16 shared, 4 routed and 12 zeros
-    container = choose("qwen2_moe", shape(tiny_config("llama")))
+    container = choose_container("qwen2_moe", shape(tiny_config("llama")))
     ffn = FFN(torch.randn(20, 6), torch.randn(20, 6), torch.randn(6, 20))
     split = Split(torch.arange(16), (torch.arange(16, 20),))
     router = Router(torch.randn(1, 6), torch.zeros(1), "softmax", 1)

@@ -22,7 +22,7 @@ import llmsparse
 from llmsparse.cli.app import main
 from llmsparse.errors import CheckpointError, MachineError, RecipeError
 from llmsparse.factorization.plan import make_plan
-from llmsparse.factorization.recipe import FactorRecipe
+from llmsparse.factorization.recipe import FactorizeRecipe
 from llmsparse.runs import recipe_file
 from llmsparse.runs.progress import Silent
 from llmsparse.storage.checkpoint import CheckpointReader
@@ -51,7 +51,7 @@ def notes(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(model: Path, notes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, llmsparse.FactorReport]:
+def made(model: Path, notes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, llmsparse.FactorizeReport]:
     out = tmp_path_factory.mktemp("made") / "out"
     return out, llmsparse.factorize(model=str(model), output=str(out), calibration=str(notes), **RUN)
 
@@ -68,7 +68,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_plain_transformers_loads_the_result_and_gets_the_reported_perplexity(
-    made: tuple[Path, llmsparse.FactorReport], notes: Path
+    made: tuple[Path, llmsparse.FactorizeReport], notes: Path
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -86,14 +86,16 @@ def test_plain_transformers_loads_the_result_and_gets_the_reported_perplexity(
 
 
 def test_written_experts_compute_what_the_report_measured(
-    model: Path, made: tuple[Path, llmsparse.FactorReport], notes: Path
+    model: Path, made: tuple[Path, llmsparse.FactorizeReport], notes: Path
 ) -> None:
     """The first block's mixture, computed by transformers from the files, against the dense FFN on the same input."""
     from transformers import AutoModelForCausalLM
 
     out, report = made
     dense, loaded = (AutoModelForCausalLM.from_pretrained(folder).model.layers[0].mlp for folder in (model, out))
-    plan = make_plan(FactorRecipe(model=str(model), output=str(out.with_name("other")), calibration=str(notes), **RUN))
+    plan = make_plan(
+        FactorizeRecipe(model=str(model), output=str(out.with_name("other")), calibration=str(notes), **RUN)
+    )
     from llmsparse.factorization.block import ffn_inputs
 
     block = plan.model.block(0)
@@ -119,7 +121,7 @@ def test_scale_and_refit_pay_on_held_out_text(model: Path, notes: Path, tmp_path
     assert all(block.routing.captured == pytest.approx(block.routing.unfitted) for block in plain.blocks)
 
 
-def test_the_report_and_the_card_say_what_was_done(made: tuple[Path, llmsparse.FactorReport]) -> None:
+def test_the_report_and_the_card_say_what_was_done(made: tuple[Path, llmsparse.FactorizeReport]) -> None:
     out, report = made
     stored = json.loads((out / "llmsparse_report.json").read_text())
     assert stored["layout"] == {
@@ -131,19 +133,19 @@ def test_the_report_and_the_card_say_what_was_done(made: tuple[Path, llmsparse.F
     card = (out / "README.md").read_text()
     assert "greedy oracle" in card and "perplexity" in card and "model.layers.2" in card
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "tiny"
-    again = FactorRecipe.load(out / "llmsparse_recipe.yaml")
+    again = FactorizeRecipe.load(out / "llmsparse_recipe.yaml")
     assert again.resolved() == report.recipe
 
 
 def test_same_seed_same_bytes(
-    model: Path, made: tuple[Path, llmsparse.FactorReport], notes: Path, tmp_path: Path
+    model: Path, made: tuple[Path, llmsparse.FactorizeReport], notes: Path, tmp_path: Path
 ) -> None:
     llmsparse.factorize(model=str(model), output=str(tmp_path / "out"), calibration=str(notes), **RUN)
     assert files(tmp_path / "out") == files(made[0])
 
 
 def test_killed_twice_and_resumed_gives_the_same_bytes(
-    model: Path, made: tuple[Path, llmsparse.FactorReport], notes: Path, tmp_path: Path
+    model: Path, made: tuple[Path, llmsparse.FactorizeReport], notes: Path, tmp_path: Path
 ) -> None:
     """SIGKILL as soon as the first block is on disk, and again after the second."""
     keys = {"model": str(model), "output": str(tmp_path / "out"), "calibration": str(notes), **RUN}
@@ -213,7 +215,7 @@ def test_calibration_without_held_out_windows_says_so(model: Path, tmp_path: Pat
 
 
 def test_the_result_is_pruned_like_any_other_model(
-    made: tuple[Path, llmsparse.FactorReport], notes: Path, tmp_path: Path
+    made: tuple[Path, llmsparse.FactorizeReport], notes: Path, tmp_path: Path
 ) -> None:
     report = llmsparse.prune(
         model=str(made[0]), output=str(tmp_path / "out"), method="sparsegpt", pattern="2:4", calibration=str(notes),
@@ -241,7 +243,7 @@ def test_padded_neurons_do_not_trip_a_later_prune(tiny_llama: Callable[..., Path
 def test_shipped_recipe_runs(name: str, tiny_llama: Callable[..., Path], notes: Path, tmp_path: Path) -> None:
     tiny_llama(tmp_path / "model", ffn=128, layers=1)
     small = {"calibration": str(notes), "calibration_samples": 20, "seq_len": 32, "router_steps": 5, "device": "cpu"}
-    recipe = FactorRecipe.load(name, {"model": str(tmp_path / "model"), "output": str(tmp_path / "out"), **small})
+    recipe = FactorizeRecipe.load(name, {"model": str(tmp_path / "model"), "output": str(tmp_path / "out"), **small})
     report = llmsparse.factorize(recipe)
     assert report.active_share == {"factorize-50": 0.5, "factorize-25": 0.25, "factorllm-paper": 0.5}[name]
     assert report.container == ("mixtral" if name == "factorllm-paper" else "glm4_moe")
@@ -254,7 +256,7 @@ def test_shipped_recipes_can_be_listed_shown_and_checked(capsys: pytest.CaptureF
     for verb in ("show", "validate"):
         assert main(["recipes", verb, "factorize-25"]) == 0
         assert "shared: 2" in capsys.readouterr().out
-    assert FactorRecipe.load("factorize-50", {"model": "org/name"}).output_folder.name == "name-factorize-50"
+    assert FactorizeRecipe.load("factorize-50", {"model": "org/name"}).output_folder.name == "name-factorize-50"
 
 
 def test_a_pruned_source_is_told_that_its_zeros_are_not_kept(model: Path, notes: Path, tmp_path: Path) -> None:
@@ -370,9 +372,9 @@ def test_weights_that_are_no_numbers_are_named(
 
 def test_recipes_refuse_what_contradicts_itself_before_a_model_is_read() -> None:
     with pytest.raises(RecipeError, match="experts: 4 shared and 4 active make 8, more than 6 experts"):
-        FactorRecipe(model="no/such", experts=6)
+        FactorizeRecipe(model="no/such", experts=6)
     with pytest.raises(RecipeError, match="unknown key 'sparsity'"):
-        FactorRecipe(model="no/such", sparsity=0.5)
+        FactorizeRecipe(model="no/such", sparsity=0.5)
 
 
 def test_silu_of_the_ffn_is_that_of_the_model(model: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmsparse.factorization.ffn import FFN
-from llmsparse.factorization.oracle import Routing, greedy, measure
+from llmsparse.factorization.oracle import Routing, greedy, routing_quality
 from llmsparse.factorization.router import Router
 from llmsparse.factorization.split import Split
 
@@ -29,7 +29,7 @@ def test_energies_and_load_of_a_router_that_always_takes_the_first() -> None:
     split = Split(torch.empty(0, dtype=torch.int64), (torch.arange(4), torch.arange(4, 8)))
     router = Router(torch.zeros(2, 4), torch.tensor([1.0, 0.0]), "sigmoid", 1)
     x = torch.randn(64, 4, generator=generator)
-    seen = measure(ffn, ffn, split, router, [x[:40], x[40:]])
+    seen = routing_quality(ffn, ffn, split, router, [x[:40], x[40:]])
     missing = ffn.hidden(x)[:, 4:] @ ffn.down[:, 4:].T
     expected = 1 - missing.square().sum() / ffn(x).square().sum()
     assert (seen.captured, seen.unfitted) == pytest.approx((float(expected),) * 2, abs=1e-5)

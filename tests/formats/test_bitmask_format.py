@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmsparse.errors import CheckpointError, PatternError
 from llmsparse.formats import bitmask
-from llmsparse.formats.bitmask import BITS, Bitmask, layout, measure, stored_bytes
+from llmsparse.formats.bitmask import BITS, Bitmask, describe_unpacked, layout, stored_bytes
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn)
 
@@ -75,11 +75,11 @@ def test_n_of_m_gives_back_every_bit(weight: Tensor, pattern: str) -> None:
 
 def test_rows_that_do_not_fit_into_a_chunk_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.rand(37, 24) * (torch.rand(37, 24) < 0.3)
-    whole, measured = Bitmask.pack(weight), measure(weight)
+    whole, measured = Bitmask.pack(weight), describe_unpacked(weight)
     monkeypatch.setattr(bitmask, "CHUNK", 100)
     parts = Bitmask.pack(weight)
     assert all(torch.equal(parts.tensors()[suffix], tensor) for suffix, tensor in whole.tensors().items())
-    assert measure(weight) == measured == whole.describe()
+    assert describe_unpacked(weight) == measured == whole.describe()
     weight[30, :8] = 1
     with pytest.raises(PatternError, match="row 30 keeps more than 2 of 4"):
         Bitmask.pack(weight * (torch.arange(24) % 4 < 2) + weight * (torch.arange(37) == 30)[:, None], "2:4")
@@ -109,7 +109,7 @@ def test_a_keep_mask_keeps_zeros_and_may_not_lose_values() -> None:
 )
 def test_the_narrowest_pattern_is_measured(rows: list[list[float]], pattern: str) -> None:
     weight = torch.tensor(rows, dtype=torch.bfloat16)
-    described = measure(weight)
+    described = describe_unpacked(weight)
     assert described["pattern"] == pattern
     assert described == Bitmask.pack(weight, pattern).describe()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llmsparse.errors import CheckpointError
 from llmsparse.models.empty_model import find_blocks
-from llmsparse.models.meta_run import Outline, outline
+from llmsparse.models.meta_run import MetaRun, run_on_meta
 
 
 class Down(nn.Module):
@@ -82,8 +82,8 @@ class Wrapped(Block):
         return self.kind([super().forward(hidden_states), None, "weights"])
 
 
-def sketch(model: Model) -> Outline:
-    return outline(model, list(model.layers), torch.device("cpu"))  # pyright: ignore[reportArgumentType]
+def sketch(model: Model) -> MetaRun:
+    return run_on_meta(model, list(model.layers), torch.device("cpu"))  # pyright: ignore[reportArgumentType]
 
 
 def test_matrices_and_their_layout_are_what_the_code_does_with_them() -> None:

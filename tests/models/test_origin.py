@@ -16,7 +16,7 @@ import pytest
 from http_reply import Replying
 
 from llmsparse.errors import CheckpointError, MachineError, RecipeError
-from llmsparse.models.origin import copy_side_files, load_config, load_tokenizer, resolve, write_side_files
+from llmsparse.models.origin import copy_side_files, fetch_model, load_config, load_tokenizer, write_side_files
 
 LLAMA: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -60,11 +60,11 @@ class Hub(Replying):
 RESOLVE = """
 import json, sys
 from llmsparse.errors import LlmsparseError
-from llmsparse.models.origin import resolve
+from llmsparse.models.origin import fetch_model
 for line in sys.argv[1:]:
     model, _, revision = line.partition("@")
     try:
-        folder = resolve(model, revision or None)
+        folder = fetch_model(model, revision or None)
         print(json.dumps(["ok", 0, sorted(path.name for path in folder.rglob("*") if path.is_file())]))
     except LlmsparseError as error:
         print(json.dumps([type(error).__name__, error.exit_code, str(error)]))
@@ -72,7 +72,7 @@ for line in sys.argv[1:]:
 
 
 def resolve_in_process(cache: Path, *models: str, **environment: str) -> list[list[Any]]:
-    """What `resolve` says in a process of its own: huggingface_hub reads its environment once, at import."""
+    """What `fetch_model` says in a process of its own: huggingface_hub reads its environment once, at import."""
     done = subprocess.run(
         [sys.executable, "-c", RESOLVE, *models],
         env={**os.environ, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", **environment},
@@ -131,7 +131,7 @@ def test_hub_id_while_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, m
     with pytest.raises(
         MachineError, match=rf"{model}: no such folder, and nothing in the cache while offline"
     ) as error:
-        resolve(model)
+        fetch_model(model)
     assert "name a local folder" in str(error.value) and "\n" not in str(error.value)
     assert error.value.exit_code == 3
 
@@ -140,7 +140,7 @@ def test_hub_id_while_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, m
 def test_no_such_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"no such folder|neither a folder nor a hub id|empty") as error:
-        resolve(model)
+        fetch_model(model)
     assert (model or "''") in str(error.value) and "\n" not in str(error.value)
     assert error.value.exit_code == 2
 
@@ -149,22 +149,22 @@ def test_local_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert resolve("owner/name") == Path("owner/name")
-    assert resolve("~/owner/name") == tmp_path / "owner" / "name"
-    assert resolve(str(tmp_path)) == tmp_path
+    assert fetch_model("owner/name") == Path("owner/name")
+    assert fetch_model("~/owner/name") == tmp_path / "owner" / "name"
+    assert fetch_model(str(tmp_path)) == tmp_path
     with pytest.raises(RecipeError, match="local folder, which has none"):
-        resolve("owner/name", "main")
+        fetch_model("owner/name", "main")
 
 
 def test_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"")
     with pytest.raises(CheckpointError, match="a file; name the folder"):
-        resolve(str(tmp_path / "model.gguf"))
+        fetch_model(str(tmp_path / "model.gguf"))
 
 
 def test_unreadable_folder(locked: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
-        resolve(str(locked / "model"))
+        fetch_model(str(locked / "model"))
 
 
 @pytest.mark.parametrize(

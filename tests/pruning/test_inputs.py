@@ -10,7 +10,7 @@ import torch
 
 from llmsparse.errors import NumericalError
 from llmsparse.models.streamed import Activations, Block, StreamedModel
-from llmsparse.pruning.inputs import collect, learn_inputs, sample_rows
+from llmsparse.pruning.inputs import calibrate, learn_inputs, sample_rows
 from llmsparse.sparsity.stats import Gram
 from llmsparse.storage.checkpoint import CheckpointReader
 from tests.architectures import save_random, stream, tiny_config, windows
@@ -37,7 +37,7 @@ def test_weights_of_one_input_share_it_in_call_order(loaded: tuple[Block, Activa
 def test_every_token_counts_once_and_the_gram_is_that_of_the_real_input(loaded: tuple[Block, Activations]) -> None:
     block, acts = loaded
     inputs = learn_inputs(block, acts, block.weights)
-    outputs = collect(block, acts, inputs, lambda entry: Gram, device=CPU, seed=0, keep_output=True)
+    outputs = calibrate(block, acts, inputs, lambda entry: Gram, device=CPU, seed=0, keep_output=True)
     x = torch.cat([block.module.input_layernorm(hidden) for hidden in acts.hidden]).flatten(0, 1).double()
     gram = inputs[0].statistic
     assert isinstance(gram, Gram) and gram.tokens == inputs[0].tokens == 32 * 4 * 64
@@ -50,7 +50,7 @@ def test_the_sample_is_seeded_bounded_and_made_of_real_rows(loaded: tuple[Block,
     samples = []
     for seed in (0, 0, 1):
         inputs = learn_inputs(block, acts, block.weights)
-        collect(block, acts, inputs, lambda entry: None, device=CPU, seed=seed)
+        calibrate(block, acts, inputs, lambda entry: None, device=CPU, seed=seed)
         samples.append(inputs[0].sample)
     assert samples[0].shape == (256, 32)
     assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
@@ -66,7 +66,7 @@ def test_experts_that_the_first_batch_does_not_reach_share_no_input(tmp_path: Pa
     block, acts = model.block(0), model.embed(windows(*[(1, 2)] * 20))
     inputs = learn_inputs(block, acts, [weight for weight in block.weights if weight.kind == "expert"])
     assert len(inputs) == 16 and all(len(entry.slots) == 1 for entry in inputs)
-    collect(block, acts, inputs, lambda entry: Gram, device=CPU, seed=0)
+    calibrate(block, acts, inputs, lambda entry: Gram, device=CPU, seed=0)
     for entry in inputs:
         assert isinstance(entry.statistic, Gram) and entry.statistic.tokens == entry.tokens
         assert not entry.tokens or len(entry.sample) == entry.tokens
@@ -84,4 +84,4 @@ def test_activations_that_are_not_finite_are_an_error_that_names_the_weight(load
     block.module.input_layernorm.weight.data[3] = float("nan")
     inputs = learn_inputs(block, acts, block.weights)
     with pytest.raises(NumericalError, match=r"enter model\.layers\.0\.self_attn\.q_proj are NaN or Inf"):
-        collect(block, acts, inputs, lambda entry: None, device=CPU, seed=0)
+        calibrate(block, acts, inputs, lambda entry: None, device=CPU, seed=0)

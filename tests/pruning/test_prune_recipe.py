@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llmsparse.errors import RecipeError
 from llmsparse.pruners import PRUNERS, DSnoT, Magnitude, SparseGPT, Wanda
-from llmsparse.pruning.recipe import Recipe, parse_sparsity
+from llmsparse.pruning.recipe import PruneRecipe, parse_sparsity
 from llmsparse.runs import recipe_file
 from llmsparse.sparsity.patterns import NofM, Unstructured
 
@@ -28,7 +28,7 @@ def write(tmp_path: Path) -> Any:
 
 def refusal(recipe: Path | str | None = None, *assignments: str, **flags: Any) -> str:
     with pytest.raises(RecipeError) as caught:
-        Recipe.load(recipe, {"model": "org/name", **flags}, assignments)
+        PruneRecipe.load(recipe, {"model": "org/name", **flags}, assignments)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -61,7 +61,7 @@ def test_percentages_are_exact(hundredths: int) -> None:
 
 def test_something_must_say_how_much_is_pruned() -> None:
     assert "--sparsity 0.5" in refusal() and "--pattern 2:4" in refusal()
-    assert Recipe(model="m", pattern="2:4").pattern_for("any") == NofM(2, 4)
+    assert PruneRecipe(model="m", pattern="2:4").pattern_for("any") == NofM(2, 4)
 
 
 @pytest.mark.parametrize("pattern", ["4:2", "0:4", "4:4", "2-4", "diagonal"])
@@ -73,11 +73,11 @@ def test_patterns_that_cannot_be_are_refused(pattern: str) -> None:
 def test_a_sparsity_beside_an_n_of_m_must_be_the_one_it_implies(write: Any) -> None:
     assert "means sparsity 0.5, not 0.7" in refusal(sparsity="0.7", pattern="2:4")
     assert "means sparsity 0.5, not 0.7" in refusal(write("pattern: 2:4\n"), sparsity="70%")
-    assert Recipe.load(None, {"model": "m", "sparsity": "50%", "pattern": "2:4"}).pattern_for("any") == NofM(2, 4)
+    assert PruneRecipe.load(None, {"model": "m", "sparsity": "50%", "pattern": "2:4"}).pattern_for("any") == NofM(2, 4)
 
 
 def test_two_of_four_needs_no_quotes_in_yaml(write: Any) -> None:
-    assert Recipe.load(write("pattern: 2:4\n"), {"model": "m"}).pattern == "2:4"  # YAML 1.1 reads 124
+    assert PruneRecipe.load(write("pattern: 2:4\n"), {"model": "m"}).pattern == "2:4"  # YAML 1.1 reads 124
 
 
 def test_an_unknown_key_is_named_with_file_line_and_the_likely_one(write: Any) -> None:
@@ -161,7 +161,7 @@ def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_defaults_yield_to_the_recipe_and_the_recipe_to_flags_and_assignments(write: Any) -> None:
     path = write("sparsity: 0.5\nseed: 1\ncalibration_samples: 8\nonly: ['*.q_proj']\n")
-    recipe = Recipe.load(path, {"model": "m", "seed": "2", "seq_len": None}, ["calibration_samples=9"])
+    recipe = PruneRecipe.load(path, {"model": "m", "seed": "2", "seq_len": None}, ["calibration_samples=9"])
     assert (recipe.sparsity, recipe.seed, recipe.calibration_samples, recipe.seq_len) == (0.5, 2, 9, None)
     assert recipe.only == ("*.q_proj",)
     assert (recipe.method, recipe.match_steps, recipe.calibration) == ("sparsegpt", "auto", "c4")
@@ -169,11 +169,11 @@ def test_defaults_yield_to_the_recipe_and_the_recipe_to_flags_and_assignments(wr
 
 def test_dotted_assignments_reach_into_methods_and_rules(write: Any) -> None:
     path = write("sparsity: 0.5\nrules:\n  - {match: '*.q_proj', sparsity: 0.6}\n")
-    recipe = Recipe.load(path, {"model": "m"}, ["method.damp=1e-3", "rules.0.sparsity=70%"])
+    recipe = PruneRecipe.load(path, {"model": "m"}, ["method.damp=1e-3", "rules.0.sparsity=70%"])
     assert recipe.pruner == SparseGPT(damp=0.001)
     assert recipe.rules[0].sparsity == 0.7
     nested = ["method={name: dsnot, initial: {name: sparsegpt}}", "method.initial.block=64"]
-    assert Recipe.load(path, {"model": "m"}, nested).pruner == DSnoT(initial=SparseGPT(block=64))
+    assert PruneRecipe.load(path, {"model": "m"}, nested).pruner == DSnoT(initial=SparseGPT(block=64))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_a_wrong_assignment_is_quoted(assignment: str, complaint: str) -> None:
 
 
 def test_the_last_rule_that_matches_wins() -> None:
-    recipe = Recipe(
+    recipe = PruneRecipe(
         model="m",
         sparsity=0.5,
         method="wanda",
@@ -215,7 +215,7 @@ def test_the_last_rule_that_matches_wins() -> None:
 
 def test_the_last_rule_counts_alone_whatever_an_earlier_one_says() -> None:
     rules = [{"match": "*", "sparsity": 0.9, "method": "magnitude"}, {"match": "*.k_proj", "method": "sparsegpt"}]
-    recipe = Recipe(model="m", sparsity=0.5, method="wanda", rules=rules)
+    recipe = PruneRecipe(model="m", sparsity=0.5, method="wanda", rules=rules)
     assert recipe.pattern_for("a.k_proj") == Unstructured(0.5, "matrix")  # the recipe's sparsity, not 0.9
     assert recipe.pruner_for("a.k_proj") == SparseGPT()
     reversed_ = recipe.replace(rules=rules[::-1])
@@ -224,23 +224,23 @@ def test_the_last_rule_counts_alone_whatever_an_earlier_one_says() -> None:
 
 
 def test_a_method_is_built_once_for_all_weights() -> None:
-    recipe = Recipe(model="m", sparsity=0.5, rules=[{"match": "*.k_proj", "method": "wanda"}])
+    recipe = PruneRecipe(model="m", sparsity=0.5, rules=[{"match": "*.k_proj", "method": "wanda"}])
     assert recipe.pruner_for("a.q_proj") is recipe.pruner_for("b.q_proj")
     assert recipe.pruner_for("a.k_proj") is recipe.pruner_for("b.k_proj")
     assert recipe == recipe.replace() and hash(recipe.rules) == hash(recipe.replace().rules)
 
 
 def test_a_rule_that_matches_nothing_is_an_error() -> None:
-    recipe = Recipe(model="m", sparsity=0.5, rules=[{"match": "*.down_prj", "sparsity": 0.6}])
+    recipe = PruneRecipe(model="m", sparsity=0.5, rules=[{"match": "*.down_prj", "sparsity": 0.6}])
     with pytest.raises(RecipeError, match=r"rules\[0\]: match '\*.down_prj' matches none of 2 weights"):
         recipe.check_rules(["a.down_proj", "a.up_proj"])
-    Recipe(model="m", sparsity=0.5, rules=[{"match": "*.down_*", "sparsity": 0.6}]).check_rules(["a.down_proj"])
+    PruneRecipe(model="m", sparsity=0.5, rules=[{"match": "*.down_*", "sparsity": 0.6}]).check_rules(["a.down_proj"])
 
 
 def test_scope_is_the_methods_own_unless_asked() -> None:
-    assert Recipe(model="m", sparsity=0.5, method="wanda").pattern_for("w") == Unstructured(0.5, "row")
-    assert Recipe(model="m", sparsity=0.5, method="sparsegpt").pattern_for("w") == Unstructured(0.5, "matrix")
-    assert Recipe(model="m", sparsity=0.5, method="wanda", scope="matrix").pattern_for("w") == Unstructured(
+    assert PruneRecipe(model="m", sparsity=0.5, method="wanda").pattern_for("w") == Unstructured(0.5, "row")
+    assert PruneRecipe(model="m", sparsity=0.5, method="sparsegpt").pattern_for("w") == Unstructured(0.5, "matrix")
+    assert PruneRecipe(model="m", sparsity=0.5, method="wanda", scope="matrix").pattern_for("w") == Unstructured(
         0.5, "matrix"
     )
 
@@ -256,34 +256,34 @@ def test_scope_is_the_methods_own_unless_asked() -> None:
     ],
 )
 def test_output_has_a_name_that_says_what_it_is(keys: dict[str, Any], folder: str) -> None:
-    assert Recipe(**keys).output_folder == Path(folder)
+    assert PruneRecipe(**keys).output_folder == Path(folder)
 
 
 def test_output_of_the_current_folder_is_named_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tiny" / "sub").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "tiny" / "sub")
-    assert Recipe(model=".", sparsity=0.5).output_folder == Path("sub-sparsegpt-50")
-    assert Recipe(model="..", sparsity=0.5).output_folder == Path("tiny-sparsegpt-50")
+    assert PruneRecipe(model=".", sparsity=0.5).output_folder == Path("sub-sparsegpt-50")
+    assert PruneRecipe(model="..", sparsity=0.5).output_folder == Path("tiny-sparsegpt-50")
 
 
 def test_python_gives_the_same_errors() -> None:
     with pytest.raises(RecipeError, match="sparsity: got 70"):
-        Recipe(model="m", sparsity=70)
+        PruneRecipe(model="m", sparsity=70)
     with pytest.raises(RecipeError, match="did you mean 'sparsity'"):
-        Recipe(model="m", sparsty=0.5)
+        PruneRecipe(model="m", sparsty=0.5)
     with pytest.raises(RecipeError, match="model is missing; name a folder, a hub id or builtin"):
-        Recipe(sparsity=0.5)
+        PruneRecipe(sparsity=0.5)
 
 
 def test_a_pruner_can_be_given_as_an_object() -> None:
-    recipe = Recipe(model="m", sparsity=0.5, method=DSnoT(initial=SparseGPT(damp=0.5), max_cycles=3))
+    recipe = PruneRecipe(model="m", sparsity=0.5, method=DSnoT(initial=SparseGPT(damp=0.5), max_cycles=3))
     assert recipe.method_name == "dsnot"
     assert recipe.pruner == DSnoT(initial=SparseGPT(damp=0.5), max_cycles=3)
 
 
 @pytest.mark.parametrize("name", list(PRUNERS))
 def test_dump_spells_out_every_default_and_loads_to_the_same_run(name: str, tmp_path: Path) -> None:
-    recipe = Recipe(
+    recipe = PruneRecipe(
         model="org/m",
         method=name,
         pattern="2:4",
@@ -294,7 +294,7 @@ def test_dump_spells_out_every_default_and_loads_to_the_same_run(name: str, tmp_
         output="1.5",
     )
     (tmp_path / "r.yaml").write_text(recipe.dump({"torch": "2.13"}))
-    again = Recipe.load(tmp_path / "r.yaml")
+    again = PruneRecipe.load(tmp_path / "r.yaml")
     assert again.dump() == recipe.dump()
     assert again.pruner == recipe.pruner
     assert again.model_dump(exclude={"method"}) == recipe.model_dump(exclude={"method"})
@@ -302,7 +302,7 @@ def test_dump_spells_out_every_default_and_loads_to_the_same_run(name: str, tmp_
 
 
 def test_replace_checks_what_it_changes() -> None:
-    recipe = Recipe(model="m", sparsity=0.5)
+    recipe = PruneRecipe(model="m", sparsity=0.5)
     assert recipe.replace(seq_len=64).seq_len == 64
     with pytest.raises(RecipeError, match="seq_len: got 1"):
         recipe.replace(seq_len=1)
@@ -321,11 +321,11 @@ def test_a_method_is_added_by_writing_its_class_and_naming_it(monkeypatch: pytes
                 raise ValueError(f"share {self.share} is above 1")
 
     monkeypatch.setitem(PRUNERS, "loudest", Loudest)
-    recipe = Recipe(model="m", sparsity=0.5, method={"name": "loudest", "shape": [3]})
+    recipe = PruneRecipe(model="m", sparsity=0.5, method={"name": "loudest", "shape": [3]})
     assert recipe.pruner == Loudest(shape=(3,))
     assert recipe.resolved()["method"] == {"name": "loudest", "share": 0.5, "shape": [3]}
     with pytest.raises(RecipeError, match=r"method: method loudest: share 2\.0 is above 1"):
-        Recipe(model="m", sparsity=0.5, method={"name": "loudest", "share": 2.0})
+        PruneRecipe(model="m", sparsity=0.5, method={"name": "loudest", "share": 2.0})
 
 
 LINES = st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]), min_size=1)

@@ -6,15 +6,15 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from llmsparse.pruning.report import BlockRecord, Report, Row
+from llmsparse.pruning.report import BlockRecord, PrunedWeight, PruneReport
 
 
-def report(before: float = 10.0, after: float = 11.0, **protocol: Any) -> Report:
+def report(before: float = 10.0, after: float = 11.0, **protocol: Any) -> PruneReport:
     rows = [
-        Row("b.0.q", (4, 4), "wanda", "unstructured", 0.5, 0.5, 0.01, 100),
-        Row("b.0.up", (8, 4), "wanda", "unstructured", 0.25, 0.25, 0.02, 100, {"damp": 0.1}),
+        PrunedWeight("b.0.q", (4, 4), "wanda", "unstructured", 0.5, 0.5, 0.01, 100),
+        PrunedWeight("b.0.up", (8, 4), "wanda", "unstructured", 0.25, 0.25, 0.02, 100, {"damp": 0.1}),
     ]
-    made = Report(
+    made = PruneReport(
         model="tiny",
         output="out",
         recipe={"method": "wanda"},

@@ -6,7 +6,7 @@ import pytest
 
 from llmsparse.errors import RecipeError
 from llmsparse.models.streamed import Weight
-from llmsparse.pruning.selection import select
+from llmsparse.pruning.selection import matching_weights
 
 
 def weight(name: str, prunable: bool = True) -> Weight:
@@ -25,7 +25,7 @@ WEIGHTS = [
 
 
 def names(**globs: list[str]) -> list[str]:
-    return [chosen.name for chosen in select(WEIGHTS, **globs)]
+    return [chosen.name for chosen in matching_weights(WEIGHTS, **globs)]
 
 
 def test_by_default_what_the_model_calls_prunable_is_chosen() -> None:
@@ -48,7 +48,7 @@ def test_a_glob_that_matches_nothing_is_an_error_with_a_hint(option: str) -> Non
 
 def test_a_tied_head_is_called_by_its_name() -> None:
     with pytest.raises(RecipeError, match=r"--include 'lm_h.*': lm_head is tied to the input embedding"):
-        select(WEIGHTS[:-1], include=["lm_h*"], tied="lm_head")
+        matching_weights(WEIGHTS[:-1], include=["lm_h*"], tied="lm_head")
 
 
 def test_a_selection_that_leaves_nothing_is_an_error() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from llmsparse.errors import CheckpointError, LlmsparseError, MachineError, RecipeError
-from llmsparse.runs.partial import STATE, PartialOutput, check_output, held_bytes
+from llmsparse.runs.partial import STATE_FOLDER, PartialOutput, check_output, held_bytes
 from llmsparse.storage.disk import check_room, spell_size
 
 FINGERPRINT: dict[str, Any] = {"recipe": {"method": "wanda"}, "model": {"size": 7}, "seed": 0}
@@ -89,7 +89,7 @@ def test_failed_run_leaves_a_folder_to_resume(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("torn", [b"", b'{"block": "block 2", "ent', b'{"block": "block 2", "entry": {}}', b"\0" * 100])
 def test_torn_last_line_of_the_journal_is_dropped(tmp_path: Path, torn: bytes) -> None:
-    journal = unfinished(tmp_path / "out") / STATE / "journal.jsonl"
+    journal = unfinished(tmp_path / "out") / STATE_FOLDER / "journal.jsonl"
     whole = journal.read_bytes()
     journal.write_bytes(whole + torn)
     with start(tmp_path / "out", resume=True) as partial:
@@ -101,7 +101,7 @@ def test_torn_last_line_of_the_journal_is_dropped(tmp_path: Path, torn: bytes) -
 
 
 def test_corrupt_journal_is_refused(tmp_path: Path) -> None:
-    journal = unfinished(tmp_path / "out") / STATE / "journal.jsonl"
+    journal = unfinished(tmp_path / "out") / STATE_FOLDER / "journal.jsonl"
     journal.write_bytes(b"garbage\n" + journal.read_bytes())
     refused(tmp_path / "out", CheckpointError, r"journal.jsonl:1: corrupt", resume=True)
 
@@ -114,12 +114,12 @@ def test_unfinished_run_wants_a_decision(tmp_path: Path) -> None:
     refused(tmp_path / "out", RecipeError, "choose one", resume=True, overwrite=True)
     with start(tmp_path / "out", overwrite=True) as partial:
         assert not partial.finished
-        assert [path.name for path in partial.folder.iterdir()] == [STATE]
-        assert [path.name for path in (partial.folder / STATE).iterdir()] == ["run.json"]
+        assert [path.name for path in partial.folder.iterdir()] == [STATE_FOLDER]
+        assert [path.name for path in (partial.folder / STATE_FOLDER).iterdir()] == ["run.json"]
 
 
 def test_a_run_noted_before_runs_could_be_other_than_resumable_is_resumed(tmp_path: Path) -> None:
-    noted = unfinished(tmp_path / "out") / STATE / "run.json"
+    noted = unfinished(tmp_path / "out") / STATE_FOLDER / "run.json"
     run = json.loads(noted.read_text())
     noted.write_text(json.dumps({key: run[key] for key in ("fingerprint", "overwrite")}))
     with start(tmp_path / "out", resume=True) as partial:
@@ -128,7 +128,7 @@ def test_a_run_noted_before_runs_could_be_other_than_resumable_is_resumed(tmp_pa
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"overwrite": false}'])
 def test_a_run_that_left_no_sense_is_refused(tmp_path: Path, content: str) -> None:
-    (unfinished(tmp_path / "out") / STATE / "run.json").write_text(content)
+    (unfinished(tmp_path / "out") / STATE_FOLDER / "run.json").write_text(content)
     refused(tmp_path / "out", RecipeError, "corrupt; delete .* and start anew", resume=True)
 
 
@@ -138,7 +138,9 @@ def test_what_an_unfinished_run_holds_is_counted_once(tmp_path: Path) -> None:
     before = held_bytes(tmp_path / "out")
     (partial / "model.safetensors").write_bytes(b"x" * 2**20)
     assert held_bytes(tmp_path / "out") - before == pytest.approx(2**20, abs=2**14)
-    checkpoint(partial / STATE / "replaced", "x" * 2**20)  # an old OUT, which stays until the new one is complete
+    checkpoint(
+        partial / STATE_FOLDER / "replaced", "x" * 2**20
+    )  # an old OUT, which stays until the new one is complete
     assert held_bytes(tmp_path / "out") - before == pytest.approx(2**20, abs=2**14)
 
 
@@ -402,7 +404,7 @@ def test_old_output_comes_back_after_a_crash_between_the_two_renames(tmp_path: P
     out = checkpoint(tmp_path / "out", "old")
     with start(out, overwrite=True) as partial:
         checkpoint(partial.folder, "new")
-        out.rename(partial.folder / STATE / "replaced")
+        out.rename(partial.folder / STATE_FOLDER / "replaced")
     refused(out, RecipeError, "unfinished run is there")
     assert contents(out) == OLD
     with start(out, resume=True) as partial:
@@ -412,14 +414,14 @@ def test_old_output_comes_back_after_a_crash_between_the_two_renames(tmp_path: P
 
 def test_state_left_by_a_crash_after_the_renames_is_removed(tmp_path: Path) -> None:
     out = checkpoint(tmp_path / "out", "new")
-    checkpoint(out / STATE / "replaced", "old")
+    checkpoint(out / STATE_FOLDER / "replaced", "old")
     refused(out, RecipeError, "exists already")
     assert contents(out) == NEW
 
 
 def test_crash_before_a_run_has_noted_anything_is_no_run(tmp_path: Path) -> None:
-    (tmp_path / "out.partial" / STATE).mkdir(parents=True)
-    (tmp_path / "out.partial" / STATE / "run.json.draft").write_text('{"finger')
+    (tmp_path / "out.partial" / STATE_FOLDER).mkdir(parents=True)
+    (tmp_path / "out.partial" / STATE_FOLDER / "run.json.draft").write_text('{"finger')
     refused(tmp_path / "out", RecipeError, "nothing to resume", resume=True)
     with start(tmp_path / "out") as partial:
         assert not partial.finished

@@ -18,10 +18,10 @@ import llmsparse
 from llmsparse.cli.app import main
 from llmsparse.errors import MachineError, RecipeError
 from llmsparse.factorization import plan as factor_planning
-from llmsparse.factorization.recipe import FactorRecipe
-from llmsparse.models.origin import fingerprint
+from llmsparse.factorization.recipe import FactorizeRecipe
+from llmsparse.models.origin import config_fingerprint
 from llmsparse.pruning import plan as planning
-from llmsparse.pruning.recipe import Recipe
+from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.runs.partial import held_bytes
 from llmsparse.runs.progress import Silent
 
@@ -120,11 +120,11 @@ def test_a_resume_with_an_edited_config_is_refused(verb: str, tiny_llama: Callab
 def test_code_counts_only_where_it_is_run(tmp_path: Path) -> None:
     for name in ("config.json", "modeling_mine.py", "notes.txt"):
         (tmp_path / name).write_text(name)
-    assert list(fingerprint(tmp_path)) == ["config.json"]
-    before = fingerprint(tmp_path, trust_remote_code=True)
+    assert list(config_fingerprint(tmp_path)) == ["config.json"]
+    before = config_fingerprint(tmp_path, trust_remote_code=True)
     assert list(before) == ["config.json", "modeling_mine.py"]
     (tmp_path / "modeling_mine.py").write_text("changed")
-    assert fingerprint(tmp_path, trust_remote_code=True) != before
+    assert config_fingerprint(tmp_path, trust_remote_code=True) != before
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -148,12 +148,14 @@ def test_the_room_of_an_unfinished_run_is_not_asked_for_twice(
 
 def prune_plan(model: Path, output: str = "out", **how: bool) -> planning.Plan:
     keys = {"sparsity": 0.5, "match_steps": 0, "seq_len": 32, "calibration_samples": 6}
-    return planning.make_plan(Recipe(model=model, output=output, calibration="notes.txt", **keys), **how)
+    return planning.make_plan(PruneRecipe(model=model, output=output, calibration="notes.txt", **keys), **how)
 
 
-def factor_plan(model: Path, output: str = "out", **how: bool) -> factor_planning.FactorPlan:
+def factor_plan(model: Path, output: str = "out", **how: bool) -> factor_planning.FactorizePlan:
     keys = {"experts": 4, "shared": 1, "active": 1, "seq_len": 32, "calibration_samples": 6}
-    return factor_planning.make_plan(FactorRecipe(model=model, output=output, calibration="notes.txt", **keys), **how)
+    return factor_planning.make_plan(
+        FactorizeRecipe(model=model, output=output, calibration="notes.txt", **keys), **how
+    )
 
 
 def test_eval_on_the_calibration_text_warns_in_one_line(

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from llmsparse.errors import RecipeError
-from llmsparse.factorization.recipe import FactorRecipe
-from llmsparse.pruning.recipe import Recipe
+from llmsparse.factorization.recipe import FactorizeRecipe
+from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.runs.recipe import RunRecipe, from_arguments, refuse_both
 from llmsparse.tuning.recipe import TuneRecipe
 
 Kind = type[RunRecipe]
 NEEDED: dict[Kind, dict[str, Any]] = {
-    Recipe: {"model": "m", "sparsity": 0.5},
-    FactorRecipe: {"model": "m"},
+    PruneRecipe: {"model": "m", "sparsity": 0.5},
+    FactorizeRecipe: {"model": "m"},
     TuneRecipe: {"model": "m", "teacher": "t", "text": "builtin"},
 }
 every_kind = pytest.mark.parametrize("kind", NEEDED, ids=lambda kind: kind.__name__)

@@ -7,7 +7,7 @@ import pytest
 
 from llmsparse.cli.recipes import purpose
 from llmsparse.pruning.pipeline import prune
-from llmsparse.pruning.recipe import Recipe
+from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.runs import recipe_file
 from llmsparse.sparsity.patterns import NofM
 
@@ -25,7 +25,7 @@ def test_the_promised_recipes_are_shipped() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_is_valid_and_says_what_for(name: str) -> None:
-    recipe = Recipe.load(name, {"model": "org/name"})
+    recipe = PruneRecipe.load(name, {"model": "org/name"})
     assert name.startswith(recipe.method_name)
     assert recipe.output_folder.name == f"name-{name}"
     assert len(purpose(recipe_file.shipped()[name])) > 40
@@ -34,7 +34,7 @@ def test_recipe_is_valid_and_says_what_for(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_runs(name: str, model: Path, tmp_path: Path) -> None:
     small = {"calibration": "builtin", "calibration_samples": 4, "seq_len": 32, "device": "cpu"}
-    recipe = Recipe.load(name, {"model": str(model), "output": str(tmp_path / "out"), **small}, ["match_steps=0"])
+    recipe = PruneRecipe.load(name, {"model": str(model), "output": str(tmp_path / "out"), **small}, ["match_steps=0"])
     report = prune(recipe)
     pattern = recipe.pattern_for("any")
     assert report.sparsity == pytest.approx(pattern.sparsity, abs=0.02)

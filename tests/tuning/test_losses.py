@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmsparse.factorization.oracle import greedy
+from llmsparse.tuning.distillation import Distillation
 from llmsparse.tuning.losses import (
     TERMS,
     balance,
@@ -22,8 +23,7 @@ from llmsparse.tuning.losses import (
     norm_loss,
     prior_approximate_loss,
 )
-from llmsparse.tuning.pair import Pair
-from llmsparse.tuning.pipeline import load_pair
+from llmsparse.tuning.pipeline import load_both
 from llmsparse.tuning.plan import TunePlan, make_plan
 from llmsparse.tuning.recipe import TuneRecipe
 from llmsparse.tuning.trainable import Trainable
@@ -108,16 +108,16 @@ def ready(
     plan: TunePlan = make_plan(
         TuneRecipe(model=str(mixtures[request.param]), output=str(tmp_path / "out"), **keys, **weights)
     )
-    pair: Pair = load_pair(plan)
+    distillation: Distillation = load_both(plan)
     ids = plan.windows.ids[:8]
-    pair.sharpen(ids)
-    trainable = Trainable(pair.student, pair.mixtures, "experts", 16, 0)
-    return SimpleNamespace(plan=plan, pair=pair, ids=ids, trainable=trainable)
+    distillation.sharpen(ids)
+    trainable = Trainable(distillation.student, distillation.mixtures, "experts", 16, 0)
+    return SimpleNamespace(plan=plan, distillation=distillation, ids=ids, trainable=trainable)
 
 
 def test_every_term_gives_the_router_a_gradient(ready: SimpleNamespace) -> None:
     """The released FactorLLM leaves `router.weight.grad` at None after any of its losses."""
-    terms = losses(ready.pair, ready.ids, ready.plan)
+    terms = losses(ready.distillation, ready.ids, ready.plan)
     for name, term in terms.items():
         for parameter in ready.trainable.parameters.values():
             parameter.grad = None
@@ -126,16 +126,16 @@ def test_every_term_gives_the_router_a_gradient(ready: SimpleNamespace) -> None:
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, (name, router)
     own = {name: [weight.grad is not None for weight in ready.trainable.experts.values()] for name in ("language",)}
     assert all(own["language"])
-    assert ready.pair.teacher.model.embed_tokens.weight.grad is None
+    assert ready.distillation.teacher.model.embed_tokens.weight.grad is None
 
 
 def test_the_router_is_judged_on_what_enters_the_teachers_ffn(ready: SimpleNamespace) -> None:
     """Layer 1: its input is what the dense model has behind residual, attention and norm, not layer 0's FFN output."""
-    seen = ready.pair.see(ready.ids)
+    seen = ready.distillation.see(ready.ids)
     entered: list[Tensor] = []
-    block = ready.pair.teacher.model.layers[1]
+    block = ready.distillation.teacher.model.layers[1]
     handle = block.post_attention_layernorm.register_forward_hook(lambda _, args, output: entered.append(output))
-    ready.pair.teacher(ready.ids)
+    ready.distillation.teacher(ready.ids)
     handle.remove()
     assert torch.equal(seen.entered[1], entered[0].flatten(0, 1))
     assert torch.equal(seen.wanted[1], block.mlp(entered[0]).flatten(0, 1))

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import llmsparse
 from llmsparse.factorization.router import top
-from llmsparse.tuning.pipeline import load_pair
+from llmsparse.tuning.pipeline import load_both
 from llmsparse.tuning.plan import make_plan
 from llmsparse.tuning.recipe import TuneRecipe
 
@@ -48,12 +48,12 @@ def test_its_parts_are_what_transformers_runs_and_it_can_be_tuned(
     recipe = TuneRecipe(**keys, output=str(tmp_path / "out"), steps=3, batch_size=8, device="cpu")
     plan = make_plan(recipe)
     assert plan.container.name == container
-    pair = load_pair(plan)
-    assert [mixture.name for mixture in pair.mixtures] == [
+    distillation = load_both(plan)
+    assert [mixture.name for mixture in distillation.mixtures] == [
         f"model.layers.{index}.mlp" for index in range(3) if str(index) not in kept
     ]
     x = torch.randn(50, 64 if source == "x" else plan.model.hidden_size)
-    for mixture in pair.mixtures:
+    for mixture in distillation.mixtures:
         with torch.no_grad():
             expected = mixture.module(x[None])[0]
             logits, weights, chosen = mixture.gate(x)

@@ -198,12 +198,12 @@ def test_rates_rise_fall_along_a_cosine_and_end_where_they_should(moe: Path, key
 def test_the_papers_recipe_runs_on_what_its_factorize_recipe_wrote(
     tiny_llama: Callable[..., Path], notes: Path, tmp_path: Path
 ) -> None:
-    from llmsparse.factorization.recipe import FactorRecipe
+    from llmsparse.factorization.recipe import FactorizeRecipe
 
     dense = tiny_llama(tmp_path / "dense", ffn=128, layers=1)
     small = {"calibration": str(notes), "calibration_samples": 20, "seq_len": 32, "router_steps": 5, "device": "cpu"}
     llmsparse.factorize(
-        FactorRecipe.load("factorllm-paper", {"model": str(dense), "output": str(tmp_path / "moe"), **small})
+        FactorizeRecipe.load("factorllm-paper", {"model": str(dense), "output": str(tmp_path / "moe"), **small})
     )
     named = {"model": str(tmp_path / "moe"), "teacher": str(dense), "text": str(notes), "output": str(tmp_path / "out")}
     paper = TuneRecipe.load("factorllm-paper", named)

@@ -13,7 +13,7 @@ from llmsparse.models.empty_model import find_blocks
 from llmsparse.tuning.mixture import Mixture
 
 
-class Seen(NamedTuple):
+class ForwardOfBoth(NamedTuple):
     """One batch through both: logits (batch, tokens, vocabulary), and of each mixture, tokens flattened:"""
 
     student: Tensor
@@ -41,7 +41,7 @@ class Recording:
         return hook
 
 
-class Pair:
+class Distillation:
     """`student` is the factorized model and `mixtures` its routed FFNs; `teacher` is dense and never changes."""
 
     def __init__(self, student: Any, teacher: Any, mixtures: list[Mixture], numbers: list[int]) -> None:
@@ -62,13 +62,15 @@ class Pair:
         for mixture, x in zip(self.mixtures, self._dense.inputs, strict=True):
             mixture.sharpen(_flat(x))
 
-    def see(self, ids: Tensor) -> Seen:
+    def see(self, ids: Tensor) -> ForwardOfBoth:
         """Both models on ids (batch, tokens); gradients reach the student alone."""
         taught = self.teach(ids)
         said = self.student(input_ids=ids, use_cache=False).logits
         entered, wanted = ([_flat(one) for one in seen] for seen in (self._dense.inputs, self._dense.outputs))
         logits, _, chosen = zip(*self._gates.outputs, strict=True)
-        return Seen(said, taught, entered, wanted, [_flat(one) for one in self._mixed.outputs], [*logits], [*chosen])
+        return ForwardOfBoth(
+            said, taught, entered, wanted, [_flat(one) for one in self._mixed.outputs], [*logits], [*chosen]
+        )
 
     def loads(self) -> list[Tensor]:
         """Of the student's last forward, how many tokens each routed expert ran for: (routed,) int64 a mixture."""

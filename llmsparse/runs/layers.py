@@ -20,7 +20,7 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 @dataclass
-class Origins:
+class Layers:
     """`data` as merged so far, and the place each key of it was read from."""
 
     data: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -31,13 +31,13 @@ class Origins:
         cls, file: Path | None, flags: Mapping[str, Any], assignments: Sequence[str], default_method: str = ""
     ) -> Self:
         """A recipe file if there is one, under flags, under `key=value`s."""
-        origins = cls()
+        layers = cls()
         if file is not None:
-            origins.add_file(file)
-        origins.add_flags(flags)
+            layers.add_file(file)
+        layers.add_flags(flags)
         for assignment in assignments:
-            origins.add_assignment(assignment, default_method)
-        return origins
+            layers.add_assignment(assignment, default_method)
+        return layers
 
     def build(self, kind: type[Kind]) -> Kind:
         """The recipe of this kind. RecipeError that names file and line, flag, or assignment."""

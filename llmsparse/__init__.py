@@ -48,10 +48,10 @@ if TYPE_CHECKING:
     from llmsparse.packing.unpack import unpack as unpack
     from llmsparse.pruning.pipeline import prune as prune
     from llmsparse.pruning.plan import PrunePlan as PrunePlan
-    from llmsparse.pruning.plan import plan as plan
     from llmsparse.pruning.recipe import PruneRecipe as PruneRecipe
     from llmsparse.pruning.recipe import Rule as Rule
     from llmsparse.pruning.report import PruneReport as PruneReport
+    from llmsparse.runs.plan import plan as plan
     from llmsparse.tuning.pipeline import tune as tune
     from llmsparse.tuning.recipe import TuneRecipe as TuneRecipe
     from llmsparse.tuning.report import TuneReport as TuneReport
@@ -85,7 +85,7 @@ _LAZY = {  # name → the module it stands in
     "inspect": "packing.inspect",
     "pack": "packing.pack",
     "perplexity": "evaluation.perplexity",
-    "plan": "pruning.plan",
+    "plan": "runs.plan",
     "prune": "pruning.pipeline",
     "tune": "tuning.pipeline",
     "unpack": "packing.unpack",

@@ -11,8 +11,8 @@ import pytest
 
 import llmsparse
 from llmsparse.errors import RecipeError
-from llmsparse.evaluation.perplexity import perplexity_of
 from llmsparse.factorization.recipe import FactorizeRecipe
+from llmsparse.models.likelihood import perplexity_of
 from llmsparse.pruning.recipe import PruneRecipe
 
 SMALL: dict[str, Any] = {"calibration": "builtin", "calibration_samples": 4, "seq_len": 32, "device": "cpu"}

@@ -16,33 +16,16 @@ from llmsparse.cli import packing as cli_packing
 from llmsparse.cli import recipes as cli_recipes
 from llmsparse.cli import running as cli_run
 from llmsparse.cli import serving as cli_serving
-from llmsparse.cli import tuning as cli_tuning
 from llmsparse.cli.exit import exit_code_of
-from llmsparse.cli.options import (
-    Assignments,
-    Debug,
-    Device,
-    DryRun,
-    Dtype,
-    FactorAssignments,
-    Json,
-    Model,
-    ModelOrRecipe,
-    Quiet,
-    RecipeName,
-    Restart,
-    Resume,
-    Revision,
-    TrustRemoteCode,
-    Verbose,
-    recipe_from,
-    verb,
-)
+from llmsparse.cli.options import Debug, Device, Dtype, Json, Model, Quiet, Revision, TrustRemoteCode, Verbose, verb
+from llmsparse.cli.recipe_verbs import add_recipe_verb
 from llmsparse.cli.terminal import Terminal
 from llmsparse.errors import RecipeError
-from llmsparse.factorization.keys import KEYS as FACTORIZATION
 from llmsparse.runs.keys import BATCH, COLUMN, WINDOW
+from llmsparse.runs.verbs import VERBS
 from llmsparse.version import __version__
+
+PLAN_HELP = "Show what `prune` would do: weights, memory, disk. Writes nothing, and downloads no weights."
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 app.add_typer(cli_recipes.app, name="recipes", help="Look at the shipped recipes, copy one, check a file.")
@@ -68,87 +51,9 @@ def root(
         typer.echo(ctx.get_help())
 
 
-@verb(app, recipe_flags=True)
-def prune(
-    terminal: Terminal,
-    model: ModelOrRecipe = None,
-    assignments: Assignments = None,
-    recipe: RecipeName = None,
-    resume: Resume = False,
-    overwrite: Restart = False,
-    dry_run: DryRun = False,
-    json: Json = False,
-    **flags: Any,
-) -> None:
-    """Prune MODEL into a new folder that loads wherever the original does.
-
-    llmsparse prune meta-llama/Llama-3.2-1B --sparsity 0.5
-    """
-    from llmsparse.pruning.recipe import PruneRecipe
-
-    chosen = recipe_from(PruneRecipe, model, assignments, recipe, flags, resume, overwrite)
-    terminal.calm_libraries()
-    if dry_run:
-        from llmsparse.pruning.plan import make_plan
-
-        return terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite, download=False), json)
-    terminal.will_write(chosen.output_folder)
-    from llmsparse.pruning import pipeline
-
-    report = pipeline.prune(chosen, resume=resume, overwrite=overwrite, progress=terminal.progress())
-    return terminal.show(report, json)
-
-
-@verb(app, recipe_flags=True)
-def plan(
-    terminal: Terminal,
-    model: ModelOrRecipe = None,
-    assignments: Assignments = None,
-    recipe: RecipeName = None,
-    resume: Resume = False,
-    overwrite: Restart = False,
-    json: Json = False,
-    **flags: Any,
-) -> None:
-    """Show what `prune` would do: weights, memory, disk. Writes nothing, and downloads no weights."""
-    from llmsparse.pruning.recipe import PruneRecipe
-
-    chosen = recipe_from(PruneRecipe, model, assignments, recipe, flags, resume, overwrite)
-    terminal.calm_libraries()
-    from llmsparse.pruning.plan import make_plan
-
-    terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite, download=False), json)
-
-
-@verb(app, recipe_flags=True, keys=FACTORIZATION)
-def factorize(
-    terminal: Terminal,
-    model: ModelOrRecipe = None,
-    assignments: FactorAssignments = None,
-    recipe: RecipeName = None,
-    resume: Resume = False,
-    overwrite: Restart = False,
-    dry_run: DryRun = False,
-    json: Json = False,
-    **flags: Any,
-) -> None:
-    """Turn the FFNs of a dense MODEL into a mixture of experts, without training.
-
-    llmsparse factorize meta-llama/Llama-3.2-1B --recipe factorize-50
-    """
-    from llmsparse.factorization.recipe import FactorizeRecipe
-
-    chosen = recipe_from(FactorizeRecipe, model, assignments, recipe, flags, resume, overwrite)
-    terminal.calm_libraries()
-    if dry_run:
-        from llmsparse.factorization.plan import make_plan
-
-        return terminal.show(make_plan(chosen, resume=resume, overwrite=overwrite, download=False), json)
-    terminal.will_write(chosen.output_folder)
-    from llmsparse.factorization import pipeline
-
-    report = pipeline.factorize(chosen, resume=resume, overwrite=overwrite, progress=terminal.progress())
-    return terminal.show(report, json)
+for name in VERBS:
+    add_recipe_verb(app, name)
+add_recipe_verb(app, "prune", "plan", help=PLAN_HELP, plan_only=True)
 
 
 @verb(app, "eval")
@@ -232,7 +137,6 @@ def demo(terminal: Terminal, json: Json = False) -> None:
 
 
 app.add_typer(cli_packing.app)
-app.add_typer(cli_tuning.app)
 app.add_typer(cli_run.app)
 app.add_typer(cli_serving.app)
 

@@ -12,10 +12,14 @@ import typer
 from llmsparse.cli.options import Json, verb
 from llmsparse.cli.terminal import Terminal
 from llmsparse.errors import MachineError, RecipeError, did_you_mean
+from llmsparse.runs.verbs import VERBS
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
+    from collections.abc import Mapping
+
     from rich.console import RenderableType
+
+    from llmsparse.runs.recipe import RunRecipe
 
 app = typer.Typer(no_args_is_help=False)
 
@@ -79,27 +83,20 @@ def validate(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A recipe file, or a shipped name.", show_default=False)],
 ) -> None:
     """Check a recipe: keys, values, method options, patterns. Prints it with every default spelled out."""
-    from llmsparse.factorization.recipe import FactorizeRecipe
-    from llmsparse.pruning.recipe import PruneRecipe
     from llmsparse.runs import recipe_file
-    from llmsparse.tuning.recipe import TuneRecipe
 
     path = recipe_file.all_shipped().get(file) or recipe_file.find(file)
     data, _ = recipe_file.read(path)
-    flags = {key: key.upper() for key in ("model", "teacher", "text") if key not in data}
-    if _has_keys_of(TuneRecipe, data):
-        recipe = TuneRecipe.load(path, flags)
-    else:
-        kind = FactorizeRecipe if _has_keys_of(FactorizeRecipe, data) else PruneRecipe
-        recipe = kind.load(path, {"model": flags.get("model")})
-    print(recipe.dump({"valid": path}), end="")
+    kind = kind_of(data)
+    wanted = ("model", "teacher", "text")  # what a recipe may leave to the command line
+    flags = {key: key.upper() for key in wanted if key not in data and key in kind.model_fields}
+    print(kind.load(path, flags).dump({"valid": path}), end="")
 
 
-def _has_keys_of(kind: type[BaseModel], data: dict[str, Any]) -> bool:
-    """Whether a recipe has keys that this kind knows and `prune` does not."""
-    from llmsparse.pruning.recipe import PruneRecipe
-
-    return any(key in kind.model_fields and key not in PruneRecipe.model_fields for key in data)
+def kind_of(data: Mapping[str, Any]) -> type[RunRecipe]:
+    """The kind of recipe that knows the most of these keys, of the first verb that does."""
+    kinds = [verb.load_recipe() for verb in VERBS.values()]
+    return max(kinds, key=lambda kind: sum(key in kind.model_fields for key in data))
 
 
 def purpose(path: Path) -> str:

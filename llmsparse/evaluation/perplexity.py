@@ -7,22 +7,18 @@ figure papers report. It depends on the window length, so it never travels witho
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from llmsparse.errors import CalibrationError, RecipeError
+from llmsparse.models.likelihood import negative_log_likelihood, perplexity_of
 from llmsparse.models.origin import fetch_model, load_config, load_tokenizer
-from llmsparse.models.streamed import Activations, StreamedModel
+from llmsparse.models.streamed import StreamedModel
 from llmsparse.runs.device import choose_device, choose_dtype, split_batches, window_length
-from llmsparse.runs.memory import release_freed
 from llmsparse.runs.progress import Progress, Silent
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.home_folder import expand_home
@@ -33,7 +29,6 @@ if TYPE_CHECKING:
 
 REPORT = "llmsparse_report.json"
 ORIGIN = ("dataset", "config", "split", "file", "text")  # of a protocol: what says which text it is of
-LOGIT_ELEMENTS = 2**25  # logits computed at once: 128 MiB in fp32
 
 
 @dataclass(frozen=True)
@@ -112,12 +107,9 @@ def perplexity(
     with torch.no_grad(), progress:
         acts = streamed.embed(batches)
         progress.start(len(streamed.block_names))
-        for index, name in enumerate(streamed.block_names):
-            progress.block(name)
-            block = streamed.block(index)
-            acts = block.run(acts)
-            block.evict()
-            release_freed()
+        for block in streamed.blocks():
+            progress.block(block.name)
+            block.run(acts, into=acts)
         nll = negative_log_likelihood(streamed, acts, batches)
     tokens = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
     protocol = chosen.protocol | {"stride": chosen.ids.shape[1], "level": "token"}
@@ -136,26 +128,3 @@ def calibrated_on(folder: Path, text: str, protocol: dict[str, Any]) -> bool:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False  # no report, or not one of ours
     return "file" not in noted or not named.is_file() or named.samefile(expand_home(text, CalibrationError))
-
-
-def perplexity_of(nll: float, tokens: int) -> float:
-    """exp(nll / tokens), cut off at e^700 (1e304), below where a float overflows; NaN stays NaN."""
-    mean = nll / tokens
-    return math.exp(700.0 if mean > 700.0 else mean)
-
-
-@torch.no_grad()
-def negative_log_likelihood(model: StreamedModel, acts: Activations, batches: Sequence[Tensor]) -> float:
-    """Σ −log p(token | window so far) over all windows, in nats, from the hidden states after the last block.
-
-    `batches`: the (batch, tokens) ids that `acts` was embedded from. Logits are made for a few tokens at a time.
-    """
-    total = 0.0
-    for hidden, ids in zip(acts.hidden, batches, strict=True):  # (batch, tokens, width), (batch, tokens)
-        chunk = max(1, LOGIT_ELEMENTS // (ids.shape[0] * model.vocabulary))
-        for start in range(0, ids.shape[1] - 1, chunk):
-            stop = min(start + chunk, ids.shape[1] - 1)
-            logits = model.logits(hidden[:, start:stop]).float()  # (batch, chunk, vocabulary)
-            wanted = ids[:, start + 1 : stop + 1].to(logits.device)
-            total += F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum").item()
-    return total

@@ -1,6 +1,5 @@
 """One block: what enters its FFN is recorded, the neurons are split, the router made, the experts fitted, all measured."""
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import time
@@ -11,22 +10,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsparse.errors import CheckpointError, NumericalError
+from llmsparse.errors import NumericalError
 from llmsparse.factorization import export
+from llmsparse.factorization.containers import Container
 from llmsparse.factorization.ffn import FFN
 from llmsparse.factorization.oracle import Routing, routing_quality
-from llmsparse.factorization.plan import FactorizePlan, Target
+from llmsparse.factorization.recipe import FactorizeRecipe
 from llmsparse.factorization.refit import SCALES, refit, scaled
 from llmsparse.factorization.router import ROUTERS, RouterTask, shipped
-from llmsparse.factorization.split import SPLITS
-from llmsparse.models.streamed import Activations, Block
-from llmsparse.models.streamed import Slot as Slot
+from llmsparse.factorization.split import SPLITS, Layout
+from llmsparse.models.streamed import Activations, Block, Slot
 from llmsparse.models.tap import Tap
+from llmsparse.models.weight import Weight
+from llmsparse.runs.run import Made
 from llmsparse.runs.seeding import generator_for
 
 PROFILE_TOKENS = 2**12  # that neurons are clustered by, and scales fitted on
 ROUTER_TOKENS = 2**14  # that a router is trained on
 MEASURED_TOKENS = 2**12  # that what routing captures is measured on
+
+
+@dataclass(frozen=True)
+class Target:
+    """The FFN of one block, as the source stores it: its three weights, and the prefix of the block's keys."""
+
+    gate: Weight
+    up: Weight
+    down: Weight
+    prefix: str
+    dtype: torch.dtype  # that the experts are written in
+
+    @property
+    def keys(self) -> set[str]:
+        return {self.gate.key, self.up.key, self.down.key}
+
+
+@dataclass(frozen=True)
+class FactorizeOptions:
+    """What the solver of a block is told, besides where its FFN lies."""
+
+    recipe: FactorizeRecipe
+    layout: Layout
+    container: Container
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -50,24 +76,24 @@ class LayerRecord:
 
 @torch.no_grad()
 def factorize_block(
-    block: Block, acts: Activations, held_out: Activations | None, plan: FactorizePlan
-) -> tuple[dict[str, Tensor], LayerRecord]:
+    block: Block, acts: Activations, held_out: Activations | None, target: Target, options: FactorizeOptions
+) -> Made[LayerRecord]:
     """The on-disk tensors that take the place of the block's FFN, and what is to be said of them.
 
     `block` is dense; `acts` and `held_out` are what enters it behind the blocks factorized so far.
     """
     started = time.perf_counter()
-    target, layout, recipe = plan.targets[block.name], plan.layout, plan.recipe
+    layout, recipe, container = options.layout, options.recipe, options.container
     generator = generator_for(block.name, recipe.seed)
-    dense = load_ffn(block, target, plan)
+    dense = load_ffn(block, target, options.device)
     inputs = ffn_inputs(block, acts)
 
-    some = draw(inputs, PROFILE_TOKENS, generator).to(plan.device)
+    some = draw(inputs, PROFILE_TOKENS, generator).to(options.device)
     split = SPLITS[recipe.split](layout, dense.loudness(some).T.contiguous(), generator)
-    x = draw(inputs, ROUTER_TOKENS, generator).to(plan.device)
-    affine = plan.container.bias is not None
+    x = draw(inputs, ROUTER_TOKENS, generator).to(options.device)
+    affine = container.bias is not None
     scores = ROUTERS[recipe.router](RouterTask(dense, split, x, layout.active, affine, recipe.router_steps, generator))
-    router = shipped(scores, x, plan.container.formula, layout.active, target.dtype)
+    router = shipped(scores, x, container.formula, layout.active, target.dtype)
     notes: dict[str, Any] = {}
     written = scaled(dense, split, SCALES[recipe.scale](dense, split, router, [some]))
     if recipe.refit:
@@ -75,24 +101,18 @@ def factorize_block(
 
     seen = ffn_inputs(block, first_tokens(held_out, MEASURED_TOKENS)) if held_out else inputs
     routing = routing_quality(dense, written, split, router, [draw(seen, MEASURED_TOKENS, generator)])
-    tensors = export.tensors(plan.container, layout, target.prefix, written, split, router, target.dtype)
+    tensors = export.tensors(container, layout, target.prefix, written, split, router, target.dtype)
     where = "held-out" if held_out else "calibration"
     notes |= {"zeros_before": dense.zeros()}
-    return tensors, LayerRecord(block.name, routing, where, notes, time.perf_counter() - started)
+    return Made(tensors, LayerRecord(block.name, routing, where, notes, time.perf_counter() - started))
 
 
-def load_ffn(block: Block, target: Target, plan: FactorizePlan) -> FFN:
-    """The FFN in fp32 on the device that computes. CheckpointError for NaN or Inf in it."""
-    matrices: list[Tensor] = []
-    for weight in (target.gate, target.up, target.down):
-        matrix = block.view(weight)
-        if not torch.isfinite(matrix).all():
-            raise CheckpointError(f"{weight.name} in {plan.folder} holds NaN or Inf; repair the checkpoint")
-        matrices.append(matrix.to(plan.device, torch.float32))
-    return FFN(*matrices)
+def load_ffn(block: Block, target: Target, device: torch.device) -> FFN:
+    """The FFN in fp32 on the device that computes."""
+    return FFN(*(block.view(weight).to(device, torch.float32) for weight in (target.gate, target.up, target.down)))
 
 
-class Seen(Exception):
+class _Known(Exception):
     """What was wanted of a block is known; the rest of it need not run."""
 
 
@@ -103,11 +123,11 @@ def ffn_inputs(block: Block, acts: Activations) -> list[Tensor]:
     def note(slot: Slot, x: Tensor) -> None:
         if slot[0] == "mlp.gate_proj.weight":
             inputs.append(x.to(acts.hidden[0].device, copy=True))
-            raise Seen  # the FFN is most of the block
+            raise _Known  # the FFN is most of the block
 
     with Tap(block, note):
         for batch in range(len(acts.hidden)):
-            with suppress(Seen):
+            with suppress(_Known):
                 block.call(acts, batch)
     if not all(torch.isfinite(x).all() for x in inputs):
         raise NumericalError(

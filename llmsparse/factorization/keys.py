@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from llmsparse.runs.keys import KEYS as PRUNING
-from llmsparse.runs.keys import Key
+from llmsparse.runs.keys import CALIBRATION, MACHINE, MAX_SHARD_SIZE, Key
+
+HELP = """Turn the FFNs of a dense MODEL into a mixture of experts, without training.
+
+    llmsparse factorize meta-llama/Llama-3.2-1B --recipe factorize-50
+    """
+EXAMPLE = "router_steps=100"
 
 KEYS = {  # of every key but model, by group
     "Experts": {
@@ -20,10 +25,10 @@ KEYS = {  # of every key but model, by group
         "container": Key("auto, glm4_moe, mixtral, qwen3_moe or qwen2_moe: what it is written as.", "auto", "NAME"),
         "keep_dense": Key("Blocks to leave as they are: none, or numbers such as 0,-1.", "none", "BLOCKS"),
     },
-    "Calibration": PRUNING["Calibration"],
-    "Machine and model": {name: PRUNING["Machine and model"][name] for name in ("device", "dtype", "revision")},
+    "Calibration": CALIBRATION,
+    "Machine and model": {name: MACHINE[name] for name in ("device", "dtype", "revision")},
     "Output": {
         "output": Key("Folder to write; ./NAME-factorize-PERCENT if not given.", None, "DIR"),
-        "max_shard_size": PRUNING["Output"]["max_shard_size"],
+        "max_shard_size": MAX_SHARD_SIZE,
     },
 }

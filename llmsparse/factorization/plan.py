@@ -1,46 +1,32 @@
-"""What a factorization will do, decided and checked before a weight is read: the sibling of `llmsparse.planning`."""
+"""What a factorization will do, decided and checked before a weight is read."""
 
 # pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llmsparse.errors import CalibrationError, CheckpointError
 from llmsparse.factorization import containers, export
+from llmsparse.factorization.block import FactorizeOptions, Target
 from llmsparse.factorization.containers import Container, Shape
 from llmsparse.factorization.export import Spec
 from llmsparse.factorization.recipe import FactorizeRecipe
 from llmsparse.factorization.split import Layout
-from llmsparse.models.origin import Origin, fetch_model, load_config, look_at_model
-from llmsparse.models.streamed import StreamedModel, Weight
-from llmsparse.runs.device import choose_device, choose_dtype, window_length
-from llmsparse.runs.partial import check_output, held_bytes
-from llmsparse.runs.plan import RunPlan, calibration_windows
+from llmsparse.models.streamed import StreamedModel
+from llmsparse.runs.opening import fetched, open_model, read_windows
+from llmsparse.runs.partial import held_bytes
+from llmsparse.runs.plan import RunPlan
 from llmsparse.storage.checkpoint import CheckpointReader, parse_size
 from llmsparse.storage.disk import check_room
 
 PARTS = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 TOKENS_PER_EXPERT = 32  # of calibration, the least that says anything about an expert
-
-
-@dataclass(frozen=True)
-class Target:
-    """The FFN of one block, as the source stores it: its three weights, and the prefix of the block's keys."""
-
-    gate: Weight
-    up: Weight
-    down: Weight
-    prefix: str
-    dtype: torch.dtype  # that the experts are written in
-
-    @property
-    def keys(self) -> set[str]:
-        return {self.gate.key, self.up.key, self.down.key}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +35,6 @@ class FactorizePlan(RunPlan[FactorizeRecipe]):
 
     layout: Layout
     container: Container
-    config: Any  # of the factorized model
     targets: dict[str, Target]  # block name → its FFN, for the blocks that are factorized
 
     @property
@@ -61,6 +46,14 @@ class FactorizePlan(RunPlan[FactorizeRecipe]):
         """Keys that are copied as they are: all but the FFNs that are factorized."""
         replaced = {key for target in self.targets.values() for key in target.keys}
         return [key for key in self.reader.keys() if key not in replaced]
+
+    def added(self) -> dict[str, Tensor]:
+        return {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in self.zeros.items()}
+
+    @property
+    def options(self) -> FactorizeOptions:
+        """What the solver of a block is told."""
+        return FactorizeOptions(self.recipe, self.layout, self.container, self.device)
 
     @cached_property
     def zeros(self) -> dict[str, Spec]:
@@ -124,17 +117,9 @@ def make_plan(
 
     Last of all weights are downloaded that are not here yet, unless `download` is off: a plan needs none.
     """
-    device = choose_device(recipe.device)
-    output = recipe.output_folder
-    check_output(output, resume=resume, overwrite=overwrite)
-    origin = look_at_model(recipe.model, recipe.revision)
-    check_output(output, resume=resume, overwrite=overwrite, source=origin.folder)
-    config = load_config(origin.folder)
-    containers.check_source(config, recipe.model)
-    window_length(config, recipe.seq_len, recipe.calibration)
-    reader = CheckpointReader(origin.folder, origin.absent)
-    dtype = choose_dtype(recipe.dtype, device, reader)
-    model = StreamedModel(reader, device=device, dtype=dtype)
+    check = partial(containers.check_source, where=recipe.model)
+    opened = open_model(recipe, resume=resume, overwrite=overwrite, check=check)
+    config, model, reader = opened.config, opened.model, opened.reader
     kept = recipe.kept(len(model.block_names))
     names = [name for index, name in enumerate(model.block_names) if index not in kept]
     targets = {name: find_ffn(model, reader, model.block_names.index(name)) for name in names}
@@ -142,7 +127,7 @@ def make_plan(
     layout.check(f"each FFN of {recipe.model}")
     shape = Shape(config, layout, kept)
     container = containers.choose_container(recipe.container, shape)
-    windows = calibration_windows(recipe, origin.folder, config, model.vocabulary)
+    windows = read_windows(opened, recipe.calibration_samples)
     needed = TOKENS_PER_EXPERT * recipe.experts
     if windows.ids.numel() < needed:
         raise CalibrationError(
@@ -150,15 +135,11 @@ def make_plan(
             f"wanted {needed} or more; give more text or --calibration-samples, or fewer --experts"
         )
     plan = FactorizePlan(
-        recipe=recipe, origin=origin, output=output, reader=reader, model=model, windows=windows, device=device,
-        dtype=dtype, layout=layout, container=container, config=container.config(shape), targets=targets,
+        **opened.fields, windows=windows, layout=layout, container=container, config=container.config(shape),
+        targets=targets,
     )  # fmt: skip
-    check_room(output, plan.bytes_to_write + parse_size("1MB"), held_bytes(output))
-    if not origin.absent or not download:
-        return plan
-    origin = Origin(fetch_model(recipe.model, recipe.revision), commit=origin.commit)
-    reader = CheckpointReader(origin.folder)
-    return replace(plan, origin=origin, reader=reader, model=StreamedModel(reader, device=device, dtype=dtype))
+    check_room(opened.output, plan.bytes_to_write + parse_size("1MB"), held_bytes(opened.output))
+    return fetched(plan, download)
 
 
 def find_ffn(model: StreamedModel, reader: CheckpointReader, index: int) -> Target:

@@ -64,6 +64,10 @@ class FactorizeRecipe(RunRecipe):
     revision: str | None = None
 
     @property
+    def text_source(self) -> str:
+        return self.calibration
+
+    @property
     def output_folder(self) -> Path:
         """`output`, or `./<name>-factorize-<percent of the experts that run>`."""
         if self.output is not None:

@@ -38,7 +38,7 @@ from llmsparse.inference.packed_experts import PackedStack, packed_weights, prep
 from llmsparse.inference.read_ahead import read_ahead
 from llmsparse.models.origin import PACKED
 from llmsparse.packing.folder import quantization_config, read_layers
-from llmsparse.runs.memory import release_freed
+from llmsparse.storage.heap import release_freed
 from llmsparse.storage.shard import read_header
 
 if TYPE_CHECKING:

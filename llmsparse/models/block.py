@@ -6,7 +6,7 @@ filled from there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -61,9 +61,18 @@ class Block:
         view.copy_(values)
         view.masked_fill_(view == 0, 0.0)
 
-    def reload(self) -> None:
-        """Fill the module from `stored` again."""
-        self._fill(self.stored)
+    def reload(self, keys: Collection[str] | None = None) -> None:
+        """Fill the module from `stored` again: all of it, or what these on-disk keys are part of."""
+        if keys is None:
+            self._fill(self.stored)
+            return
+        whole = {
+            key
+            for group in self._naming.groups.values()
+            if any(key in keys for key in group.keys)
+            for key in group.keys
+        }
+        self._fill({key: self.stored[key] for key in self.stored if key in whole})
 
     def in_module(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameter name → tensor for on-disk tensors of any dtype; all tensors that make up a parameter are needed."""

@@ -9,8 +9,7 @@ model's own forward is used for everything, with blocks replaced by recorders (`
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -24,8 +23,11 @@ from llmsparse.models.empty_model import assign, build_empty, find_blocks, quiet
 from llmsparse.models.meta_run import run_on_meta
 from llmsparse.models.naming import Group, Naming, in_block
 from llmsparse.models.origin import load_config
+from llmsparse.models.read_ahead import ReadAhead
+from llmsparse.models.tied import tied_on_disk
 from llmsparse.models.weight import Slot, Weight, list_weights
 from llmsparse.storage.checkpoint import CheckpointReader
+from llmsparse.storage.heap import release_freed
 from llmsparse.storage.shard import is_finite
 
 __all__ = ["Activations", "Block", "Head", "Slot", "StreamedModel", "Weight"]
@@ -62,7 +64,7 @@ class StreamedModel:
             (self.outside_keys if index is None else self._block_keys[index]).append(key)
         self._input, self._embedding = self._named(self._model.get_input_embeddings())
         self._output, self._head = self._named(self._model.get_output_embeddings())
-        self._tied = self._check_complete()
+        self._tied = tied_on_disk(self._model, self.naming, reader)
         self._loaded = False  # what lies outside the blocks and embeddings
         self._outline = run_on_meta(self._model, self._blocks, device)
 
@@ -134,8 +136,21 @@ class StreamedModel:
         self._drop(self._input)
         return Activations(recorder.hidden, recorder.calls)
 
-    def block(self, index: int) -> Block:
-        """Load a block. Evict it before the next one is loaded."""
+    def blocks(self, names: Container[str] | None = None) -> Iterator[Block]:
+        """Every block, or those named, one after the other: loaded here, and evicted when the next one is asked for,
+        which is read meanwhile by a thread."""
+        wanted = [index for index, name in enumerate(self.block_names) if names is None or name in names]
+        with ReadAhead(lambda index: self._read(self._block_keys[index]), wanted) as read:
+            for index in wanted:
+                block = self.block(index, read.take(index))
+                try:
+                    yield block
+                finally:
+                    block.evict()
+                    release_freed()
+
+    def block(self, index: int, stored: dict[str, Tensor] | None = None) -> Block:
+        """Load a block, of the tensors given or from disk. Evict it before the next one is loaded."""
         self._drop(self._output)
         name = self.block_names[index]
         return Block(
@@ -143,7 +158,7 @@ class StreamedModel:
             index,
             self._blocks[index],
             self.weights(index),
-            self._read(self._block_keys[index]),
+            self._read(self._block_keys[index]) if stored is None else stored,
             naming=self.naming,
             prefix=name + ".",
             device=self._device,
@@ -212,32 +227,6 @@ class StreamedModel:
         raise CheckpointError(
             f"{self._reader.folder}: {type(self._model).__name__} has no input or no output embedding"
         )
-
-    def _check_complete(self) -> dict[str, str]:
-        """Tied parameters that are not on disk → the one that is. Raises CheckpointError if any other is missing."""
-        on_disk = {name for group in self.naming.groups.values() for name in group.targets}
-        tied: dict[str, str] = {}
-        for target, origin in self._model.all_tied_weights_keys.items():
-            if target not in on_disk:
-                tied[target] = origin
-            elif origin not in on_disk:
-                tied[origin] = target
-        missing = [name for name in self._parameters if tied.get(name, name) not in on_disk]
-        if missing:
-            raise CheckpointError(
-                f"{self._reader.folder}: {len(missing)} of the tensors that config.json asks for are not on disk, "
-                f"{missing[0]!r} among them; download the checkpoint again"
-            )
-        for group in self.naming.groups.values():
-            held = sum(math.prod(self._reader.spec(key).shape) for key in group.keys)
-            wanted = sum(self._model.get_parameter_or_buffer(name).numel() for name in group.targets)
-            if held != wanted:
-                others = f" and {len(group.keys) - 1} like it hold" if len(group.keys) > 1 else " holds"
-                raise CheckpointError(
-                    f"{self._reader.folder}: tensor {group.keys[0]!r}{others} {held} elements, config.json asks for "
-                    f"{wanted} in {group.target!r}; the two do not belong together, or something is missing"
-                )
-        return tied
 
     def _load(self, part: str) -> None:
         """Load an embedding, and what else lies outside the blocks, unless they are there."""

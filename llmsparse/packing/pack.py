@@ -26,11 +26,11 @@ from llmsparse.models.origin import copy_side_files, fetch_model, is_packed, rea
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.packing.folder import FORMAT, RECORD, PackedCheckpoint, Record, quantization_config, sha256
 from llmsparse.packing.report import PackedSize, Packing
-from llmsparse.runs.memory import release_freed
 from llmsparse.runs.partial import PartialOutput, check_output
 from llmsparse.runs.progress import Progress, Silent
 from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter, parse_size
 from llmsparse.storage.disk import disk_error
+from llmsparse.storage.heap import release_freed
 from llmsparse.storage.shard import DTYPE_NAMES
 from llmsparse.version import __version__
 

@@ -22,10 +22,10 @@ from llmsparse.models.origin import copy_side_files, fetch_model, is_packed, loa
 from llmsparse.packing.folder import RECORD, PackedCheckpoint
 from llmsparse.packing.pack import REPLACED, Spec, write_text
 from llmsparse.packing.report import compared
-from llmsparse.runs.memory import release_freed
 from llmsparse.runs.partial import PartialOutput, check_output
 from llmsparse.runs.progress import Progress, Silent
 from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter, parse_size
+from llmsparse.storage.heap import release_freed
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

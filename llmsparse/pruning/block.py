@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import reduce
 from typing import Any
 
@@ -21,40 +21,71 @@ from llmsparse.models.streamed import Activations, Block
 from llmsparse.pruners import Magnitude
 from llmsparse.pruning.inputs import Input, calibrate, learn_inputs
 from llmsparse.pruning.matching import Match, match
-from llmsparse.pruning.plan import PrunePlan
 from llmsparse.pruning.report import BlockRecord, PrunedWeight
 from llmsparse.pruning.selection import HEAD, Choice
 from llmsparse.runs.progress import Progress
+from llmsparse.runs.run import Made, Run
 from llmsparse.runs.seeding import generator_for
 from llmsparse.sparsity.stats import Statistic, combine
 
 
-def prune_block(block: Block, acts: Activations, plan: PrunePlan, progress: Progress) -> BlockRecord:
+@dataclass(frozen=True)
+class PruneOptions:
+    """What the solver of a block is told, besides what to prune."""
+
+    device: torch.device
+    dtype: torch.dtype  # to run blocks in
+    seed: int
+    match_steps: int
+    true_sequential: bool
+    statistics_budget: int  # bytes of statistics that may be held at once
+
+
+def finish_block(
+    block: Block, acts: Activations, choices: Sequence[Choice], options: PruneOptions, run: Run
+) -> BlockRecord:
+    """Leave `block` pruned, as it is on disk: pruned now, or read back from an interrupted run."""
+    keys = sorted({choice.weight.key for choice in choices})
+
+    def make() -> Made[BlockRecord]:
+        record = prune_block(block, acts, choices, options, run.progress)
+        return Made({key: block.stored[key] for key in keys}, record)
+
+    made = run.block(block.name, BlockRecord, make)
+    block.stored.update(made.tensors)
+    block.reload(keys)  # what runs on is what was stored, rounded to its dtype
+    return made.record
+
+
+@torch.no_grad()
+def prune_block(
+    block: Block, acts: Activations, chosen: Sequence[Choice], options: PruneOptions, progress: Progress
+) -> BlockRecord:
     """Prune the chosen weights of a dense block in `block.stored`, and match its output to the dense block's."""
     started = time.perf_counter()
-    choices = {choice.weight.name: choice for choice in plan.choices[block.name]}
+    choices = {choice.weight.name: choice for choice in chosen}
     if not choices:
         return BlockRecord(block.name, [], None, {})
     rows: list[PrunedWeight] = []
     seconds: dict[str, float] = {}
     keep: dict[str, Tensor] = {}
     targets: list[Tensor] = []
-    matching = plan.match_steps > 0 and block.name != HEAD
+    matching = options.match_steps > 0 and block.name != HEAD
 
     def needs(entry: Input) -> type[Statistic] | None:
         return reduce(combine, (choices[weight.name].pruner.needs for weight in entry.weights))
 
     inputs = learn_inputs(block, acts, [choice.weight for choice in choices.values()])
-    for number, group in enumerate(groups(inputs, needs, plan)):
-        if number and plan.recipe.true_sequential:
+    for number, group in enumerate(groups(inputs, needs, options)):
+        if number and options.true_sequential:
             block.reload()  # later inputs see the weights pruned so far; otherwise the module stays dense
         outputs = calibrate(
             block,
             acts,
             group,
             needs,
-            device=plan.device,
-            seed=plan.recipe.seed,
+            device=options.device,
+            seed=options.seed,
             advance=progress.batches(f"calibrating {block.name}", len(acts.hidden)),
             keep_output=matching and number == 0,
         )
@@ -62,7 +93,7 @@ def prune_block(block: Block, acts: Activations, plan: PrunePlan, progress: Prog
         for entry in group:
             for weight in entry.weights:
                 begun = time.perf_counter()
-                row, mask = prune_weight(block, choices[weight.name], entry, plan)
+                row, mask = prune_weight(block, choices[weight.name], entry, options)
                 rows.append(row)
                 keep[weight.name] = mask
                 seconds[weight.name] = time.perf_counter() - begun
@@ -71,7 +102,7 @@ def prune_block(block: Block, acts: Activations, plan: PrunePlan, progress: Prog
 
     result: Match | None = None
     if matching:
-        result = match_block(block, acts, targets, choices, keep, plan, progress)
+        result = match_block(block, acts, targets, choices, keep, options, progress)
     order = list(choices)
     rows.sort(key=lambda row: order.index(row.name))
     seconds[block.name] = time.perf_counter() - started
@@ -79,7 +110,7 @@ def prune_block(block: Block, acts: Activations, plan: PrunePlan, progress: Prog
 
 
 def groups(
-    inputs: list[Input], needs: Callable[[Input], type[Statistic] | None], plan: PrunePlan
+    inputs: list[Input], needs: Callable[[Input], type[Statistic] | None], options: PruneOptions
 ) -> Iterator[list[Input]]:
     """Inputs measured in one pass: as many as the memory for statistics allows; one by one when true-sequential."""
     held: list[Input] = []
@@ -87,7 +118,7 @@ def groups(
     for entry in inputs:
         needed = needs(entry)
         bytes_needed = needed.nbytes(entry.width) if needed else 0
-        if held and (plan.recipe.true_sequential or size + bytes_needed > plan.statistics_budget):
+        if held and (options.true_sequential or size + bytes_needed > options.statistics_budget):
             yield held
             held, size = [], 0
         held.append(entry)
@@ -95,7 +126,7 @@ def groups(
     yield held
 
 
-def prune_weight(block: Block, choice: Choice, entry: Input, plan: PrunePlan) -> tuple[PrunedWeight, Tensor]:
+def prune_weight(block: Block, choice: Choice, entry: Input, options: PruneOptions) -> tuple[PrunedWeight, Tensor]:
     """Prune one weight in `block.stored`; returns its report row and its keep-mask, (out, in) on the CPU."""
     weight, pruner, notes = choice.weight, choice.pruner, dict[str, Any]()
     stored = block.view(weight)  # (out, in), stored dtype
@@ -107,8 +138,8 @@ def prune_weight(block: Block, choice: Choice, entry: Input, plan: PrunePlan) ->
         pruner = Magnitude()
         notes["fallback"] = "magnitude: no calibration token reached this expert"
 
-    dense = stored.to(plan.device, torch.float32, copy=True)
-    generator = generator_for(weight.name, plan.recipe.seed)
+    dense = stored.to(options.device, torch.float32, copy=True)
+    generator = generator_for(weight.name, options.seed)
     pruned = pruner(dense, entry.statistic, choice.pattern, generator)
     notes |= pruned.notes
     block.store(weight, pruned.weight)
@@ -141,7 +172,7 @@ def match_block(
     targets: list[Tensor],
     choices: dict[str, Choice],
     keep: dict[str, Tensor],
-    plan: PrunePlan,
+    options: PruneOptions,
     progress: Progress,
 ) -> Match:
     """Tune the surviving weights so that the block's output comes back to the dense one's; updates `block.stored`."""
@@ -155,10 +186,10 @@ def match_block(
         acts,
         targets,
         movable,
-        steps=plan.match_steps,
-        seed=plan.recipe.seed,
-        autocast=None if plan.dtype == torch.float32 else plan.dtype,
-        advance=progress.batches(f"matching {block.name}", plan.match_steps),
+        steps=options.match_steps,
+        seed=options.seed,
+        autocast=None if options.dtype == torch.float32 else options.dtype,
+        advance=progress.batches(f"matching {block.name}", options.match_steps),
     )
     if not result.after < result.before:
         return result

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,16 +17,15 @@ from torch import Tensor
 
 from llmsparse.errors import RecipeError
 from llmsparse.formats.bitmask import stored_bytes
-from llmsparse.models.origin import Origin, config_fingerprint, fetch_model, load_config, look_at_model
-from llmsparse.models.streamed import StreamedModel
+from llmsparse.pruning.block import PruneOptions
 from llmsparse.pruning.matching import HELD_OUT_SHARE, LEARNING_RATES, batches_per_step, probe_steps
 from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.pruning.selection import Choice, choose_weights
-from llmsparse.runs.device import choose_device, choose_dtype, split_batches, window_length
+from llmsparse.runs.device import split_batches
 from llmsparse.runs.memory import available_bytes
-from llmsparse.runs.partial import check_output, held_bytes
-from llmsparse.runs.plan import RunPlan, calibration_windows
-from llmsparse.runs.recipe import from_arguments
+from llmsparse.runs.opening import fetched, open_model, read_windows
+from llmsparse.runs.partial import held_bytes
+from llmsparse.runs.plan import RunPlan
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.disk import check_room
 
@@ -61,6 +59,10 @@ class PrunePlan(RunPlan[PruneRecipe]):
         return {choice.weight.key for choices in self.choices.values() for choice in choices}
 
     @cached_property
+    def copied(self) -> list[str]:
+        return [key for key in self.reader.keys() if key not in self.selected_keys]
+
+    @cached_property
     def tensors(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of everything that will be written: what the source holds."""
         return {key: (spec.shape, spec.dtype) for key in self.reader.keys() for spec in [self.reader.spec(key)]}
@@ -69,15 +71,26 @@ class PrunePlan(RunPlan[PruneRecipe]):
     def total_parameters(self) -> int:
         return sum(torch.Size(shape).numel() for shape, _ in self.tensors.values())
 
+    @cached_property
+    def options(self) -> PruneOptions:
+        """What the solver of a block is told; the budget is that of the moment when it is first asked for."""
+        return PruneOptions(
+            device=self.device,
+            dtype=self.dtype,
+            seed=self.recipe.seed,
+            match_steps=self.match_steps,
+            true_sequential=self.recipe.true_sequential,
+            statistics_budget=int(STATISTICS_SHARE * available_bytes(self.device)),
+        )
+
     @property
-    def statistics_budget(self) -> int:
-        """Bytes of statistics that may be held at once."""
-        return int(STATISTICS_SHARE * available_bytes(self.device))
+    def staging(self) -> str | None:
+        """The packed form is made from the dense checkpoint."""
+        return "dense" if self.recipe.format == "packed" else None
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        model = self.reader.fingerprint() | config_fingerprint(self.folder, self.recipe.trust_remote_code)
-        return super().fingerprint | {"model": model, "match steps": self.match_steps}
+        return super().fingerprint | {"match steps": self.match_steps}
 
     def memory_bytes(self) -> int:
         """An estimate of the peak: the largest block, the calibration activations, the statistics of its inputs."""
@@ -94,7 +107,7 @@ class PrunePlan(RunPlan[PruneRecipe]):
         for choices in self.choices.values():
             widths = {(c.weight.slot, c.weight.shape[1]): c.pruner.needs for c in choices}
             total = sum(needs.nbytes(width) for (_, width), needs in widths.items() if needs)
-            statistics = max(statistics, min(total, self.statistics_budget))
+            statistics = max(statistics, min(total, self.options.statistics_budget))
         width = self.model.hidden_size
         copies = 3 if self.match_steps else 2
         activations = copies * (self.windows.ids.numel() + 2 * self.windows.held_out.numel()) * width * itemsize
@@ -126,13 +139,6 @@ class PrunePlan(RunPlan[PruneRecipe]):
         }
 
 
-def plan(
-    recipe: PruneRecipe | str | Path | None = None, *, resume: bool = False, overwrite: bool = False, **keys: Any
-) -> PrunePlan:
-    """What `prune` with the same recipe or keys would do; nothing is written, and no weights are downloaded."""
-    return make_plan(from_arguments(PruneRecipe, recipe, keys), resume=resume, overwrite=overwrite, download=False)
-
-
 def make_plan(
     recipe: PruneRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True
 ) -> PrunePlan:
@@ -140,33 +146,20 @@ def make_plan(
 
     Last of all weights are downloaded that are not here yet, unless `download` is off: a plan needs none.
     """
-    device = choose_device(recipe.device)
-    output = recipe.output_folder
-    check_output(output, resume=resume, overwrite=overwrite)
-    origin = look_at_model(recipe.model, recipe.revision)
-    check_output(output, resume=resume, overwrite=overwrite, source=origin.folder)
-    config = load_config(origin.folder, recipe.trust_remote_code)
-    window_length(config, recipe.seq_len, recipe.calibration)
-    reader = CheckpointReader(origin.folder, origin.absent)
-    dtype = choose_dtype(recipe.dtype, device, reader)
-    model = StreamedModel(reader, device=device, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
-    choices = choose_weights(recipe, model)
-    needed = sum(spec.end - spec.begin for spec in map(reader.spec, reader.keys()))
+    opened = open_model(recipe, resume=resume, overwrite=overwrite)
+    reader = opened.reader
+    choices = choose_weights(recipe, opened.model)
+    needed = reader.nbytes
     packed = packed_bytes(reader, choices)
     if recipe.format == "packed" and packed == needed:
         raise RecipeError(
             "--format packed: at this sparsity no weight would become smaller; prune more, or write dense"
         )
-    check_room(output, needed + (packed if recipe.format == "packed" else 0), held_bytes(output))
-    windows = calibration_windows(recipe, origin.folder, config, model.vocabulary, recipe.trust_remote_code)
-    if origin.absent and download:
-        origin = Origin(fetch_model(recipe.model, recipe.revision), commit=origin.commit)
-        reader = CheckpointReader(origin.folder)
-        model = StreamedModel(reader, device=device, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
-    draft = PrunePlan(
-        recipe=recipe, origin=origin, output=output, reader=reader, model=model, windows=windows, device=device,
-        dtype=dtype, choices=choices, match_steps=0, packed_bytes=packed,
-    )  # fmt: skip
+    check_room(opened.output, needed + (packed if recipe.format == "packed" else 0), held_bytes(opened.output))
+    windows = read_windows(opened, recipe.calibration_samples)
+    draft = fetched(
+        PrunePlan(**opened.fields, windows=windows, choices=choices, match_steps=0, packed_bytes=packed), download
+    )
     return replace(
         draft, match_steps=default_match_steps(draft) if recipe.match_steps == "auto" else recipe.match_steps
     )
@@ -193,7 +186,7 @@ def default_match_steps(plan: PrunePlan) -> int:
 
 def packed_bytes(reader: CheckpointReader, choices: Mapping[str, list[Choice]]) -> int:
     """Bytes of the whole checkpoint with every chosen weight packed that gains by it."""
-    total = sum(spec.end - spec.begin for spec in map(reader.spec, reader.keys()))
+    total = reader.nbytes
     for choice in (choice for members in choices.values() for choice in members):
         numel, dtype = math.prod(choice.weight.shape), reader.spec(choice.weight.key).dtype
         nnz = numel - round(choice.pattern.sparsity * numel)

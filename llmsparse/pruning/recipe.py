@@ -136,6 +136,10 @@ class PruneRecipe(RunRecipe):
         return _name(self.method)
 
     @property
+    def text_source(self) -> str:
+        return self.calibration
+
+    @property
     def output_folder(self) -> Path:
         """`output`, or `./<name>-<method>-<percent>` (`-2of4` for N:M; `-packed` behind it for that format)."""
         if self.output is not None:

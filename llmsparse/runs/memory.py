@@ -6,7 +6,6 @@ the *anonymous* memory. The kernel keeps no high-water mark of it: a thread samp
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from types import TracebackType
 from typing import Self
@@ -60,17 +59,6 @@ def available_bytes(device: torch.device) -> int:
     except (OSError, ValueError):  # no cgroup, or its limit reads "max"
         pass
     return free
-
-
-def release_freed() -> None:
-    """Give freed heap pages back to the system.
-
-    glibc keeps blocks of up to 32 MiB on its heap once such blocks have been freed, and the holes between them add up
-    from block to block of the model: without this, peak memory grows with depth although no tensor is held.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 class PeakMemory:

@@ -1,43 +1,41 @@
-"""What the plans of `prune` and `factorize` share: a streamed model, calibration windows, and where and how they run."""
+"""What the plans of all verbs share: a streamed model, windows of text, and where and how the run goes."""
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import torch
 import transformers
 from torch import Tensor
 
-from llmsparse.models.origin import Origin, config_fingerprint, load_tokenizer
+from llmsparse.models.origin import Origin, config_fingerprint
 from llmsparse.models.streamed import StreamedModel
-from llmsparse.runs.device import split_batches, window_length
+from llmsparse.runs.device import split_batches
+from llmsparse.runs.recipe import RunRecipe, from_arguments
 from llmsparse.runs.report import spell_protocol
+from llmsparse.runs.verbs import VERBS, verb_of
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.disk import spell_size
-from llmsparse.text import windows as calibration
 from llmsparse.text.windows import Windows
 from llmsparse.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-HELD_OUT_TOKENS = 16384  # for the perplexity in the summary
 
-
-class CalibratedRecipe(Protocol):
-    """Keys that both recipes have."""
+class PlannedRecipe(Protocol):
+    """Keys that the recipes of all verbs have."""
 
     @property
     def model(self) -> str: ...
     @property
-    def calibration(self) -> str: ...
-    @property
-    def calibration_samples(self) -> int: ...
+    def text_source(self) -> str: ...
     @property
     def text_field(self) -> str | None: ...
     @property
@@ -47,13 +45,21 @@ class CalibratedRecipe(Protocol):
     @property
     def seed(self) -> int: ...
     @property
+    def device(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
     def revision(self) -> str | None: ...
+    @property
+    def max_shard_size(self) -> str: ...
+    @property
+    def output_folder(self) -> Path: ...
 
     def replace(self, **changes: Any) -> Self: ...
     def resolved(self) -> dict[str, Any]: ...
 
 
-Chosen = TypeVar("Chosen", bound=CalibratedRecipe)
+Chosen = TypeVar("Chosen", bound=PlannedRecipe)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,11 @@ class RunPlan(ABC, Generic[Chosen]):
     windows: Windows
     device: torch.device
     dtype: torch.dtype
+    started: float = field(
+        default_factory=time.perf_counter, repr=False
+    )  # when planning began, for the seconds it took
+    config: Any = None  # of what is made, where it is not the source's
+    text_key: ClassVar[str] = "calibration"  # what the recipe calls the text
 
     @property
     def folder(self) -> Path:
@@ -103,22 +114,53 @@ class RunPlan(ABC, Generic[Chosen]):
     def tensors(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of everything that will be written."""
 
+    @cached_property
+    @abstractmethod
+    def copied(self) -> list[str]:
+        """Keys that are copied as they are; the verb makes the others."""
+
+    def added(self) -> dict[str, Tensor]:
+        """Tensors that are neither copied nor made of a block."""
+        return {}
+
+    @property
+    def staging(self) -> str | None:
+        """The folder, in the run's state, where the checkpoint is written if the result is made out of it."""
+        return None
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return versions()
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """Of the text."""
+        return self.windows.protocol
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return bool(getattr(self.recipe, "trust_remote_code", False))
+
     @property
     def bytes_to_write(self) -> int:
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.tensors.values())
 
     @property
+    def bytes_to_download(self) -> int:
+        return self.origin.bytes_to_download
+
+    @property
     def bytes_to_read(self) -> int:
-        return sum(spec.end - spec.begin for spec in map(self.reader.spec, self.reader.keys()))
+        return self.reader.nbytes
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share with the one it resumes."""
         return {
             "recipe": {key: value for key, value in self.recipe.resolved().items() if key != "output"},
-            "model": self.reader.fingerprint() | config_fingerprint(self.folder),
-            "calibration": self.windows.fingerprint,
-            "versions": versions(),
+            "model": self.reader.fingerprint() | config_fingerprint(self.folder, self.trust_remote_code),
+            self.text_key: self.windows.fingerprint,
+            "versions": self.versions,
             **machine(self.device),
             "batch size": self.batches[0].shape[0],
         }
@@ -133,8 +175,8 @@ class RunPlan(ABC, Generic[Chosen]):
             "model": self.name,
             "output": str(self.output),
             "recipe": self.resolved.resolved(),
-            "protocol": self.windows.protocol,
-            "versions": versions(),
+            "protocol": self.protocol,
+            "versions": self.versions,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -142,13 +184,13 @@ class RunPlan(ABC, Generic[Chosen]):
             "model": self.recipe.model,
             "output": str(self.output),
             "blocks": len(self.model.block_names),
-            "bytes_to_download": self.origin.bytes_to_download,
+            "bytes_to_download": self.bytes_to_download,
             "bytes_to_read": self.bytes_to_read,
             "bytes_to_write": self.bytes_to_write,
             "memory_bytes": self.memory_bytes(),
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "calibration": self.windows.protocol,
+            self.text_key: self.protocol,
             "batch_size": self.batches[0].shape[0],
         }
 
@@ -164,41 +206,25 @@ class RunPlan(ABC, Generic[Chosen]):
         table = Table(box=None, show_header=False, pad_edge=False)
         rows = {
             **self.rows(plan),
-            "calibration": spell_protocol(self.windows.protocol),
+            self.text_key: spell_protocol(self.protocol),
             "compute": f"{plan['device']}, {plan['dtype']}, {plan['batch_size']} windows a batch",
             "read, write": f"{spell_size(plan['bytes_to_read'])}, {spell_size(plan['bytes_to_write'])}",
             "memory": f"about {spell_size(plan['memory_bytes'])}",
         }
-        if self.origin.absent:
-            rows["download"] = f"{spell_size(self.origin.bytes_to_download)} of weights, not in the cache yet"
+        if self.bytes_to_download:
+            rows["download"] = f"{spell_size(self.bytes_to_download)} of weights, not in the cache yet"
         for label, text in rows.items():
             table.add_row(Text(label, style="bold"), Text(text))
         return table
 
 
-def calibration_windows(
-    recipe: CalibratedRecipe, folder: Path, config: Any, vocabulary: int, trust_remote_code: bool = False
-) -> Windows:
-    """The windows that a recipe asks for, and others to measure on. CalibrationError or RecipeError in one line."""
-    length = window_length(config, recipe.seq_len, recipe.calibration)
-    stored_tokens = recipe.calibration.endswith(calibration.TOKEN_FILE_SUFFIX)
-    windows = calibration.load_windows(
-        recipe.calibration,
-        None if stored_tokens else load_tokenizer(folder, trust_remote_code),
-        seq_len=length,
-        samples=recipe.calibration_samples,
-        seed=recipe.seed,
-        held_out=held_out_windows(length),
-        text_field=recipe.text_field,
-        vocabulary=vocabulary,
-    )
-    window_length(config, windows.ids.shape[1], recipe.calibration)
-    return windows
-
-
-def held_out_windows(length: int | None) -> int:
-    """How many windows of `length` tokens are measured on."""
-    return max(8, min(32, HELD_OUT_TOKENS // (length or 512)))
+def plan(
+    recipe: RunRecipe | str | Path | None = None, *, resume: bool = False, overwrite: bool = False, **keys: Any
+) -> RunPlan[Any]:
+    """What running a recipe would do, or `prune` with these keys; nothing is written, and no weights are downloaded."""
+    verb = verb_of(recipe) if isinstance(recipe, RunRecipe) else VERBS["prune"]
+    chosen = from_arguments(verb.load_recipe(), recipe, keys)
+    return verb.load_make_plan()(chosen, resume=resume, overwrite=overwrite, download=False)
 
 
 def spoken_name(model: str) -> str:

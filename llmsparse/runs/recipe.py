@@ -86,6 +86,11 @@ class RunRecipe(BaseModel):
         path = None if recipe is None else recipe_file.find(recipe, cls.verb)
         return Layers.layered(path, flags or {}, assignments, cls.default_method).build(cls)
 
+    @property
+    def output_folder(self) -> Path:
+        """Where the result goes: `output`, or a name made of the model's."""
+        raise NotImplementedError
+
     def replace(self, **changes: Any) -> Self:
         """A copy with other values, checked like a new one."""
         return type(self)(**{**self.model_dump(), **changes})

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from llmsparse.errors import KeyPath, RecipeError, did_you_mean
+from llmsparse.runs.verbs import VERBS
 
 ENDLESS = "nests without end: an alias (*name) stands inside what it names; write it out"
 
@@ -39,9 +40,13 @@ def shipped(kind: str = "") -> dict[str, Path]:
 
 
 def all_shipped() -> dict[str, Path]:
-    """Those of every verb; `tune/` stands before the names of its own, some of which are also `factorize`'s."""
-    tuning = {f"tune/{name}": path for name, path in shipped("tune").items()}
-    return shipped() | shipped("factorize") | tuning
+    """Those of every verb; a name that an earlier verb has too stands behind its own verb's, as `tune/NAME`."""
+    found: dict[str, Path] = {}
+    for verb in VERBS.values():
+        own = shipped(verb.shipped)
+        clash = not found.keys().isdisjoint(own)
+        found |= {f"{verb.shipped}/{name}" if clash else name: path for name, path in own.items()}
+    return found
 
 
 def find(recipe: str | Path, kind: str = "") -> Path:
@@ -50,16 +55,16 @@ def find(recipe: str | Path, kind: str = "") -> Path:
     if path.is_file():
         return path
     known = shipped(kind)
-    name = str(recipe).removeprefix(f"{kind}/") if kind else str(recipe)
-    if name in known:
-        return known[name]
+    asked = str(recipe).removeprefix(f"{kind}/") if kind else str(recipe)
+    if asked in known:
+        return known[asked]
     if path.is_dir():
         raise RecipeError(f"{recipe}: is a folder, wanted a recipe file or one of {', '.join(known)}")
     if path.suffix in (".yaml", ".yml"):
         raise RecipeError(f"{recipe}: no such recipe file; `llmsparse recipes list` shows the shipped ones")
-    for verb in ("", "factorize", "tune"):
-        if str(recipe).removeprefix(f"{verb}/") in shipped(verb):
-            raise RecipeError(f"{recipe}: a recipe of {verb or 'prune'}; shipped here are {', '.join(known)}")
+    for name, verb in VERBS.items():
+        if str(recipe).removeprefix(f"{verb.shipped}/") in shipped(verb.shipped):
+            raise RecipeError(f"{recipe}: a recipe of {name}; shipped here are {', '.join(known)}")
     raise RecipeError(f"no recipe {str(recipe)!r}, neither a file nor shipped{did_you_mean(str(recipe), list(known))}")
 
 

@@ -32,6 +32,14 @@ class RunReport(ABC):
         """llmsparse_report.json; everything that time decides stands under `timings`."""
 
     @abstractmethod
+    def warn(self) -> None:
+        """Put into `warnings`, plainly, what a user should know; called once, when all is measured."""
+
+    @abstractmethod
+    def card(self) -> str:
+        """The model card, README.md of the output folder."""
+
+    @abstractmethod
     def findings(self) -> list[tuple[str, str]]:
         """What a person wants to know, as (label, text) pairs; output, time and warnings aside."""
 

@@ -78,6 +78,11 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder}: holds no tensor {key!r}")
         return self._specs[key]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(spec.end - spec.begin for spec in self._specs.values())
+
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, on CPU, in memory of their own."""
         return {key: _read(self.spec(key)) for key in keys}

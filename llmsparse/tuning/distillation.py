@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmsparse.models.empty_model import find_blocks
+from llmsparse.inference.load import load_model
+from llmsparse.models.empty_model import find_blocks, quiet
 from llmsparse.tuning.mixture import Mixture
+from llmsparse.tuning.plan import TunePlan
 
 
 class ForwardOfBoth(NamedTuple):
@@ -82,3 +84,19 @@ class Distillation:
 
 def _flat(hidden: Tensor) -> Tensor:
     return hidden.flatten(0, -2)
+
+
+def load_both(plan: TunePlan) -> Distillation:
+    """Student in fp32, teacher in the dtype of the products, both on the device."""
+    with quiet():
+        student = load_model(plan.folder, device=plan.device, dtype="float32")
+        teacher = load_model(plan.teacher, device=plan.device, dtype=str(plan.dtype).removeprefix("torch."))
+    one_by_one = plan.device.type == "cuda" or plan.dtype != torch.float32  # grouped products know no mixed precision
+    student.set_experts_implementation("eager" if one_by_one else "grouped_mm")
+    path, blocks = find_blocks(student)
+    mixtures = [
+        Mixture(f"{path}.{number}.mlp", blocks[number].get_submodule("mlp"), plan.container, plan.active)
+        for number in plan.mixtures
+    ]
+    teacher.requires_grad_(False)
+    return Distillation(student.eval(), teacher.eval(), mixtures, plan.mixtures)

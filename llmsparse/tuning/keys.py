@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from llmsparse.runs.keys import KEYS as PRUNING
-from llmsparse.runs.keys import Key
+from llmsparse.runs.keys import CALIBRATION, MACHINE, MAX_SHARD_SIZE, Key
+
+HELP = """Train a factorized MODEL, for a few hundred steps, to say what its dense teacher says.
+
+    llmsparse tune ./moe --teacher meta-llama/Llama-3.2-1B --text wikitext2
+    """
+EXAMPLE = "kl_weight=0.5"
 
 KEYS = {  # of every key but model, by group
     "What is trained, and how": {
@@ -27,18 +32,21 @@ KEYS = {  # of every key but model, by group
     },
     "Text": {
         "text": Key("c4, wikitext2, builtin, a .txt, .jsonl, .parquet or .safetensors file, or ORG/NAME:SPLIT.", None, "TEXT"),
-        "text_field": PRUNING["Calibration"]["text_field"],
-        "seq_len": PRUNING["Calibration"]["seq_len"],
+        "text_field": CALIBRATION["text_field"],
+        "seq_len": CALIBRATION["seq_len"],
         "batch_size": Key("Windows in a step; 4096 tokens of them if not given.", None, "N"),
-        "seed": PRUNING["Calibration"]["seed"],
+        "seed": CALIBRATION["seed"],
     },
-    "Machine": {
-        "device": PRUNING["Machine and model"]["device"],
+    "Machine and model": {
+        "device": MACHINE["device"],
         "dtype": Key("auto, float32 or bfloat16: of the products; weights are trained in float32.", "auto", "DTYPE"),
         "save_every": Key("Steps between two states to resume from.", "50", "N"),
+        "revision": MACHINE["revision"],
+        "teacher_revision": Key("The same of the teacher.", None, "R"),
+        "trust_remote_code": Key("Run the code that comes with either model.", kind=bool),
     },
     "Output": {
         "output": Key("Folder to write; ./NAME-tuned if not given.", None, "DIR"),
-        "max_shard_size": PRUNING["Output"]["max_shard_size"],
+        "max_shard_size": MAX_SHARD_SIZE,
     },
 }  # fmt: skip

@@ -1,65 +1,59 @@
-"""What a tuning will do, decided and checked before a weight is read: the sibling of `llmsparse.planning`."""
+"""What a tuning will do, decided and checked before a weight is read."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportMissingTypeStubs=false
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import accelerate
 import torch
 from torch import Tensor
 
-from llmsparse.errors import CalibrationError, CheckpointError, RecipeError
-from llmsparse.factorization.containers import CONTAINERS, MIXTURE_KEYS, Container
+from llmsparse.errors import CheckpointError
+from llmsparse.factorization.containers import CONTAINERS, Container
 from llmsparse.factorization.plan import find_ffn
-from llmsparse.models.origin import fetch_model, load_config, load_tokenizer
+from llmsparse.models.origin import Origin, config_fingerprint, fetch_model, load_config, look_at_model
 from llmsparse.models.streamed import StreamedModel
-from llmsparse.runs.device import DTYPES, choose_device, window_length
+from llmsparse.runs.device import DTYPES, window_length
+from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import check_output, held_bytes
-from llmsparse.runs.plan import held_out_windows, machine, spoken_name
-from llmsparse.runs.plan import versions as versions_of
+from llmsparse.runs.plan import RunPlan
 from llmsparse.storage.checkpoint import CheckpointReader, parse_size
 from llmsparse.storage.disk import check_room
-from llmsparse.text import windows as calibration
+from llmsparse.text.windows import DEFAULT_SEQ_LEN, TOKEN_FILE_SUFFIX, stored_length
+from llmsparse.tuning.checks import check_router, check_student, check_teacher, check_text
 from llmsparse.tuning.recipe import TuneRecipe
 
 TOKENS_PER_STEP = 4096
 LOGITS_AT_ONCE = 2**23  # numbers in the logits of one forward: 32 MiB in fp32, several times over
-SAME = {"vocab_size": "vocabulary", "num_hidden_layers": "depth", "hidden_size": "hidden width"}
-AS_FACTORIZED = {"n_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0}  # where a config has the key
+LOGITS_KEPT = 8  # copies of them that a step holds: both models' in fp32, their softmaxes, gradients
+KEPT_OF_A_BLOCK = 32  # numbers that a backward needs of each token and block, in hidden widths
 
 
-@dataclass(frozen=True)
-class TunePlan:
-    """A run that has passed every check that needs no weights."""
+@dataclass(frozen=True, kw_only=True)
+class TunePlan(RunPlan[TuneRecipe]):
+    """A tuning that has passed every check that needs no weights; `model` is the factorized one."""
 
-    recipe: TuneRecipe
-    folder: Path  # the factorized checkpoint
-    teacher: Path
-    output: Path
-    reader: CheckpointReader
-    model: StreamedModel  # the factorized one, without weights: what its tensors are called
+    text_key: ClassVar[str] = "text"
+
+    teacher_origin: Origin
+    teacher_reader: CheckpointReader
     container: Container
     mixtures: list[int]  # numbers of the blocks whose FFN is one
-    windows: calibration.Windows
-    device: torch.device
-    dtype: torch.dtype  # of the products
-    teacher_fingerprint: dict[str, Any]
 
     @property
-    def name(self) -> str:
-        return spoken_name(self.recipe.model)
+    def teacher(self) -> Path:
+        return self.teacher_origin.folder
 
     @property
     def resolved(self) -> TuneRecipe:
-        """The recipe with all that `auto` and the text decided in it: another run of it does the same."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return self.recipe.replace(
-            device=str(self.device), dtype=dtype, seq_len=self.seq_len, batch_size=self.batch_size
+        """The recipe with all that `auto`, the text and the hub decided in it: another run of it does the same."""
+        return super().resolved.replace(
+            batch_size=self.batch_size, teacher_revision=self.teacher_origin.commit or self.recipe.teacher_revision
         )
 
     @property
@@ -80,6 +74,10 @@ class TunePlan:
         """Windows in one forward, a divisor of `batch_size`: as many as the logits have room for."""
         most = max(1, LOGITS_AT_ONCE // (self.seq_len * self.model.vocabulary))
         return next(count for count in range(min(most, self.batch_size), 0, -1) if self.batch_size % count == 0)
+
+    @cached_property
+    def batches(self) -> list[Tensor]:
+        return [*self.windows.ids.split(self.batch_size)]
 
     @cached_property
     def schedule(self) -> list[Tensor]:
@@ -109,140 +107,135 @@ class TunePlan:
         """Shape and dtype of everything that will be written: what the factorized checkpoint holds."""
         return {key: (self.reader.spec(key).shape, self.reader.spec(key).dtype) for key in self.reader.keys()}
 
+    @cached_property
+    def trained(self) -> list[str]:
+        """Keys that training may change: those of every mixture, or of its router alone."""
+        inside, router = f".{self.container.router.partition('.')[0]}.", self.container.router
+        keys = [key for number in self.mixtures for key in self.model.block_keys(number) if inside in key]
+        return [key for key in keys if key.endswith(router)] if self.recipe.train == "router" else keys
+
+    @cached_property
+    def copied(self) -> list[str]:
+        return [key for key in self.tensors if key not in set(self.trained)]
+
+    @property
+    def state_numbers(self) -> int:
+        """Numbers that are trained, each of which has a master and two moments."""
+        sizes = {key: torch.Size(self.tensors[key][0]).numel() for key in self.trained}
+        if self.recipe.train != "lora":
+            return sum(sizes.values())
+        shapes = [self.tensors[key][0] for key in self.trained]
+        routers = sum(size for key, size in sizes.items() if key.endswith(self.container.router))
+        return routers + sum(self.recipe.lora_rank * sum(shape) for shape in shapes if len(shape) == 2)
+
     @property
     def bytes_to_write(self) -> int:
         """The checkpoint, and the state of a run: weights and two moments in fp32, the new beside the old."""
-        sizes = {key: torch.Size(shape).numel() for key, (shape, _) in self.tensors.items()}
-        inside = f".{self.container.router.partition('.')[0]}."  # an FFN, in this container's words
-        ffn = {key: self.tensors[key][0] for key in sizes if inside in key}
-        routers = sum(sizes[key] for key in ffn if key.endswith(self.container.router))
-        added = sum(self.recipe.lora_rank * sum(shape) for shape in ffn.values() if len(shape) == 2)
-        trained = {"experts": sum(sizes[key] for key in ffn), "lora": routers + added, "router": routers}
-        state = 3 * 4 * trained[self.recipe.train]
-        return sum(size * self.tensors[key][1].itemsize for key, size in sizes.items()) + 2 * state
+        return super().bytes_to_write + 2 * 3 * 4 * self.state_numbers
+
+    @property
+    def bytes_to_read(self) -> int:
+        return super().bytes_to_read + self.teacher_reader.nbytes
+
+    @property
+    def bytes_to_download(self) -> int:
+        return super().bytes_to_download + self.teacher_origin.bytes_to_download
+
+    def memory_bytes(self) -> int:
+        """An estimate of the peak: both models, gradients and two moments of what is trained, and a forward with what
+        its backward needs: logits several times over, and of every block the inputs of its products."""
+        student = 4 * sum(torch.Size(shape).numel() for shape, _ in self.tensors.values())
+        teacher = sum(
+            torch.Size(self.teacher_reader.spec(key).shape).numel() for key in self.teacher_reader.keys()
+        ) * self.dtype.itemsize  # fmt: skip
+        tokens = self.windows_at_once * self.seq_len
+        logits = LOGITS_KEPT * 4 * tokens * self.model.vocabulary
+        kept = KEPT_OF_A_BLOCK * 4 * tokens * len(self.model.block_names) * self.model.hidden_size
+        return student + teacher + 3 * 4 * self.state_numbers + logits + kept
 
     @property
     def versions(self) -> dict[str, str]:
-        return versions_of() | {"accelerate": accelerate.__version__}
+        return super().versions | {"accelerate": accelerate.__version__}
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What a resumed run must share with the one it resumes."""
+        teacher = self.teacher_reader.fingerprint() | config_fingerprint(self.teacher, self.trust_remote_code)
+        return super().fingerprint | {"teacher": teacher}
+
+    def to_json(self) -> dict[str, Any]:
+        return super().to_json() | {
+            "teacher": self.recipe.teacher,
+            "container": self.container.name,
+            "mixtures": len(self.mixtures),
+            "train": self.recipe.train,
+            "steps": self.recipe.steps,
+            "parameters_to_train": self.state_numbers,
+        }
+
+    def rows(self, plan: dict[str, Any]) -> dict[str, str]:
         return {
-            "recipe": {key: value for key, value in self.recipe.resolved().items() if key != "output"},
-            "model": self.reader.fingerprint() | {"config": self.model.config.to_dict()},
-            "teacher": self.teacher_fingerprint,
-            "text": self.windows.fingerprint,
-            "versions": self.versions,
-            **machine(self.device),
+            "model": f"{plan['model']}, {plan['blocks']} blocks, {plan['mixtures']} of them {plan['container']} mixtures",
+            "teacher": plan["teacher"],
+            "output": plan["output"],
+            "train": f"{plan['train']}, {plan['parameters_to_train']:,} parameters, {plan['steps']} steps",
         }
 
 
-def make_plan(recipe: TuneRecipe, *, resume: bool = False, overwrite: bool = False) -> TunePlan:
-    """Resolve and check everything a run needs, from headers and shapes alone, then read the text."""
-    device = choose_device(recipe.device)
-    folder, teacher_folder = fetch_model(recipe.model), fetch_model(recipe.teacher)
-    config, teacher_config = load_config(folder), load_config(teacher_folder)
-    container = check_student(config, recipe.model)
-    check_teacher(config, teacher_config, recipe.teacher)
-    length = window_length(config, recipe.seq_len, recipe.text)
-    length = window_length(teacher_config, length, recipe.text)
-    reader, teacher_reader = CheckpointReader(folder), CheckpointReader(teacher_folder)
-    model = StreamedModel(reader, device=torch.device("cpu"), dtype=torch.float32)
-    mixtures = [
-        index
-        for index in range(len(model.block_names))
-        if any(key.endswith("." + container.router) for key in model.block_keys(index))
-    ]
-    if not mixtures:
-        raise CheckpointError(f"{recipe.model}: no block of it has a router, so there is nothing to tune")
-    teacher = StreamedModel(teacher_reader, device=torch.device("cpu"), dtype=torch.float32)
-    for index in mixtures:
-        find_ffn(teacher, teacher_reader, index)
-    for apart in (folder, teacher_folder):
-        check_output(recipe.output_folder, resume=resume, overwrite=overwrite, source=apart)
+def make_plan(recipe: TuneRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True) -> TunePlan:
+    """Resolve and check everything a run needs, from headers and shapes alone, then read the text.
 
-    if recipe.text.endswith(calibration.TOKEN_FILE_SUFFIX):
-        length = calibration.stored_length(recipe.text, length)
-    windows = calibration.load_windows(
-        recipe.text,
-        None if recipe.text.endswith(calibration.TOKEN_FILE_SUFFIX) else load_tokenizer(folder),
-        seq_len=length,
-        samples=recipe.steps * windows_in_a_step(recipe, length or calibration.DEFAULT_SEQ_LEN),
-        seed=recipe.seed,
-        held_out=held_out_windows(length),
-        text_field=recipe.text_field,
-        vocabulary=model.vocabulary,
-        purpose="training",
+    Last of all weights are downloaded that are not here yet, unless `download` is off: a plan needs none.
+    """
+    check = partial(check_student, where=recipe.model)
+    opened = open_model(recipe, resume=resume, overwrite=overwrite, check=check, dtype_of=choose_product_dtype)
+    container = CONTAINERS[opened.config.model_type]
+    teacher = look_at_model(recipe.teacher, recipe.teacher_revision)
+    teacher_config = load_config(teacher.folder, recipe.trust_remote_code)
+    check_output(opened.output, resume=resume, overwrite=overwrite, source=teacher.folder)
+    check_teacher(opened.config, teacher_config, recipe.teacher)
+    length = window_length(opened.config, recipe.seq_len, recipe.text)
+    length = window_length(teacher_config, length, recipe.text)
+    teacher_reader = CheckpointReader(teacher.folder, teacher.absent)
+    mixtures = find_mixtures(opened.model, container, recipe.model)
+    dense = StreamedModel(
+        teacher_reader, device=opened.device, dtype=opened.dtype, trust_remote_code=recipe.trust_remote_code
     )
-    window_length(config, windows.ids.shape[1], recipe.text)
-    dtype = DTYPES[recipe.dtype] if recipe.dtype != "auto" else torch.float32
-    if recipe.dtype == "auto" and device.type == "cuda":
-        dtype = torch.bfloat16
+    for index in mixtures:
+        find_ffn(dense, teacher_reader, index)
+    if recipe.text.endswith(TOKEN_FILE_SUFFIX):
+        length = stored_length(recipe.text, length)
+    samples = recipe.steps * windows_in_a_step(recipe, length or DEFAULT_SEQ_LEN)
+    windows = read_windows(opened, samples, length=length, purpose="training")
     plan = TunePlan(
-        recipe, folder, teacher_folder, recipe.output_folder, reader, model, container, mixtures, windows, device, dtype,
-        teacher_reader.fingerprint() | {"config": teacher_config.to_dict()},
+        **opened.fields, windows=windows, teacher_origin=teacher, teacher_reader=teacher_reader, container=container,
+        mixtures=mixtures,
     )  # fmt: skip
     check_router(plan)
     check_text(plan)
     check_room(plan.output, plan.bytes_to_write + parse_size("1MB"), held_bytes(plan.output))
-    return plan
+    plan = fetched(plan, download)
+    if not teacher.absent or not download:
+        return plan
+    folder = fetch_model(recipe.teacher, teacher.commit or recipe.teacher_revision)
+    return replace(plan, teacher_origin=Origin(folder, commit=teacher.commit), teacher_reader=CheckpointReader(folder))
+
+
+def choose_product_dtype(name: str, device: torch.device, reader: CheckpointReader) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 on a CPU, whatever is stored: masters are fp32 anyhow."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def find_mixtures(model: StreamedModel, container: Container, where: str) -> list[int]:
+    """Numbers of the blocks that have a router. CheckpointError where none has."""
+    router = "." + container.router
+    found = [n for n in range(len(model.block_names)) if any(key.endswith(router) for key in model.block_keys(n))]
+    if not found:
+        raise CheckpointError(f"{where}: no block of it has a router, so there is nothing to tune")
+    return found
 
 
 def windows_in_a_step(recipe: TuneRecipe, length: int) -> int:
     """As many as the recipe says, or 4096 tokens of them."""
     return recipe.batch_size or max(1, TOKENS_PER_STEP // length)
-
-
-def check_student(config: Any, where: str) -> Container:
-    """The container of a factorized model. CheckpointError, in one line, for any other model."""
-    kind = config.model_type
-    if kind not in CONTAINERS:
-        if any(getattr(config, key, None) for key in MIXTURE_KEYS):
-            raise CheckpointError(f"{where}: {kind} is not what factorize writes: {', '.join(CONTAINERS)}")
-        raise CheckpointError(
-            f"{where}: {kind} is no mixture of experts; make it one first: llmsparse factorize {where} -o DIR"
-        )
-    for key, wanted in AS_FACTORIZED.items():
-        if getattr(config, key, wanted) != wanted:
-            raise CheckpointError(
-                f"{where}: {key} is {getattr(config, key)}, where factorize writes {wanted}; "
-                "only what it has written can be tuned"
-            )
-    return CONTAINERS[kind]
-
-
-def check_teacher(config: Any, teacher: Any, where: str) -> None:
-    """CheckpointError for a teacher whose shape differs from the model's, or that is itself a mixture."""
-    if any(getattr(teacher, key, None) for key in MIXTURE_KEYS):
-        raise CheckpointError(f"--teacher {where}: is a mixture of experts; give the dense model that it was made from")
-    for key, word in SAME.items():
-        got, wanted = getattr(teacher, key, None), getattr(config, key)
-        if got != wanted:
-            raise CheckpointError(
-                f"--teacher {where}: {word} is {got}, and the model's {wanted}; the teacher is the dense model that it "
-                "was made from, or one of the same vocabulary, depth and hidden width"
-            )
-
-
-def check_router(plan: TunePlan) -> None:
-    """RecipeError where only routers would be trained, and have nothing to decide."""
-    key = next(key for key in plan.reader.keys() if key.endswith("." + plan.container.router))
-    weights = plan.recipe.weights
-    routers_only = plan.recipe.train == "router" or not (weights["kl"] or weights["layer"] or weights["language"])
-    if routers_only and plan.active == plan.reader.spec(key).shape[0]:
-        raise RecipeError(
-            f"{plan.recipe.model}: every routed expert runs for every token, so its routers have nothing to learn; use "
-            "--train experts with its usual weights"
-        )
-
-
-def check_text(plan: TunePlan) -> None:
-    """CalibrationError for a text of less than a step, or with nothing to hold out."""
-    count, held = len(plan.windows.ids), len(plan.windows.held_out)
-    if count < plan.batch_size or not held:
-        most = f", or --batch-size {count} or less" if held else ""
-        raise CalibrationError(
-            f"{plan.recipe.text}: {count} windows of {plan.seq_len} tokens to train on and {held} to measure on, wanted "
-            f"{plan.batch_size} for a step and 1; give more text, or a shorter --seq-len{most}"
-        )

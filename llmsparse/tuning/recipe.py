@@ -58,11 +58,17 @@ class TuneRecipe(RunRecipe):
     seed: Seed = 0
     device: Device = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    revision: str | None = None
+    teacher_revision: str | None = None
+    trust_remote_code: bool = False
     save_every: Count = 50
     max_shard_size: ShardSize = "5GB"
 
     def resolved(self) -> dict[str, Any]:
-        return super().resolved() | ({} if self.train == "router" else {"learning_rate": self.rate})
+        recipe = super().resolved() | ({} if self.train == "router" else {"learning_rate": self.rate})
+        if not self.trust_remote_code:
+            del recipe["trust_remote_code"]
+        return recipe
 
     @property
     def rate(self) -> float:
@@ -79,6 +85,10 @@ class TuneRecipe(RunRecipe):
             "balance": self.balance_weight,
             "language": self.language_weight,
         }
+
+    @property
+    def text_source(self) -> str:
+        return self.text
 
     @property
     def output_folder(self) -> Path:

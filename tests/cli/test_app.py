@@ -20,8 +20,8 @@ from llmsparse.cli.app import main
 from llmsparse.cli.exit import exit_code_of
 from llmsparse.cli.terminal import Terminal
 from llmsparse.errors import LlmsparseError
+from llmsparse.pruning.keys import KEYS
 from llmsparse.pruning.recipe import PruneRecipe
-from llmsparse.runs.keys import KEYS
 from llmsparse.runs.progress import Rich, Silent, for_terminal
 
 SMALL = ("--calibration", "builtin", "--calibration-samples", "4", "--seq-len", "32", "--match-steps", "0")

@@ -105,7 +105,7 @@ def test_streamed_pruning_equals_pruning_in_memory_bit_for_bit(model: Path, note
     from transformers import AutoModelForCausalLM
 
     from llmsparse.pruners import SparseGPT
-    from llmsparse.pruning.plan import plan
+    from llmsparse.runs.plan import plan
     from llmsparse.sparsity.patterns import Unstructured
     from llmsparse.sparsity.stats import Gram
 

@@ -59,7 +59,7 @@ def test_the_result_is_the_dense_one_packed(model: str, here: Path, capsys: pyte
 
 
 @pytest.mark.parametrize(
-    "step", ["llmsparse.pruning.pipeline.select_packable", "llmsparse.packing.pack.Selection._write_side_files"]
+    "step", ["llmsparse.pruning.packed.select_packable", "llmsparse.packing.pack.Selection._write_side_files"]
 )
 def test_a_run_that_stops_while_packing_resumes_to_the_same_bytes(
     step: str, model: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -89,7 +89,7 @@ def test_a_new_run_does_not_trust_what_an_unfinished_one_left(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("llmsparse.pruning.pipeline.select_packable", interrupt)
+        patched.setattr("llmsparse.pruning.packed.select_packable", interrupt)
         assert main(["prune", model, "--sparsity", "0.6", "--format", "packed", "-o", "out", *FLAGS]) == 130
     shards = [*FLAGS, "max_shard_size=20KB", "--overwrite"]
     assert main(["prune", model, "--sparsity", "0.7", "--format", "packed", "-o", "out", *shards]) == 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmsparse.factorization.oracle import greedy
-from llmsparse.tuning.distillation import Distillation
+from llmsparse.tuning.distillation import Distillation, load_both
 from llmsparse.tuning.losses import (
     TERMS,
     balance,
@@ -23,7 +23,6 @@ from llmsparse.tuning.losses import (
     norm_loss,
     prior_approximate_loss,
 )
-from llmsparse.tuning.pipeline import load_both
 from llmsparse.tuning.plan import TunePlan, make_plan
 from llmsparse.tuning.recipe import TuneRecipe
 from llmsparse.tuning.trainable import Trainable

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import llmsparse
 from llmsparse.factorization.router import top
-from llmsparse.tuning.pipeline import load_both
+from llmsparse.tuning.distillation import load_both
 from llmsparse.tuning.plan import make_plan
 from llmsparse.tuning.recipe import TuneRecipe
 

@@ -1,0 +1,38 @@
+"""The keys of a pruning recipe as the command line shows them; `recipe.py` checks values, and takes longer to load."""
+
+from __future__ import annotations
+
+from llmsparse.runs.keys import CALIBRATION, MACHINE, MAX_SHARD_SIZE, Key
+
+HELP = """Prune MODEL into a new folder that loads wherever the original does.
+
+    llmsparse prune meta-llama/Llama-3.2-1B --sparsity 0.5
+    """
+EXAMPLE = "method.damp=0.1"
+
+KEYS = {  # of every key but model and rules, by group
+    "What is pruned, and how": {
+        "method": Key("sparsegpt, alps, dsnot, wanda, magnitude or random.", "sparsegpt", "NAME"),
+        "sparsity": Key("Fraction of zeros: 0.7 or 70%.", None, "S"),
+        "pattern": Key("unstructured, or N:M such as 2:4: keep 2 of every 4.", "unstructured", "N:M"),
+        "scope": Key(
+            "row or matrix: what an unstructured sparsity counts over; auto: as the method has it.", "auto", "SCOPE"
+        ),
+        "only": Key("Prune only weights whose name matches (repeatable).", None, "GLOB", list),
+        "include": Key("Prune these too, such as lm_head (repeatable).", None, "GLOB", list),
+        "exclude": Key("Leave weights whose name matches as they are (repeatable).", None, "GLOB", list),
+        "true_sequential": Key(
+            "Measure a block's later weights on what its earlier ones became when pruned: slower.", kind=bool
+        ),
+        "match_steps": Key(
+            "Steps that tune a pruned block to the dense one's output; auto: where affordable, 0: off.", "auto", "N"
+        ),
+    },
+    "Calibration": CALIBRATION,
+    "Machine and model": MACHINE,
+    "Output": {
+        "output": Key("Folder to write; ./NAME-METHOD-PERCENT if not given.", None, "DIR"),
+        "format": Key("dense: ordinary, loads anywhere; packed: without the zeros.", "dense", "FORMAT"),
+        "max_shard_size": MAX_SHARD_SIZE,
+    },
+}

@@ -1,0 +1,81 @@
+"""What flows through a model while it is made over: calibration windows, and held-out windows to measure the loss on.
+
+Three streams: calibration windows through what has been made, held-out windows through the same, and held-out windows
+through the source. Each block's outputs take the place of its inputs, so every stream is in memory once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsparse.models.activations import Activations
+from llmsparse.models.block import Block, Head
+from llmsparse.models.likelihood import negative_log_likelihood, perplexity_of
+from llmsparse.models.streamed import StreamedModel
+
+
+class Streams:
+    """`calibration` and `held_out` are what enters the next block, behind the blocks made so far; `held_out` is None
+    where there is no window to hold out.
+
+    `batches` and `held_out`: (batch, tokens) ids. `made` is the model that results where it is another than the source
+    with other weights: its blocks may be called with other arguments.
+    """
+
+    def __init__(
+        self,
+        source: StreamedModel,
+        batches: Sequence[Tensor],
+        held_out: Sequence[Tensor],
+        made: StreamedModel | None = None,
+    ) -> None:
+        self._source, self._made, self._windows = source, made or source, held_out
+        self.calibration = source.embed(batches)
+        self.held_out = source.embed(held_out) if held_out else None
+        self._dense = self.held_out.like(list(self.held_out.hidden)) if self.held_out else None
+        self._enter_made = [self._as_made(self.calibration, batches)]
+        if self.held_out:
+            self._enter_made.append(self._as_made(self.held_out, held_out))
+        self._before: float | None = None
+
+    @torch.no_grad()
+    def through_source(self, block: Block) -> None:
+        """Take the held-out windows of the source through a block of it; to be done before the block is changed."""
+        if isinstance(block, Head):
+            self._measure_source()
+        elif self._dense:
+            block.run(self._dense, into=self._dense)
+
+    @torch.no_grad()
+    def through_made(self, block: Block) -> None:
+        """Take all windows through a block as it was made."""
+        for stream in self._enter_made if not isinstance(block, Head) else ():
+            block.run(stream, into=stream)
+
+    def _measure_source(self) -> None:
+        if self._dense and self._before is None:
+            self._before = negative_log_likelihood(self._source, self._dense, self._windows)
+
+    def perplexity(self) -> dict[str, Any] | None:
+        """{"before", "after", "windows", "seq_len", "tokens"} of the held-out windows; None where there are none."""
+        if not self.held_out:
+            return None
+        self._measure_source()
+        assert self._before is not None
+        tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in self._windows)
+        after = negative_log_likelihood(self._made, self.held_out, self._windows)
+        return {
+            "before": perplexity_of(self._before, tokens),
+            "after": perplexity_of(after, tokens),
+            "windows": sum(ids.shape[0] for ids in self._windows),
+            "seq_len": self._windows[0].shape[1],
+            "tokens": tokens,
+        }
+
+    def _as_made(self, stream: Activations, windows: Sequence[Tensor]) -> Activations:
+        """The same hidden states, held once, with the arguments that the made model's blocks are called with."""
+        return stream if self._made is self._source else self._made.embed(windows).like(stream.hidden)

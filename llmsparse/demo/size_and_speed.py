@@ -7,6 +7,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from llmsparse.benchmark.run import DENSE, bench
+from llmsparse.inference.generate import generate
+from llmsparse.packing.pack import pack
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -75,8 +79,6 @@ class SizeAndSpeed:
 
 def size_and_speed(label: str, folder: Path, packed: Path) -> SizeAndSpeed:
     """Pack the pruned checkpoint at `folder` into the new folder `packed`, and measure both."""
-    from llmsparse.packing.pack import pack
-
     packing = pack(str(folder), packed)
     dense_speed, packed_speed, text = _tokens_per_second(folder, packed)
     matrix, device = _matrix()
@@ -88,8 +90,6 @@ def size_and_speed(label: str, folder: Path, packed: Path) -> SizeAndSpeed:
 
 def _tokens_per_second(dense: Path, packed: Path) -> tuple[float, float, str]:
     """The first turn of each warms up; the text is the packed one's."""
-    from llmsparse.inference.generate import generate
-
     speeds: dict[Path, list[float]] = {dense: [], packed: []}
     text = ""
     for turn in range(TURNS + 1):
@@ -102,8 +102,6 @@ def _tokens_per_second(dense: Path, packed: Path) -> tuple[float, float, str]:
 
 
 def _matrix() -> tuple[list[MatrixSpeed], str]:
-    from llmsparse.benchmark.run import DENSE, bench
-
     rows: list[MatrixSpeed] = []
     device = ""
     for pattern, sparsity in PATTERNS:

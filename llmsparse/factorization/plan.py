@@ -22,8 +22,8 @@ from llmsparse.models.streamed import StreamedModel
 from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
 from llmsparse.runs.plan import RunPlan
-from llmsparse.storage.checkpoint import CheckpointReader, parse_size
-from llmsparse.storage.disk import check_room
+from llmsparse.storage.checkpoint import CheckpointReader
+from llmsparse.storage.disk import check_room, parse_size
 
 PARTS = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 TOKENS_PER_EXPERT = 32  # of calibration, the least that says anything about an expert

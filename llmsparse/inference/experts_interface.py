@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from llmsparse.backends.choice import AUTO
 from llmsparse.errors import MachineError, RecipeError, did_you_mean
 from llmsparse.inference.fused_experts import FusedMlp, fuse_mlp, most_tokens, run_experts, unfuse_mlp, why_not
 from llmsparse.inference.packed_experts import sparse_experts
 from llmsparse.models.origin import PACKED
 
-AUTO = "auto"
 ALIGNED = 16  # bytes of a row, for torch's grouped products
 _packed: Any = sparse_experts  # expert by expert, packed or not
 _said: set[tuple[type, str]] = set()

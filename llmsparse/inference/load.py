@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from llmsparse.backends.choice import AUTO, check_names
 from llmsparse.errors import CheckpointError, RecipeError, did_you_mean
+from llmsparse.inference.experts_interface import fuse
+from llmsparse.inference.quantizer import SparseConfig
 from llmsparse.models.origin import is_packed, load_config, read_config
 from llmsparse.runs.device import DTYPES
 from llmsparse.storage.checkpoint import CheckpointReader
@@ -31,11 +34,6 @@ def load_model(
     where one is named. Dense experts of a mixture run by `experts`, as in `fuse`. Raises CheckpointError for a folder
     that cannot be loaded whole, RecipeError for an unknown backend, MachineError for one that cannot run here.
     """
-    from transformers import AutoModelForCausalLM
-
-    from llmsparse.inference.experts_interface import fuse
-    from llmsparse.inference.quantizer import SparseConfig
-
     check_names(backend, optimize)
     if dtype != "auto" and dtype not in DTYPES:
         raise RecipeError(f"dtype {dtype!r} is not known{did_you_mean(dtype, ['auto', *DTYPES])}")

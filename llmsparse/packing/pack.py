@@ -28,8 +28,8 @@ from llmsparse.packing.folder import FORMAT, RECORD, PackedCheckpoint, Record, q
 from llmsparse.packing.report import PackedSize, Packing
 from llmsparse.runs.partial import PartialOutput, check_output
 from llmsparse.runs.progress import Progress, Silent
-from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter, parse_size
-from llmsparse.storage.disk import disk_error
+from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter
+from llmsparse.storage.disk import disk_error, parse_size
 from llmsparse.storage.heap import release_freed
 from llmsparse.storage.shard import DTYPE_NAMES
 from llmsparse.version import __version__

@@ -24,7 +24,8 @@ from llmsparse.packing.pack import REPLACED, Spec, write_text
 from llmsparse.packing.report import compared
 from llmsparse.runs.partial import PartialOutput, check_output
 from llmsparse.runs.progress import Progress, Silent
-from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter, parse_size
+from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter
+from llmsparse.storage.disk import parse_size
 from llmsparse.storage.heap import release_freed
 
 if TYPE_CHECKING:

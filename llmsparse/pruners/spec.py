@@ -9,22 +9,18 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from llmsparse.errors import KeyPath, OptionError, RecipeError, did_you_mean
-
-if TYPE_CHECKING:
-    from llmsparse.pruners import Pruner
+from llmsparse.pruners import PRUNERS, Pruner
 
 MethodSpec = str | dict[str, Any]
 
 
 def build(spec: MethodSpec, path: KeyPath = ("method",)) -> Pruner:
     """The pruner that `spec` describes. OptionError for an unknown name or option, or a value of the wrong type."""
-    from llmsparse.pruners import PRUNERS, Pruner
-
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", None)
     if not isinstance(name, str) or name not in PRUNERS:
@@ -47,8 +43,6 @@ def build(spec: MethodSpec, path: KeyPath = ("method",)) -> Pruner:
 
 def describe(pruner: Pruner) -> dict[str, Any]:
     """The mapping that `build` turns into an equal pruner, every option spelled out. RecipeError if it is no method."""
-    from llmsparse.pruners import PRUNERS
-
     name = next((name for name, method in PRUNERS.items() if type(pruner) is method), None)
     if name is None:
         raise RecipeError(f"method {type(pruner).__name__} has no name; add it to PRUNERS in llmsparse/pruners")
@@ -58,8 +52,6 @@ def describe(pruner: Pruner) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """An option as YAML can hold it."""
-    from llmsparse.pruners import PRUNERS
-
     if isinstance(value, tuple(PRUNERS.values())):
         return describe(value)
     return list(cast(tuple[Any, ...], value)) if type(value) is tuple else value

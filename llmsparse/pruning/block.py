@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from llmsparse.errors import LlmsparseError
-from llmsparse.models.streamed import Activations, Block
+from llmsparse.models.streamed import HEAD, Activations, Block
 from llmsparse.pruners import Magnitude
 from llmsparse.pruning.inputs import Input, calibrate, learn_inputs
 from llmsparse.pruning.matching import Match, match
 from llmsparse.pruning.report import BlockRecord, PrunedWeight
-from llmsparse.pruning.selection import HEAD, Choice
+from llmsparse.pruning.selection import Choice
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.run import Made, Run
 from llmsparse.runs.seeding import generator_for

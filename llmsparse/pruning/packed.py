@@ -9,7 +9,7 @@ from llmsparse.packing.pack import select_packable
 from llmsparse.pruning.plan import PrunePlan
 from llmsparse.pruning.report import PruneReport
 from llmsparse.runs.progress import Progress
-from llmsparse.storage.checkpoint import parse_size
+from llmsparse.storage.disk import parse_size
 
 
 def packing(plan: PrunePlan, report: PruneReport, progress: Progress) -> Callable[[Path, Path], None] | None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llmsparse.models.streamed import HEAD
 from llmsparse.pruning.block import finish_block
 from llmsparse.pruning.packed import packing
 from llmsparse.pruning.plan import make_plan
 from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.pruning.report import PruneReport
-from llmsparse.pruning.selection import HEAD
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.recipe import from_arguments
 from llmsparse.runs.run import Run

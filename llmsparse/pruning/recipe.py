@@ -12,18 +12,16 @@ from decimal import Decimal
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, model_validator
 
 from llmsparse.errors import KeyPath, OptionError, RecipeError, did_you_mean
+from llmsparse.pruners import Pruner
 from llmsparse.pruners import spec as methods
 from llmsparse.pruners.spec import MethodSpec
 from llmsparse.runs.recipe import Count, Device, Dtype, Length, PathText, RunRecipe, Seed, ShardSize, Source
-
-if TYPE_CHECKING:
-    from llmsparse.pruners import Pruner
-    from llmsparse.sparsity.patterns import Pattern
+from llmsparse.sparsity.patterns import Pattern, parse_pattern
 
 DEFAULT_METHOD = "sparsegpt"
 
@@ -180,8 +178,6 @@ class PruneRecipe(RunRecipe):
                 )
 
     def _pattern(self, rule: Rule | None) -> Pattern:
-        from llmsparse.sparsity.patterns import parse_pattern
-
         text, sparsity, pruner = self.pattern, self.sparsity, self.pruner
         if rule is not None:
             if rule.pattern is not None:

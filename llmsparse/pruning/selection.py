@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from llmsparse.errors import RecipeError, did_you_mean
-from llmsparse.models.streamed import StreamedModel, Weight
+from llmsparse.models.streamed import HEAD, StreamedModel, Weight
 from llmsparse.pruners import Pruner
 from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.sparsity.patterns import Pattern
-
-HEAD = "head"  # the pseudo-block of an untied output head
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from llmsparse.errors import RecipeError
 from llmsparse.runs import recipe_file
 from llmsparse.runs.layers import Layers
+from llmsparse.storage.disk import parse_size
 
 
 def _device(value: Any) -> str:
@@ -27,8 +28,6 @@ def _device(value: Any) -> str:
 
 
 def _shard_size(value: Any) -> str:
-    from llmsparse.storage.checkpoint import parse_size
-
     try:
         parse_size(str(value))
     except RecipeError as error:

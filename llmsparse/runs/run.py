@@ -32,9 +32,9 @@ from llmsparse.runs.partial import PartialOutput
 from llmsparse.runs.plan import RunPlan
 from llmsparse.runs.progress import Progress, Silent
 from llmsparse.runs.report import RunReport
-from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter, parse_size
+from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter
 from llmsparse.storage.checksum import checksums, read_checked
-from llmsparse.storage.disk import disk_error
+from llmsparse.storage.disk import disk_error, parse_size
 from llmsparse.storage.heap import release_freed
 
 CHECKSUMS = "checksums"  # beside the record in the journal entry of a block

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsparse.errors import CheckpointError, RecipeError
+from llmsparse.errors import CheckpointError
 from llmsparse.storage.disk import disk_error, fsync, replace_file, reserve, write_all
 from llmsparse.storage.shard import Header, TensorSpec, bytes_of, lay_out, read_header, read_into
 
@@ -28,11 +27,6 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 8 << 20
 Planned = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name → shape, dtype
-UNITS = (
-    {"": 1, "B": 1}
-    | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
-    | {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
-)
 
 
 class CheckpointReader:
@@ -220,19 +214,6 @@ class CheckpointWriter:
                 file.unlink(missing_ok=True)
             raise disk_error(self.folder, error, sum(sizes[file] for file in new)) from error
         self._touched |= set(new)
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes from `5GB`, `500MB`, `1.5GiB` or a plain number; units of 1000 as in transformers, `KiB` … of 1024.
-
-    >>> parse_size("5GB"), parse_size("1GiB")
-    (5000000000, 1073741824)
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)\s*", str(text).upper())
-    size = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0
-    if size <= 0:
-        raise RecipeError(f"size {text!r}: wanted a positive number of bytes, such as 5GB, 500MB or 1GiB")
-    return size
 
 
 def _read(spec: TensorSpec) -> Tensor:

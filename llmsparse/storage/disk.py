@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
 
 from llmsparse.errors import MachineError, RecipeError
+
+UNITS = (
+    {"": 1, "B": 1}
+    | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
+    | {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
+)
 
 
 def disk_error(path: Path, error: OSError, needed: int = 0) -> MachineError:
@@ -25,6 +32,19 @@ def disk_error(path: Path, error: OSError, needed: int = 0) -> MachineError:
             f"{path}: a file of this size is not allowed here ({error.strerror}); lower --max-shard-size"
         )
     return MachineError(f"{path}: cannot be written ({error.strerror or error})")
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from `5GB`, `500MB`, `1.5GiB` or a plain number; units of 1000 as in transformers, `KiB` … of 1024.
+
+    >>> parse_size("5GB"), parse_size("1GiB")
+    (5000000000, 1073741824)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)\s*", str(text).upper())
+    size = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0
+    if size <= 0:
+        raise RecipeError(f"size {text!r}: wanted a positive number of bytes, such as 5GB, 500MB or 1GiB")
+    return size
 
 
 def spell_size(size: int) -> str:

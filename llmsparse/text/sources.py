@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from llmsparse.errors import CalibrationError, MachineError
 from llmsparse.storage.home_folder import expand_home
+from llmsparse.text import builtin
 
 Purpose = Literal["calibration", "training", "evaluation"]
 
@@ -85,10 +86,8 @@ def open_texts(source: str, purpose: Purpose, text_field: str | None = None) -> 
 
 
 def _builtin(purpose: Purpose) -> Texts:
-    from llmsparse.text import builtin as corpus
-
-    protocol = {"dataset": "builtin", "text": corpus.describe(purpose), "python": platform.python_version()}
-    return Texts(((text,) for text in corpus.texts(purpose)), False, protocol)
+    protocol = {"dataset": "builtin", "text": builtin.describe(purpose), "python": platform.python_version()}
+    return Texts(((text,) for text in builtin.texts(purpose)), False, protocol)
 
 
 def _file(path: Path, text_field: str | None) -> Texts:

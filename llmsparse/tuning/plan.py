@@ -22,8 +22,8 @@ from llmsparse.runs.device import DTYPES, window_length
 from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import check_output, held_bytes
 from llmsparse.runs.plan import RunPlan
-from llmsparse.storage.checkpoint import CheckpointReader, parse_size
-from llmsparse.storage.disk import check_room
+from llmsparse.storage.checkpoint import CheckpointReader
+from llmsparse.storage.disk import check_room, parse_size
 from llmsparse.text.windows import DEFAULT_SEQ_LEN, TOKEN_FILE_SUFFIX, stored_length
 from llmsparse.tuning.checks import check_router, check_student, check_teacher, check_text
 from llmsparse.tuning.recipe import TuneRecipe

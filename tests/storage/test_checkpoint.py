@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save, save_file
 
 from llmsparse.errors import CheckpointError, MachineError, RecipeError
 from llmsparse.storage import checkpoint
-from llmsparse.storage.checkpoint import INDEX, SINGLE, CheckpointReader, CheckpointWriter, parse_size
+from llmsparse.storage.checkpoint import INDEX, SINGLE, CheckpointReader, CheckpointWriter
+from llmsparse.storage.disk import parse_size
 from llmsparse.storage.shard import DTYPES
 
 DATA = {"format": "pt"}

@@ -13,6 +13,9 @@ BOS, EOS = "<|bos|>", "<|eos|>"
 VOCAB = 4096
 WINDOW = 512
 
+# A word keeps the blank behind it, not the one before: `def ` is one token, and so a prompt that the model has seen.
+WORDS = r"\n[\n ]*|[\p{L}_]+ ?|\p{N}+ ?|[^\s\p{L}\p{N}_]+ ?|\s+"
+
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE: any text survives a round trip, a newline and its indentation are one token."""

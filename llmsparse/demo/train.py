@@ -68,10 +68,6 @@ class Hyper:
         return self.lr * min((done.step + 1) / self.warmup, self.left(done))
 
 
-# A word keeps the blank behind it, not the one before: `def ` is one token, and so a prompt that the model has seen.
-WORDS = r"\n[\n ]*|[\p{L}_]+ ?|\p{N}+ ?|[^\s\p{L}\p{N}_]+ ?|\s+"
-
-
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Tensor:
     """All texts as one row of ids: bos, text, eos, bos, text, ..."""
     rows = [torch.tensor([*tokenizer.encode(text), tokenizer.eos_token_id]) for text in texts]

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.integrations.moe import ExpertsInterface
@@ -32,6 +33,8 @@ from llmsparse.backends.choice import AUTO, check_names
 from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.formats.bitmask import Bitmask, describe_unpacked, layout, stored_bytes
 from llmsparse.formats.slicing import moved
+from llmsparse.inference.counting import count_dense, count_packed
+from llmsparse.inference.dequantize import make_dense
 from llmsparse.inference.experts_interface import llmsparse_experts
 from llmsparse.inference.linear import SparseLinear, fill, place
 from llmsparse.inference.packed_experts import PackedStack, packed_weights, prepare_experts
@@ -101,6 +104,7 @@ class SparseQuantizer(HfQuantizer):
         self.candidates: dict[str, bool] = {}  # module tensor that may be packed while loading → laid out (in, out)
         self.layers: dict[str, dict[str, Any]] = {}  # module tensor that is packed → description
         self.compiles = False
+        self.experts_before: str | None = None  # the implementation that `dequantize` gives back
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -166,10 +170,24 @@ class SparseQuantizer(HfQuantizer):
         packed = [weight for _, weight in packed_weights(model)]
         self.compiles = all(BACKENDS[weight.choice.backend].compiles for weight in packed)
         if any(isinstance(weight, PackedStack) and not weight.together for weight in packed):
+            self.experts_before = getattr(model.config, "_experts_implementation", None)
             model.set_experts_implementation(PACKED)
             self.compiles = False
         vars(model)["_weight_conversions"] = []  # it is saved under the module's names, whatever they were on disk
         let_go_of_files(model)
+        count_packed(model)
+        return model
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The dense model, in the place of the packed one; in another dtype if one is given."""
+        make_dense(model, dtype)
+        count_dense(model)
+        if self.experts_before is not None:
+            model.set_experts_implementation(self.experts_before)
+        vars(model).pop("_weight_conversions")  # transformers finds those of the architecture by itself
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            vars(getattr(module, "config", self)).pop("_is_quantized", None)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -189,7 +207,7 @@ class SparseQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return False
+        return True  # adapters on top, and biases; transformers itself refuses to train the packed weights
 
     @property
     def is_compileable(self) -> bool:

@@ -33,22 +33,6 @@ FAMILIES = ["llama", "gpt2", "phi", "mamba", "falcon", "llama4_text", *EXPERTS]
 Folders = Callable[..., tuple[Path, Path]]
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """`folders(family, pattern="unstructured")`: a pruned checkpoint, and the same packed; made once."""
-    made: dict[tuple[str, str], tuple[Path, Path]] = {}
-
-    def make(family: str, pattern: str = "unstructured") -> tuple[Path, Path]:
-        if (family, pattern) not in made:
-            root = tmp_path_factory.mktemp(family)
-            pruned = save_sparse(family, root / "pruned", pattern=pattern)
-            llmsparse.pack(str(pruned), root / "packed")
-            made[family, pattern] = pruned, root / "packed"
-        return made[family, pattern]
-
-    return make
-
-
 def load(folder: Path, **options: Any) -> Any:
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     assert not any(info.values()), info  # missing, unexpected and mismatched keys, and errors

@@ -28,12 +28,15 @@ from llmsparse.storage.shard import DTYPES
 RECORD = "llmsparse_packed.json"
 FORMAT = "bitmask"
 FORMAT_VERSION = 1
+# for who looks into a config.json that transformers calls an "unknown quantization type"
+HINT = "pip install llmsparse, and import it before the model is loaded, or start the program with: llmsparse run -- PROGRAM"
 
 
 def quantization_config(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The block that makes a `config.json` that of a packed checkpoint."""
     return {
         "quant_method": PACKED,
+        "load_with": HINT,
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "bit_order": "little",

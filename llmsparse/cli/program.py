@@ -89,10 +89,12 @@ def _with(argv: list[str], folder: str | None, program: Callable[[], object]) ->
     """The program, with its words in `sys.argv`, and `folder` where it imports from first."""
 
     def run() -> object:
-        sys.argv = argv
-        if folder is not None:
-            sys.path.insert(0, folder)
-        return program()
+        before = sys.argv, [*sys.path]
+        sys.argv, sys.path[:0] = argv, [] if folder is None else [folder]
+        try:
+            return program()
+        finally:
+            sys.argv, sys.path[:] = before
 
     return run
 

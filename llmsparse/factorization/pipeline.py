@@ -78,7 +78,8 @@ def factorize(
         report.warn()
         report.seconds = time.perf_counter() - started
         report.peak_memory_bytes = memory.read()
-        recipe_text = plan.resolved.dump(versions() | {"calibration sha256": plan.windows.fingerprint})
+        notes = versions() | {"threads": torch.get_num_threads(), "calibration sha256": plan.windows.fingerprint}
+        recipe_text = plan.resolved.dump(notes, plan.output)
         write_side_files(partial.folder, recipe=recipe_text, report=report.stored(), card=report.card())
         check_written(partial.folder, plan.tensors, partial)
         partial.publish()

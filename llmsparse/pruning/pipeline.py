@@ -77,7 +77,8 @@ def prune(
         report.warn()
         report.seconds = time.perf_counter() - started
         report.peak_memory_bytes = memory.read()
-        recipe_text = plan.resolved.dump(versions() | {"calibration sha256": plan.windows.fingerprint})
+        notes = versions() | {"threads": torch.get_num_threads(), "calibration sha256": plan.windows.fingerprint}
+        recipe_text = plan.resolved.dump(notes, plan.output)
         copy_side_files(plan.folder, folder)
         write_side_files(folder, recipe=recipe_text, report=report.stored(), card=report.card())
         check_written(folder, plan.tensors, partial)

@@ -51,6 +51,7 @@ class CalibratedRecipe(Protocol):
 
     def replace(self, **changes: Any) -> Self: ...
     def resolved(self) -> dict[str, Any]: ...
+    def check_text(self, key: str, fingerprint: str) -> None: ...
 
 
 Chosen = TypeVar("Chosen", bound=CalibratedRecipe)
@@ -193,6 +194,7 @@ def calibration_windows(
         vocabulary=vocabulary,
     )
     window_length(config, windows.ids.shape[1], recipe.calibration)
+    recipe.check_text("calibration", windows.fingerprint)
     return windows
 
 

@@ -85,7 +85,10 @@ def tune(
         copy_side_files(plan.folder, partial.folder)
         write_side_files(
             partial.folder,
-            recipe=plan.resolved.dump(plan.versions | {"text sha256": plan.windows.fingerprint}),
+            recipe=plan.resolved.dump(
+                plan.versions | {"threads": torch.get_num_threads(), "text sha256": plan.windows.fingerprint},
+                plan.output,
+            ),
             report=report.stored(),
             card=report.card(),
         )

@@ -176,6 +176,7 @@ def make_plan(recipe: TuneRecipe, *, resume: bool = False, overwrite: bool = Fal
         purpose="training",
     )
     window_length(config, windows.ids.shape[1], recipe.text)
+    recipe.check_text("text", windows.fingerprint)
     dtype = DTYPES[recipe.dtype] if recipe.dtype != "auto" else torch.float32
     if recipe.dtype == "auto" and device.type == "cuda":
         dtype = torch.bfloat16

@@ -41,7 +41,9 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "packed"
 
 
-@pytest.mark.parametrize("way", [pytest.param("file", marks=pytest.mark.slow), "-m", pytest.param("-c", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "way", [pytest.param("file", marks=pytest.mark.slow), "-m", pytest.param("-c", marks=pytest.mark.slow)]
+)
 def test_a_program_that_never_imports_llmsparse_loads_a_packed_folder(way: str, packed: Path, tmp_path: Path) -> None:
     (tmp_path / "loads.py").write_text(LOADS)
     words = {"file": ["loads.py"], "-m": ["python", "-m", "loads"], "-c": ["python", "-c", LOADS]}[way]

@@ -65,7 +65,9 @@ def test_an_adapter_is_trained_as_on_the_dense_model(
 
 
 def test_all_linear_finds_the_layers_that_it_finds_in_the_dense_model(folders: Folders) -> None:
-    counts = [adapted(model_of(folder, None), "all-linear").get_nb_trainable_parameters() for folder in folders("llama")]
+    counts = [
+        adapted(model_of(folder, None), "all-linear").get_nb_trainable_parameters() for folder in folders("llama")
+    ]
     assert counts[0][0] == counts[1][0] > 0
 
 

@@ -91,7 +91,10 @@ def test_biases_get_the_gradients_of_the_dense_model(
 ) -> None:
     pruned, packed = folders(family)
     grads: list[dict[str, Tensor]] = []
-    for model in (dense_model(pruned, dtype=torch.float32), packed_model(packed, backend, optimize, dtype=torch.float32)):
+    for model in (
+        dense_model(pruned, dtype=torch.float32),
+        packed_model(packed, backend, optimize, dtype=torch.float32),
+    ):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith("bias"))
         (ids,) = windows((1, tokens))

@@ -72,7 +72,7 @@ WRITES: list[Callable[[Tensor], object]] = [
 @torch.no_grad()
 def test_an_edit_is_refused_and_changes_nothing(write: Callable[[Tensor], object]) -> None:
     held = weight()
-    with pytest.raises(RecipeError, match="edit of its weight would be lost.*dequantize") as caught:
+    with pytest.raises(RecipeError, match=r"edit of its weight would be lost.*dequantize") as caught:
         write(read_only(held))
     one_line(caught.value)
     assert torch.equal(held, weight())

@@ -195,7 +195,9 @@ def test_an_unknown_recipe_key_is_named_with_file_and_line(model: Path, fails: C
     assert "r.yaml:2" in error and "did you mean 'sparsity'" in error
 
 
-LAUGHS = "\n".join(["a: &a [x]", *(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True))])
+LAUGHS = "\n".join(
+    ["a: &a [x]", *(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True))]
+)
 
 
 @pytest.mark.parametrize("keys", ["rules: &a [*a]\n", "rules: &a [1]\nonly: *a\n", "only: *q_proj\n", f"{LAUGHS}\n"])

@@ -43,7 +43,7 @@ def differs(name: str, prepared: Any, packed: Bitmask, spec: WeightSpec, batches
         x = torch.randn(batch, spec.shape[-1], generator=generator).to(spec.device, spec.dtype)
         with torch.inference_mode():
             wanted = torch.nn.functional.linear(x, weight).float()
-            error = float((backend.run(prepared, x, None).float() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+            error = float((backend.run(prepared, x, None) - wanted).norm() / wanted.norm().clamp_min(1e-30))
         if not error <= bound:  # NaN too
             return f"wrong: off by {error:.1e} for {batch} tokens, at most {bound:.0e} is right"
     return None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from llmsparse.inference.linear import SparseLinear
 from llmsparse.inference.packed_experts import SparseExperts
@@ -27,10 +27,11 @@ def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> None:
 def _linear(packed: SparseLinear, dtype: torch.dtype | None) -> nn.Module:
     assert packed.matrix is not None
     weight = packed.matrix.dense()
-    kind = Conv1D(*weight.shape) if packed.matrix.transposed else nn.Linear(*weight.shape[::-1], device="meta")
-    kind.weight = _parameter(weight.mT if packed.matrix.transposed else weight, dtype)
-    kind.bias = packed.bias
-    return kind.train(packed.training)
+    out, width = weight.shape
+    dense: Any = Conv1D(out, width) if packed.matrix.transposed else nn.Linear(width, out, device="meta")
+    dense.weight = _parameter(weight.mT if packed.matrix.transposed else weight, dtype)
+    dense.bias = packed.bias
+    return dense.train(packed.training)
 
 
 def _restore_experts(module: Any, dtype: torch.dtype | None) -> None:

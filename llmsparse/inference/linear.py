@@ -61,8 +61,7 @@ class PackedMatrix:
             return self.run(x, bias)
         if self.choice.backend == "dense" or self.copy is not None or torch.compiler.is_compiling():
             return functional.linear(x, self.dense(), bias)  # it is there anyway
-        y: Tensor = PackedProduct.apply(x, bias, self)  # pyright: ignore[reportAssignmentType]
-        return y
+        return cast(Tensor, PackedProduct.apply(x, bias, self))
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same without gradients, by the backend where it takes so many tokens."""
@@ -146,7 +145,7 @@ class SparseLinear(nn.Linear):
         if self.matrix is not None:
             destination.update({f"{prefix}weight{end}": held for end, held in self.matrix.packed().tensors().items()})
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         if self.matrix is not None:
             self.matrix = reloaded(self.matrix, f"{prefix}weight", state_dict, rest[2] if rest[1] else [])
         super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -48,6 +48,8 @@ def load_model(
         options["quantization_config"] = SparseConfig(backend=backend, optimize=optimize)
     if device.type != "cpu":
         options["device_map"] = {"": device}
+    if str(device).startswith("cuda:"):
+        torch.cuda.set_device(device)  # Triton launches its kernels on the current one
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     model, info = loaded
     missing = sorted(info["missing_keys"])

@@ -80,7 +80,7 @@ class SparseExperts(nn.Module):
         for name, stack in self.stacks.items():
             destination.update({f"{prefix}{name}{end}": held for end, held in stack.packed().tensors().items()})
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         missing = rest[2] if rest[1] else []
         self.stacks = {leaf: reloaded(one, prefix + leaf, state_dict, missing) for leaf, one in self.stacks.items()}
         super()._load_from_state_dict(state_dict, prefix, *rest)

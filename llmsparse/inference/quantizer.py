@@ -11,7 +11,6 @@ The second packs each weight as it is read. Either way a model is left that runs
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import warnings
@@ -37,6 +36,7 @@ from llmsparse.inference.counting import count_dense, count_packed
 from llmsparse.inference.dequantize import make_dense
 from llmsparse.inference.experts_interface import llmsparse_experts
 from llmsparse.inference.linear import SparseLinear, fill, place
+from llmsparse.inference.mapped import let_go_of_files
 from llmsparse.inference.packed_experts import PackedStack, packed_weights, prepare_experts
 from llmsparse.inference.read_ahead import read_ahead
 from llmsparse.models.origin import PACKED
@@ -212,15 +212,6 @@ class SparseQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return self.compiles
-
-
-def let_go_of_files(model: nn.Module) -> None:
-    """Copy what a model on the CPU still reads from the mapped checkpoint, which keeps all of a file's pages in memory
-    for the sake of an embedding: the packed tensors among them, that a backend has copies of."""
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        if tensor.device.type == "cpu":
-            tensor.data = tensor.data.clone()
-    release_freed()
 
 
 class PackWhileLoading(ConversionOps):

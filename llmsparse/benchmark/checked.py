@@ -3,6 +3,7 @@
 The time of a wrong product is worth nothing, and saved it would make `auto` run it.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -43,7 +44,8 @@ def differs(name: str, prepared: Any, packed: Bitmask, spec: WeightSpec, batches
         x = torch.randn(batch, spec.shape[-1], generator=generator).to(spec.device, spec.dtype)
         with torch.inference_mode():
             wanted = torch.nn.functional.linear(x, weight).float()
-            error = float((backend.run(prepared, x, None) - wanted).norm() / wanted.norm().clamp_min(1e-30))
+            gap = torch.linalg.vector_norm(backend.run(prepared, x, None) - wanted)
+            error = float(gap / torch.linalg.vector_norm(wanted).clamp_min(1e-30))
         if not error <= bound:  # NaN too
             return f"wrong: off by {error:.1e} for {batch} tokens, at most {bound:.0e} is right"
     return None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmsparse.runs import progress
-from llmsparse.storage.json_text import json_text
+from llmsparse.storage.strict_json import strict_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,7 +50,7 @@ class Terminal:
     def show(self, result: Result, as_json: bool) -> None:
         """One JSON document, or a table."""
         if as_json:
-            print(json_text(result.to_json(), ensure_ascii=False))
+            print(strict_json(result.to_json()))
             return
         from rich.console import Console
 

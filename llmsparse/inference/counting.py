@@ -37,8 +37,8 @@ def count_dense(model: Any) -> None:
 def num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
     """Parameters of the dense model; packed weights are none that could be trained."""
     own = type(model).num_parameters(model, only_trainable, exclude_embeddings)
-    shapes: list[list[int]] = [one.described["shape"] for _, one in packed_weights(model)]
-    return own + (0 if only_trainable else sum(map(math.prod, shapes)))
+    weights: list[Any] = [] if only_trainable else [one for _, one in packed_weights(model)]
+    return own + sum(math.prod(one.described["shape"]) for one in weights)
 
 
 def get_memory_footprint(model: Any, return_buffers: bool = True) -> int:

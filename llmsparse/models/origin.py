@@ -21,8 +21,8 @@ from llmsparse.formats import compressed_tensors
 from llmsparse.models import hub
 from llmsparse.storage.disk import disk_error
 from llmsparse.storage.home_folder import expand_home, without_home
-from llmsparse.storage.json_text import json_text
 from llmsparse.storage.shard import Header
+from llmsparse.storage.strict_json import strict_json
 
 BUILTIN = "builtin"  # the embedded model ...
 BUILTIN_FOLDER = Path(__file__).parents[1] / "demo" / "model"  # ... and where it lies
@@ -232,7 +232,7 @@ def copy_side_files(source: Path, target: Path, leaving: Collection[str] = WRITT
 def write_side_files(target: Path, *, recipe: str, report: dict[str, Any], card: str) -> None:
     """Write what a run says about itself beside its weights: recipe (YAML), report (JSON) and model card. No path in
     them names a home folder, since they are what is uploaded with the weights."""
-    texts = (card, recipe, json_text(report) + "\n")
+    texts = (card, recipe, strict_json(report) + "\n")
     for name, text in zip(WRITTEN, texts, strict=True):
         try:
             (target / name).write_text(without_home(text), encoding="utf-8")

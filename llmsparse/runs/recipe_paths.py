@@ -29,25 +29,36 @@ def for_file(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _found(value: Any, folder: Path) -> Any:
-    if not isinstance(value, str) or not value or value in NAMES or value.startswith(("/", "~")):
+    if not _may_be_relative(value):
         return value
-    there = folder / value
-    if value.split("/")[0] in (".", "..") or os.path.exists(there):
-        return os.path.relpath(os.path.realpath(there))
+    kind, path = _parts(value)
+    there = folder / path
+    if path.split("/")[0] in (".", "..") or os.path.exists(there):
+        return kind + os.path.relpath(os.path.realpath(there))
     return value
 
 
 def _led(value: Any, folder: Path) -> Any:
-    if not isinstance(value, str) or not value or value in NAMES or value.startswith(("/", "~")):
+    if not _may_be_relative(value):
         return value
-    if not os.path.exists(value):
+    kind, path = _parts(value)
+    if not os.path.exists(path):
         return value
-    path, start, home = os.path.realpath(value), os.path.realpath(folder), str(Path.home())
-    shared = os.path.commonpath([path, start])
-    if shared == "/" or (_inside(path, home) and not _inside(start, home)):
-        return path  # the way there would go through the root, or name a home
-    led = os.path.relpath(path, start)
-    return led if led.startswith(".") else f"./{led}"
+    there, start, home = os.path.realpath(path), os.path.realpath(folder), str(Path.home())
+    if os.path.commonpath([there, start]) == "/" or (_inside(there, home) and not _inside(start, home)):
+        return kind + there  # the way there would go through the root, or name a home
+    led = os.path.relpath(there, start)
+    return kind + (led if led.startswith(".") else f"./{led}")
+
+
+def _parts(value: str) -> tuple[str, str]:
+    """("wikitext2:", FILE) of a text that says what a file is a copy of."""
+    kind, colon, path = value.partition(":")
+    return (f"{kind}:", path) if colon and kind in NAMES else ("", value)
+
+
+def _may_be_relative(value: Any) -> bool:
+    return isinstance(value, str) and value not in ("", *NAMES) and not _parts(value)[1].startswith(("/", "~"))
 
 
 def _inside(path: str, folder: str) -> bool:

@@ -109,6 +109,9 @@ def test_a_path_in_a_recipe_stands_beside_it_and_a_name_is_a_name(here: Path) ->
         "model": "builtin",
         "calibration": "notes.txt",  # as on the command line
     }
+    copied = from_file({"text": "wikitext2:beside.txt"}, here / "deep" / "r.yaml")
+    assert copied == {"text": "wikitext2:deep/beside.txt"}
+    assert for_file(copied, here / "out") == {"text": "wikitext2:../deep/beside.txt"}
     absolute = {"model": str(here / "my-model"), "calibration": "~/x.txt", "text": ""}
     assert from_file(absolute, here / "deep" / "r.yaml") == absolute == for_file(absolute, here / "out")
 

@@ -40,7 +40,7 @@ from llmsparse.inference.mapped import let_go_of_files
 from llmsparse.inference.packed_experts import PackedStack, packed_weights, prepare_experts
 from llmsparse.inference.read_ahead import read_ahead
 from llmsparse.models.origin import PACKED
-from llmsparse.packing.folder import quantization_config, read_layers
+from llmsparse.packing.folder import quantization_config, read_layers, refuse_undescribed
 from llmsparse.runs.memory import release_freed
 from llmsparse.storage.shard import read_header
 
@@ -286,6 +286,7 @@ def name_in(model: PreTrainedModel, name: str) -> str | None:
 def check_headers(layers: Mapping[str, Mapping[str, Any]], files: Sequence[str]) -> None:
     """Hold the files' headers against the config before a tensor is read. CheckpointError naming what does not fit."""
     stored = {name: spec for file in files for name, spec in read_header(Path(file)).specs.items()}
+    refuse_undescribed(Path("config.json"), layers, stored)
     for name, described in layers.items():
         for suffix, (shape, dtype) in layout(described).items():
             spec = stored.get(name + suffix)

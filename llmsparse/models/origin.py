@@ -152,8 +152,9 @@ def is_packed(config: Mapping[str, Any]) -> bool:
     return isinstance(block, dict) and block.get("quant_method") == PACKED
 
 
-def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The transformers config of a causal language model that can be handled, else CheckpointError."""
+def load_config(folder: Path, trust_remote_code: bool = False, *, packed: bool = False) -> Any:
+    """The transformers config of a causal language model that can be handled, else CheckpointError. One that llmsparse has
+    packed is handled where the caller says `packed`."""
     import transformers
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
@@ -165,7 +166,8 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise CheckpointError(f"{file}: has no model_type, so nothing says what this model is")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise CheckpointError(f'{file}: has no architectures; name the model\'s class there, e.g. ["LlamaForCausalLM"]')
-    _refuse_compressed(file, raw)
+    if not (packed and is_packed(raw)):
+        _refuse_compressed(file, raw)
     if kind not in CONFIG_MAPPING and not remote:
         close = get_close_matches(kind, list(CONFIG_MAPPING), n=1)
         raise CheckpointError(

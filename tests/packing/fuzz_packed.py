@@ -123,8 +123,8 @@ class Fuzzer:
         ]
         self.config_text, self.record_text = json.dumps(self.config), json.dumps(self.record)
 
-    def round(self, draw: random.Random) -> str:
-        """Damage, read; what came of it in a word."""
+    def damage(self, draw: random.Random) -> None:
+        """Write the folder again, other in a few places."""
         config, header, body, record = self.config_text, None, bytearray(self.body), self.record_text
         prefix: Callable[[bytes], bytes] = lambda text: len(text).to_bytes(8, "little")  # noqa: E731
         tail = 0
@@ -160,6 +160,10 @@ class Fuzzer:
         (self.folder / "config.json").write_text(config)
         (self.folder / SINGLE).write_bytes(prefix(text) + text + contents)
         (self.folder / RECORD).write_text(record)
+
+    def round(self, draw: random.Random) -> str:
+        """Damage, read; what came of it in a word."""
+        self.damage(draw)
         try:
             if not is_packed(read_config(self.folder)):
                 return "not packed"

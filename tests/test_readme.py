@@ -25,10 +25,13 @@ SMALLER = ["calibration_samples=4", "seq_len=32", "match_steps=2"]  # the same c
 
 @pytest.fixture
 def folder(tiny_llama: Callable[..., Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the README takes for granted: ./my-model, notes.txt and other.txt."""
+    """What the README takes for granted: ./my-model, notes.txt, other.txt and a program of the reader's."""
     tiny_llama(tmp_path / "my-model")
     (tmp_path / "notes.txt").write_text(text[:20_000], encoding="utf-8")
     (tmp_path / "other.txt").write_text(text[20_000:30_000], encoding="utf-8")
+    (tmp_path / "my_evaluation.py").write_text(
+        "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])", encoding="utf-8"
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

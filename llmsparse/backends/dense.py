@@ -58,15 +58,17 @@ class Dense:
 
 @dataclass(frozen=True)
 class KeptPacked:
-    """A packed weight as it is."""
+    """A packed weight as it is, and the same in blocks of rows: where each begins is read once, since on a GPU every look
+    into a tensor waits for all that was asked of it before."""
 
     packed: Bitmask
     transposed: bool
+    blocks: list[tuple[slice, Bitmask]]  # they share its memory; none of a stack, which only `dense` reads
 
 
 class DenseLowMemory:
     name = "dense-lowmem"
-    compiles = False  # where a block of rows begins is read from a tensor
+    compiles = True
 
     def why_not(self, spec: WeightSpec) -> str | None:
         return None
@@ -78,16 +80,19 @@ class DenseLowMemory:
         return None
 
     def prepare(self, packed: Bitmask, spec: WeightSpec) -> KeptPacked:
-        return KeptPacked(packed, spec.transposed)
+        blocks: list[tuple[slice, Bitmask]] = []
+        if len(packed.shape) == 2:
+            out, width = packed.shape
+            step = max(1, BLOCK // max(1, width))
+            starts = range(0, max(1, out), step)
+            blocks = [(slice(at, min(at + step, out)), rows_of(packed, at, min(at + step, out))) for at in starts]
+        return KeptPacked(packed, spec.transposed, blocks)
 
     def run(self, prepared: KeptPacked, x: Tensor, bias: Tensor | None) -> Tensor:
-        out, width = prepared.packed.shape
-        step = max(1, BLOCK // width)
-        parts: list[Tensor] = []
-        for start in range(0, out, step):
-            stop = min(start + step, out)
-            block = rows_of(prepared.packed, start, stop).unpack()
-            parts.append(functional.linear(x, block, None if bias is None else bias[start:stop]))
+        parts = [
+            functional.linear(x, block.unpack(), None if bias is None else bias[rows])
+            for rows, block in prepared.blocks
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def dense(self, prepared: KeptPacked) -> Tensor:

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 
 from llmsparse.backends import BACKENDS, WeightSpec, table
-from llmsparse.backends.choice import check_names, why_not
+from llmsparse.backends.choice import check_names
 from llmsparse.backends.table import Measurement, device_kinds
+from llmsparse.benchmark.checked import laid_out
 from llmsparse.benchmark.decoding import Decoding, decode
 from llmsparse.benchmark.mixtures import STOCK, MixtureWorkload, dense_source, has_experts, mixtures, time_mixture
 from llmsparse.benchmark.report import DENSE, GAIN, Benchmark, Measured, MixtureMeasured, Speed, Speeds
-from llmsparse.benchmark.timing import cache_bytes, copies_for, copy_bandwidth, side_by_side
+from llmsparse.benchmark.timing import cache_bytes, copies_for, copy_bandwidth, current, side_by_side
 from llmsparse.benchmark.workloads import Workload, of_model, of_shapes
 from llmsparse.errors import CheckpointError, LlmsparseError, MachineError, RecipeError
-from llmsparse.formats.bitmask import Bitmask
 from llmsparse.formats.slicing import moved
 from llmsparse.inference.fused_experts import NAME
 from llmsparse.inference.load import load_model
@@ -91,7 +91,7 @@ def bench(
     measured: list[Measured] = []
     mixed_measured: list[MixtureMeasured] = []
     sizes = sorted(set(batches))
-    with progress:
+    with progress, current(place):
         progress.start(len(workloads) + len(mixed))
         for workload in workloads:
             progress.block(workload.name)
@@ -121,16 +121,20 @@ def time_weight(
     bandwidth: float,
     seconds: float,
 ) -> Measured:
-    """One weight, on every backend that can run it and for every batch that this one takes."""
+    """One weight, on every backend that can run it and is right, and for every batch that this one takes."""
     packed = moved(workload.packed, device)
     spec = WeightSpec.of(packed)
-    refused = {name: reason for name in names if (reason := why_not(name, spec)) is not None}
     packed_bytes = sum(tensor.nbytes for tensor in packed.tensors().values())
-    sizes = {name: spec.dense_bytes if name == DENSE else packed_bytes for name in names if name not in refused}
-    prepared = {
-        name: [BACKENDS[name].prepare(_copy(packed), spec) for _ in range(copies_for(size, cache))]
-        for name, size in sizes.items()
-    }
+    sizes = {name: spec.dense_bytes if name == DENSE else packed_bytes for name in names}
+    refused: dict[str, str] = {}
+    prepared: dict[str, list[Any]] = {}
+    for name in names:
+        found = laid_out(name, packed, spec, copies_for(sizes[name], cache), batches)
+        if isinstance(found, str):
+            refused[name] = found
+            del sizes[name]
+        else:
+            prepared[name] = found
     limits = {name: BACKENDS[name].tokens(spec) for name in sizes}
     tables: list[Speeds] = []
     for batch in batches:
@@ -247,8 +251,3 @@ def _end_to_end(folder: Path, result: Benchmark, device: str, backend: str) -> t
         return decode(runs, device=device, tokens=DECODE_TOKENS), None
     except LlmsparseError as error:
         return [], str(error)
-
-
-def _copy(packed: Bitmask) -> Bitmask:
-    offsets = None if packed.offsets is None else packed.offsets.clone()
-    return Bitmask(packed.values.clone(), packed.mask.clone(), offsets, packed.shape, packed.pattern)

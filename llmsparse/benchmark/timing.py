@@ -12,6 +12,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -40,7 +41,7 @@ class Spread:
 
 def side_by_side(candidates: Mapping[Name, Sequence[Call]], device: torch.device, seconds: float) -> dict[Name, Spread]:
     """Time candidates by turns, for about `seconds` in all, a few rounds at least."""
-    with torch.inference_mode():
+    with current(device), torch.inference_mode():
         timers = {name: timer(calls, device) for name, calls in candidates.items()}
         for _ in range(WARM_ROUNDS):
             for once in timers.values():
@@ -54,8 +55,14 @@ def side_by_side(candidates: Mapping[Name, Sequence[Call]], device: torch.device
     return {name: spread(times) for name, times in taken.items()}
 
 
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the one that graphs are captured on, events recorded on and kernels launched on: a graph that is captured
+    on another holds nothing, and takes no time."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def timer(calls: Sequence[Call], device: torch.device) -> Timer:
-    """On a CPU the next of `calls` each time; on a GPU all of them, in a graph."""
+    """On a CPU the next of `calls` each time; on a GPU, the `current` one, all of them in a graph."""
     if device.type != "cuda":
         following = itertools.cycle(calls)
 

@@ -77,3 +77,20 @@ def doctor(terminal: Terminal, json: Json = False) -> None:
     from llmsparse.benchmark.doctor import diagnose
 
     terminal.show(diagnose(), json)
+
+
+@app.command("run", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+def run(
+    ctx: typer.Context,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="-- PROGRAM [ARGUMENTS]", help="A command, or python FILE.", show_default=False),
+    ] = None,
+) -> None:
+    """Run a Python PROGRAM that loads models by name, and let it load packed ones.
+
+    llmsparse run -- lm_eval --model hf --model_args pretrained=./packed --tasks arc_easy
+    """
+    from llmsparse.cli.program import run_program
+
+    raise typer.Exit(run_program(words or []))

@@ -178,10 +178,17 @@ def check_description(name: str, described: Mapping[str, Any]) -> None:
     shape, nnz = described.get("shape"), described.get("nnz")
     whole: Any = isinstance(shape, list) and [*shape, nnz]
     dtype = getattr(torch, str(described.get("dtype")), None)
+    transposed = described.get("transposed", False)
     if not whole or len(whole) < 3 or not all(type(number) is int and number >= 0 for number in whole):
         raise CheckpointError(f"{name}: shape {shape!r}, nnz {nnz!r}: wanted two or more sizes and a count")
-    if not isinstance(dtype, torch.dtype) or dtype.itemsize not in BITS:
+    if (
+        str(dtype) != f"torch.{described.get('dtype')}"
+        or not isinstance(dtype, torch.dtype)
+        or dtype.itemsize not in BITS
+    ):
         raise CheckpointError(f"{name}: dtype {described.get('dtype')!r} is not one that can be packed")
+    if not isinstance(transposed, bool):
+        raise CheckpointError(f"{name}: transposed {transposed!r}: wanted true or false")
     try:
         group = nofm(str(described.get("pattern")))
     except PatternError as error:

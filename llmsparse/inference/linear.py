@@ -2,7 +2,8 @@
 
 They pass through two states. While a checkpoint loads they hold the neutral tensors under the names that are on disk,
 on meta at first, in their exact shapes. `prepare` then hands each weight to a backend, and the neutral tensors are
-dropped; saving rebuilds them, equal. Inference only: packed weights are not trained.
+dropped; saving rebuilds them, equal. Packed weights are not trained, and an edit that would be lost is refused; gradients
+pass through them to what stands before, so that adapters and biases can be.
 """
 
 # pyright: reportUnknownMemberType=false, reportPrivateUsage=false
@@ -17,8 +18,11 @@ from torch.nn import functional
 
 from llmsparse.backends import BACKENDS, WeightSpec
 from llmsparse.backends.choice import AUTO, Choice, choose_backend
+from llmsparse.errors import RecipeError
 from llmsparse.formats.bitmask import SUFFIXES, Bitmask, layout
 from llmsparse.formats.slicing import moved
+from llmsparse.inference.gradient import PackedProduct
+from llmsparse.inference.read_only import LOST, read_only
 
 
 class Packed(Protocol):
@@ -52,9 +56,18 @@ class PackedMatrix:
         self.copy = self.backend.dense(self.prepared) if choice.dense_copy else None
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x (..., in) → x · Wᵀ + bias (..., out)."""
-        limit, wants_gradient = self.choice.tokens, torch.is_grad_enabled() and x.requires_grad  # no kernel has one
-        if not wants_gradient and (limit is None or x.numel() <= limit * x.shape[-1]):
+        """x (..., in) → x · Wᵀ + bias (..., out), with gradients for x and bias."""
+        if not wants_gradient(x, bias):
+            return self.run(x, bias)
+        if self.choice.backend == "dense" or self.copy is not None or torch.compiler.is_compiling():
+            return functional.linear(x, self.dense(), bias)  # it is there anyway
+        return cast(Tensor, PackedProduct.apply(x, bias, self))
+
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same without gradients, by the backend where it takes so many tokens."""
+        limit = self.choice.tokens
+        few = limit is None or x.numel() <= limit * x.shape[-1]
+        if few and not torch.is_autocast_enabled(x.device.type):  # no kernel knows of autocast
             return self.backend.run(self.prepared, x, bias)
         weight = self.backend.borrow(self.prepared) if self.copy is None else self.copy
         return functional.linear(x, weight, bias)
@@ -68,14 +81,20 @@ class PackedMatrix:
         return self.backend.restore(self.prepared)
 
 
-class SparseLinear(nn.Module):
+def wants_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    """Somebody will ask for the gradient of one of these."""
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
+class SparseLinear(nn.Linear):
     """A linear layer, or transformers' Conv1D, whose weight is packed.
 
-    `weight` stays readable: models that use the matrix itself get it unpacked.
+    `weight` stays readable: models that use the matrix itself get it unpacked. It is an `nn.Linear` to whoever looks for
+    one to put an adapter on, but has no parameter `weight`.
     """
 
     def __init__(self, described: Mapping[str, Any], bias: nn.Parameter | None, dtype: torch.dtype) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.out_features, self.in_features = (int(size) for size in described["shape"])
         self.matrix: PackedMatrix | None = None
         self.bias = bias
@@ -89,17 +108,31 @@ class SparseLinear(nn.Module):
         choice = chosen(name, packed, transposed=transposed, backend=backend, optimize=optimize)
         self.matrix = PackedMatrix(packed, choice, transposed)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) → (..., out)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in) → (..., out)."""
         assert self.matrix is not None
         run = product if self.matrix.backend.compiles else uncompiled_product
-        return run(self.matrix, x, self.bias)
+        return run(self.matrix, input, self.bias)
 
     def __getattr__(self, name: str) -> Any:
         matrix = self.__dict__.get("matrix")
         if name == "weight" and matrix is not None:
-            return matrix.dense().transpose(-1, -2) if matrix.transposed else matrix.dense()
+            return read_only(matrix.dense().transpose(-1, -2) if matrix.transposed else matrix.dense())
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and self.__dict__.get("matrix") is not None:
+            raise RecipeError(f"{self.matrix.choice.weight if self.matrix else name} is {LOST}")
+        super().__setattr__(name, value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> SparseLinear:
+        if requires_grad and self.matrix is not None:
+            raise RecipeError(
+                f"{self.matrix.choice.weight} is packed, and packed weights are not trained; put an adapter on the layer, "
+                "or make the model dense first (model.dequantize())"
+            )
+        super().requires_grad_(requires_grad)
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         super()._apply(fn, recurse)
@@ -111,6 +144,11 @@ class SparseLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.matrix is not None:
             destination.update({f"{prefix}weight{end}": held for end, held in self.matrix.packed().tensors().items()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if self.matrix is not None:
+            self.matrix = reloaded(self.matrix, f"{prefix}weight", state_dict, rest[2] if rest[1] else [])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -170,7 +208,30 @@ def carried(held: Held, fn: Callable[[Tensor], Tensor]) -> Held:
     target = fn(torch.empty(0, dtype=held.dtype, device=held.device))
     if (target.device, target.dtype) == (held.device, held.dtype):
         return held
-    packed, before = moved(held.packed(), target.device, target.dtype), held.choice
+    return _anew(held, moved(held.packed(), target.device, target.dtype))
+
+
+def reloaded(held: Held, name: str, state_dict: dict[str, Any], missing: list[str]) -> Held:
+    """A packed weight after `load_state_dict`, whose tensors for it are taken out of `state_dict`, or their absence noted
+    in `missing`. RecipeError for a dense one, CheckpointError for one that is damaged or of another shape."""
+    given = {end: state_dict.pop(name + end) for end in SUFFIXES if name + end in state_dict}
+    if not given:
+        missing.append(name)
+        return held
+    if "_mask" not in given:
+        raise RecipeError(
+            f"{name}: a dense weight for a layer that is packed; load it into a dense model (model.dequantize(), or "
+            "from_pretrained of the dense folder)"
+        )
+    values: Tensor = given[""].to(held.dtype)
+    described = {**held.described, "dtype": str(held.dtype).removeprefix("torch."), "nnz": values.numel()}
+    packed = Bitmask.restore(name, described, {**given, "": values})
+    return _anew(held, moved(packed, held.device))
+
+
+def _anew(held: Held, packed: Bitmask) -> Held:
+    """The same choice made again, for other values or another place."""
+    before = held.choice
     choice = chosen(
         before.weight,
         packed,

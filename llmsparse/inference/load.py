@@ -14,6 +14,7 @@ from llmsparse.errors import CheckpointError, RecipeError, did_you_mean
 from llmsparse.inference.experts_interface import fuse
 from llmsparse.inference.quantizer import SparseConfig
 from llmsparse.models.origin import is_packed, load_config, read_config
+from llmsparse.packing.folder import PackedCheckpoint
 from llmsparse.runs.device import DTYPES
 from llmsparse.storage.checkpoint import CheckpointReader
 
@@ -38,14 +39,16 @@ def load_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise RecipeError(f"dtype {dtype!r} is not known{did_you_mean(dtype, ['auto', *DTYPES])}")
     packed = is_packed(read_config(folder))
-    if not packed:
-        load_config(folder, trust_remote_code)  # refuses, in a line, what is no causal language model
-    CheckpointReader(folder)  # and what is truncated or lacks a shard
+    # refuse, in a line, what is truncated or lacks a shard, packed weights that nobody can read, and what is no model
+    PackedCheckpoint(folder) if packed else CheckpointReader(folder)
+    load_config(folder, trust_remote_code, packed=packed)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     if packed or backend != AUTO:
         options["quantization_config"] = SparseConfig(backend=backend, optimize=optimize)
     if device.type != "cpu":
         options["device_map"] = {"": device}
+    if str(device).startswith("cuda:"):
+        torch.cuda.set_device(device)  # Triton launches its kernels on the current one
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     model, info = loaded
     missing = sorted(info["missing_keys"])

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llmsparse.backends.choice import AUTO, Choice
+from llmsparse.errors import RecipeError
 from llmsparse.formats.bitmask import Bitmask
 from llmsparse.formats.slicing import joined, rows_of
-from llmsparse.inference.linear import PackedMatrix, SparseLinear, carried, chosen, take
+from llmsparse.inference.linear import PackedMatrix, SparseLinear, carried, chosen, reloaded, take
+from llmsparse.inference.read_only import LOST, read_only
 
 
 class PackedStack:
@@ -61,7 +63,12 @@ class SparseExperts(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         stack = self.__dict__["stacks"].get(name)
-        return super().__getattr__(name) if stack is None else stack.dense()
+        return super().__getattr__(name) if stack is None else read_only(stack.dense())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("stacks", ()):
+            raise RecipeError(f"{self.stacks[name].choice.weight} is {LOST}")
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseExperts:
         super()._apply(fn, recurse)
@@ -72,6 +79,11 @@ class SparseExperts(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, stack in self.stacks.items():
             destination.update({f"{prefix}{name}{end}": held for end, held in stack.packed().tensors().items()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        missing = rest[2] if rest[1] else []
+        self.stacks = {leaf: reloaded(one, prefix + leaf, state_dict, missing) for leaf, one in self.stacks.items()}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def prepare_experts(
@@ -110,6 +122,7 @@ def sparse_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
     entering = hidden_states[order // k]
     out = torch.zeros_like(entering)
+    normed = getattr(self, "has_post_expert_norm", False)  # transformers before 5.18 knows of none
     start = 0
     for expert, count in enumerate(counts[: self.num_experts]):
         if count:
@@ -117,7 +130,7 @@ def sparse_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
             up = _product(self, "gate_up_proj" if self.has_gate else "up_proj", expert, entering[pairs])
             inner = self._apply_gate(up) if self.has_gate else self.act_fn(up)
             down = _product(self, "down_proj", expert, inner)
-            out[pairs] = self.post_expert_norm(down) if self.has_post_expert_norm else down
+            out[pairs] = self.post_expert_norm(down) if normed else down
         start += count
     weighted = torch.empty_like(out, dtype=torch.promote_types(out.dtype, top_k_weights.dtype))
     weighted[order] = out * top_k_weights.flatten()[order, None]  # (pairs, width), back in the order of the tokens

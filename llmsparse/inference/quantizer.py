@@ -11,7 +11,6 @@ The second packs each weight as it is read. Either way a model is left that runs
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import warnings
@@ -19,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.integrations.moe import ExpertsInterface
@@ -32,12 +32,15 @@ from llmsparse.backends.choice import AUTO, check_names
 from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.formats.bitmask import Bitmask, describe_unpacked, layout, stored_bytes
 from llmsparse.formats.slicing import moved
+from llmsparse.inference.counting import count_dense, count_packed
+from llmsparse.inference.dequantize import make_dense
 from llmsparse.inference.experts_interface import llmsparse_experts
 from llmsparse.inference.linear import SparseLinear, fill, place
+from llmsparse.inference.mapped import let_go_of_files
 from llmsparse.inference.packed_experts import PackedStack, packed_weights, prepare_experts
 from llmsparse.inference.read_ahead import read_ahead
 from llmsparse.models.origin import PACKED
-from llmsparse.packing.folder import quantization_config, read_layers
+from llmsparse.packing.folder import quantization_config, read_layers, refuse_undescribed
 from llmsparse.storage.heap import release_freed
 from llmsparse.storage.shard import read_header
 
@@ -101,6 +104,7 @@ class SparseQuantizer(HfQuantizer):
         self.candidates: dict[str, bool] = {}  # module tensor that may be packed while loading → laid out (in, out)
         self.layers: dict[str, dict[str, Any]] = {}  # module tensor that is packed → description
         self.compiles = False
+        self.experts_before: str | None = None  # the implementation that `dequantize` gives back
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -166,10 +170,24 @@ class SparseQuantizer(HfQuantizer):
         packed = [weight for _, weight in packed_weights(model)]
         self.compiles = all(BACKENDS[weight.choice.backend].compiles for weight in packed)
         if any(isinstance(weight, PackedStack) and not weight.together for weight in packed):
+            self.experts_before = getattr(model.config, "_experts_implementation", None)
             model.set_experts_implementation(PACKED)
             self.compiles = False
         vars(model)["_weight_conversions"] = []  # it is saved under the module's names, whatever they were on disk
         let_go_of_files(model)
+        count_packed(model)
+        return model
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The dense model, in the place of the packed one; in another dtype if one is given."""
+        make_dense(model, dtype)
+        count_dense(model)
+        if self.experts_before is not None:
+            model.set_experts_implementation(self.experts_before)
+        vars(model).pop("_weight_conversions")  # transformers finds those of the architecture by itself
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            vars(getattr(module, "config", self)).pop("_is_quantized", None)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -189,20 +207,11 @@ class SparseQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return False
+        return True  # adapters on top, and biases; transformers itself refuses to train the packed weights
 
     @property
     def is_compileable(self) -> bool:
         return self.compiles
-
-
-def let_go_of_files(model: nn.Module) -> None:
-    """Copy what a model on the CPU still reads from the mapped checkpoint, which keeps all of a file's pages in memory
-    for the sake of an embedding: the packed tensors among them, that a backend has copies of."""
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        if tensor.device.type == "cpu":
-            tensor.data = tensor.data.clone()
-    release_freed()
 
 
 class PackWhileLoading(ConversionOps):
@@ -277,6 +286,7 @@ def name_in(model: PreTrainedModel, name: str) -> str | None:
 def check_headers(layers: Mapping[str, Mapping[str, Any]], files: Sequence[str]) -> None:
     """Hold the files' headers against the config before a tensor is read. CheckpointError naming what does not fit."""
     stored = {name: spec for file in files for name, spec in read_header(Path(file)).specs.items()}
+    refuse_undescribed(Path("config.json"), layers, stored)
     for name, described in layers.items():
         for suffix, (shape, dtype) in layout(described).items():
             spec = stored.get(name + suffix)

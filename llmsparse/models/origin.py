@@ -20,8 +20,9 @@ from llmsparse.errors import CheckpointError, RecipeError, one_line
 from llmsparse.formats import compressed_tensors
 from llmsparse.models import hub
 from llmsparse.storage.disk import disk_error
-from llmsparse.storage.home_folder import expand_home
+from llmsparse.storage.home_folder import expand_home, without_home
 from llmsparse.storage.shard import Header
+from llmsparse.storage.strict_json import strict_json
 
 BUILTIN = "builtin"  # the embedded model ...
 BUILTIN_FOLDER = Path(__file__).parents[1] / "demo" / "model"  # ... and where it lies
@@ -67,12 +68,17 @@ def fetch_model(model: str, revision: str | None = None) -> Path:
 
 
 def look_at_model(model: str, revision: str | None = None) -> Origin:
-    """As `resolve`, but of a hub id's weights, unless they are in the cache, only headers are fetched."""
+    """As `fetch_model`, but of a hub id's weights, unless they are in the cache, only headers are fetched."""
     folder = _local(model, revision)
     if folder is not None:
         return Origin(folder)
     folder, absent = hub.look_at(model, revision)
     return Origin(folder, absent, hub.commit_of(folder))
+
+
+def fetch_what_was_looked_at(model: str, origin: Origin) -> Path:
+    """The folder of `model` with its weights: of the commit that `look_at_model` saw, whatever its branch holds by now."""
+    return fetch_model(model, origin.commit)
 
 
 def _local(model: str, revision: str | None) -> Path | None:
@@ -99,9 +105,9 @@ def _local(model: str, revision: str | None) -> Path | None:
 
 def config_fingerprint(folder: Path, trust_remote_code: bool = False) -> dict[str, str]:
     """Checksums of what decides, weights aside, what a model computes: its config, and its code where that is run."""
-    files = [folder / "config.json", *(sorted(folder.glob("*.py")) if trust_remote_code else [])]
+    files = [folder / "config.json", *(sorted(folder.rglob("*.py")) if trust_remote_code else [])]
     try:
-        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     except OSError as error:
         raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
@@ -109,10 +115,15 @@ def config_fingerprint(folder: Path, trust_remote_code: bool = False) -> dict[st
 def read_config(folder: Path) -> dict[str, Any]:
     """What `config.json` says, as it stands there; CheckpointError where it is missing or no JSON object."""
     file = folder / "config.json"
+    if not file.exists():
+        raise CheckpointError(f"{folder}: no config.json, so this is no model")
+    return read_json(file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; CheckpointError where a file holds none."""
     try:
         content: Any = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: no config.json, so this is no model") from error
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -122,14 +133,28 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
+def refuse_code_elsewhere(file: Path, config: Mapping[str, Any]) -> None:
+    """CheckpointError where a config runs code of another repository: whatever that holds today, at no fixed commit."""
+    named: Any = config.get("auto_map")
+    for name in named.values() if isinstance(named, dict) else ():
+        for one in name if isinstance(name, list) else [name]:
+            if isinstance(one, str) and "--" in one:
+                repository, _, code = one.partition("--")
+                raise CheckpointError(
+                    f"{file}: auto_map runs code of another repository, {repository}, which may change between runs; read it, "
+                    f"copy it into {file.parent}, and write {code!r} in its place"
+                )
+
+
 def is_packed(config: Mapping[str, Any]) -> bool:
     """Whether a config is that of a checkpoint packed by llmsparse."""
     block = config.get("quantization_config")
     return isinstance(block, dict) and block.get("quant_method") == PACKED
 
 
-def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The transformers config of a causal language model that can be handled, else CheckpointError."""
+def load_config(folder: Path, trust_remote_code: bool = False, *, packed: bool = False) -> Any:
+    """The transformers config of a causal language model that can be handled, else CheckpointError. One that llmsparse has
+    packed is handled where the caller says `packed`."""
     import transformers
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
@@ -141,7 +166,8 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise CheckpointError(f"{file}: has no model_type, so nothing says what this model is")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise CheckpointError(f'{file}: has no architectures; name the model\'s class there, e.g. ["LlamaForCausalLM"]')
-    _refuse_compressed(file, raw)
+    if not (packed and is_packed(raw)):
+        _refuse_compressed(file, raw)
     if kind not in CONFIG_MAPPING and not remote:
         close = get_close_matches(kind, list(CONFIG_MAPPING), n=1)
         raise CheckpointError(
@@ -152,6 +178,8 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise CheckpointError(
             f"{file}: the model runs code of its own; read it, then allow it with --trust-remote-code"
         )
+    if trust_remote_code:
+        refuse_code_elsewhere(file, raw)
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
@@ -178,6 +206,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
     if not any(path for pattern in VOCABULARIES for path in folder.glob(pattern)):
         raise CheckpointError(f"{folder}: no tokenizer (wanted tokenizer.json, tokenizer.model or a vocabulary file)")
+    if trust_remote_code and (folder / "tokenizer_config.json").is_file():
+        refuse_code_elsewhere(folder / "tokenizer_config.json", read_json(folder / "tokenizer_config.json"))
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises nothing narrower for a corrupt file
@@ -202,11 +232,12 @@ def copy_side_files(source: Path, target: Path, leaving: Collection[str] = WRITT
 
 
 def write_side_files(target: Path, *, recipe: str, report: dict[str, Any], card: str) -> None:
-    """Write what a run says about itself beside its weights: recipe (YAML), report (JSON) and model card."""
-    texts = (card, recipe, json.dumps(report, indent=2) + "\n")
+    """Write what a run says about itself beside its weights: recipe (YAML), report (JSON) and model card. No path in
+    them names a home folder, since they are what is uploaded with the weights."""
+    texts = (card, recipe, strict_json(report) + "\n")
     for name, text in zip(WRITTEN, texts, strict=True):
         try:
-            (target / name).write_text(text, encoding="utf-8")
+            (target / name).write_text(without_home(text), encoding="utf-8")
         except OSError as error:
             raise disk_error(target / name, error, len(text)) from error
 

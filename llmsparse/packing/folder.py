@@ -23,17 +23,20 @@ from llmsparse.formats import FORMATS, PackedTensor
 from llmsparse.formats.bitmask import check_description, layout
 from llmsparse.models.origin import PACKED, read_config
 from llmsparse.storage.checkpoint import CheckpointReader
-from llmsparse.storage.shard import DTYPES
+from llmsparse.storage.shard import DTYPES, TensorSpec
 
 RECORD = "llmsparse_packed.json"
 FORMAT = "bitmask"
 FORMAT_VERSION = 1
+# for who looks into a config.json that transformers calls an "unknown quantization type"
+HINT = "pip install llmsparse, and import it before the model is loaded, or start the program with: llmsparse run -- PROGRAM"
 
 
 def quantization_config(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The block that makes a `config.json` that of a packed checkpoint."""
     return {
         "quant_method": PACKED,
+        "load_with": HINT,
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "bit_order": "little",
@@ -61,6 +64,17 @@ def read_layers(file: Path, config: Mapping[str, Any]) -> dict[str, dict[str, An
     for name, described in layers.items():
         check_description(f"{file}: {name}", described)
     return layers
+
+
+def refuse_undescribed(file: Path, layers: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> None:
+    """CheckpointError where the files hold a packed weight that the config in `file` does not speak of."""
+    for key, spec in stored.items():
+        name = key.removesuffix("_mask")
+        if name != key and name in stored and name not in layers and spec.dtype == torch.uint8 and len(spec.shape) > 1:
+            raise CheckpointError(
+                f"{file}: quantization_config does not describe {name}, which is packed in {spec.file.name}; the two do "
+                "not belong together, pack the checkpoint again"
+            )
 
 
 @dataclass(frozen=True)
@@ -109,6 +123,8 @@ class PackedCheckpoint:
         self.layers = read_layers(folder / "config.json", self.config)
         self.record = Record.read(folder)
         self.reader = CheckpointReader(folder)
+        stored = {key: self.reader.spec(key) for key in self.reader.keys()}
+        refuse_undescribed(folder / "config.json", self.layers, stored)
         self._packed_keys: set[str] = set()
         for name, described in self.layers.items():
             for suffix, wanted in layout(described).items():

@@ -14,9 +14,13 @@ from typing import Any, Self, TypeVar, cast
 from pydantic import BaseModel, ValidationError
 
 from llmsparse.errors import KeyPath, OptionError, RecipeError, did_you_mean
-from llmsparse.runs import recipe_file
+from llmsparse.runs import recipe_file, recipe_paths
 
 Kind = TypeVar("Kind", bound=BaseModel)
+
+DECIDES_TEXT = (  # keys without which what a file notes of its text no longer holds
+    "model", "calibration", "text", "text_field", "calibration_samples", "seq_len", "seed", "revision", "steps", "batch_size"
+)  # fmt: skip
 
 
 @dataclass
@@ -25,6 +29,7 @@ class Layers:
 
     data: dict[str, Any] = field(default_factory=dict[str, Any])
     places: dict[KeyPath, str] = field(default_factory=dict[KeyPath, str])
+    notes: dict[str, str] = field(default_factory=dict[str, str])  # what the run that wrote the file said beside it
 
     @classmethod
     def layered(
@@ -49,7 +54,8 @@ class Layers:
             raise
 
     def add_file(self, path: Path) -> None:
-        self.data, lines = recipe_file.read(path)
+        data, lines = recipe_file.read(path)
+        self.data, self.notes = recipe_paths.from_file(data, path), recipe_file.notes(path)
         self.places = {at: f"{path}:{line}" for at, line in lines.items() if at}
 
     def add_flags(self, flags: Mapping[str, Any]) -> None:
@@ -84,6 +90,8 @@ class Layers:
         cast(Any, target)[at[-1]] = value
         self.places = {known: where for known, where in self.places.items() if known[: len(at)] != at}
         self.places[at] = place
+        if at[0] in DECIDES_TEXT:
+            self.notes = {}
 
     def place(self, at: KeyPath) -> str | None:
         """The closest place known for `at`: its own, or that of what it is part of."""

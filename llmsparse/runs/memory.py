@@ -48,8 +48,13 @@ def available_bytes(device: torch.device) -> int:
     """Memory that can still be taken: free GPU memory, or the smaller of free RAM and the cgroup's rest."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo", encoding="ascii") as info:
-        free = next(int(line.split()[1]) * 1024 for line in info if line.startswith("MemAvailable:"))
+    try:
+        with open("/proc/meminfo", encoding="ascii") as info:
+            free = next(int(line.split()[1]) * 1024 for line in info if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # no Linux
+        import psutil
+
+        return int(psutil.virtual_memory().available)
     try:
         with (
             open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,

@@ -95,11 +95,16 @@ def fetched(plan: Planned, download: bool) -> Planned:
 
 
 def read_windows(
-    opened: OpenedModel[Any], samples: int, *, length: int | None = None, purpose: Purpose = "calibration"
+    opened: OpenedModel[Any],
+    samples: int,
+    *,
+    length: int | None = None,
+    purpose: Purpose = "calibration",
+    text_key: str = "calibration",
 ) -> Windows:
     """The windows that a recipe asks for, and others to measure on. CalibrationError or RecipeError in one line.
 
-    `length` is what the recipe and the model's maximum say if not given.
+    `length` is what the recipe and the model's maximum say if not given; `text_key` is what the recipe calls the text.
     """
     recipe, text = opened.recipe, opened.recipe.text_source
     length = length or window_length(opened.config, recipe.seq_len, text)
@@ -116,6 +121,7 @@ def read_windows(
         purpose=purpose,
     )
     window_length(opened.config, windows.ids.shape[1], text)
+    recipe.check_text(text_key, windows.fingerprint)
     return windows
 
 

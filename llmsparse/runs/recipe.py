@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, ValidationError
 
 from llmsparse.errors import RecipeError
-from llmsparse.runs import recipe_file
+from llmsparse.runs import recipe_file, recipe_paths
 from llmsparse.runs.layers import Layers
 from llmsparse.storage.disk import parse_size
 
@@ -66,6 +66,7 @@ class RunRecipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     verb: ClassVar[str] = ""  # the folder of its shipped recipes; those of `prune` stand above the others
+    _notes: dict[str, str] = PrivateAttr(default_factory=dict[str, str])  # of the file that it was read from
     default_method: ClassVar[str] = ""  # that `method.option=value` means where no method is named
 
     def __init__(self, **data: Any) -> None:
@@ -83,7 +84,10 @@ class RunRecipe(BaseModel):
         Raises RecipeError that names file and line, flag, or assignment.
         """
         path = None if recipe is None else recipe_file.find(recipe, cls.verb)
-        return Layers.layered(path, flags or {}, assignments, cls.default_method).build(cls)
+        layers = Layers.layered(path, flags or {}, assignments, cls.default_method)
+        made = layers.build(cls)
+        made._notes = layers.notes
+        return made
 
     @property
     def output_folder(self) -> Path:
@@ -98,9 +102,19 @@ class RunRecipe(BaseModel):
         """The mapping that `dump` writes: every default spelled out, what is not set left out."""
         return self.model_dump(mode="json", exclude_none=True)
 
-    def dump(self, comments: Mapping[str, Any] | None = None) -> str:
-        """YAML that loads to an equal run, under `# key: value` comments."""
-        return recipe_file.write(self.resolved(), comments or {})
+    def dump(self, comments: Mapping[str, Any] | None = None, folder: Path | None = None) -> str:
+        """YAML that loads to an equal run, under `# key: value` comments; from `folder`, if it is written there."""
+        keys = self.resolved()
+        return recipe_file.write(keys if folder is None else recipe_paths.for_file(keys, folder), comments or {})
+
+    def check_text(self, key: str, fingerprint: str) -> None:
+        """RecipeError where the recipe file notes another `fingerprint` of the text that its `key` names."""
+        noted = self._notes.get(f"{key} sha256")
+        if noted is not None and noted != fingerprint:
+            raise RecipeError(
+                f"{key} {getattr(self, key)}: not the text of the run that wrote this recipe (sha256 of its windows "
+                f"{fingerprint[:12]}…, noted {noted[:12]}…); give that text, or take the line `# {key} sha256` out"
+            )
 
 
 Kind = TypeVar("Kind", bound=RunRecipe)

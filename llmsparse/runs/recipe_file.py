@@ -8,6 +8,7 @@ that stands twice is an error. Knows nothing of what the keys mean.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +19,13 @@ import yaml
 from llmsparse.errors import KeyPath, RecipeError, did_you_mean
 from llmsparse.runs.verbs import VERBS
 
-ENDLESS = "nests without end: an alias (*name) stands inside what it names; write it out"
+ALIAS = "holds an alias (*name), which a recipe must not: write out what it stands for, or quote a pattern ('*.q_proj')"
 
 TOO_DEEP = "nests too deep for a recipe"
 
 _WORDS: dict[str, bool | None] = {"true": True, "false": False, "null": None, "~": None, "": None}
-_INT = re.compile(r"[-+]?[0-9]+")
+_INT = re.compile(r"[-+]?[0-9]{1,4000}")  # Python makes a number of so many digits
+_NOTE = re.compile(r"# ([^:]+): (.*)")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 
@@ -72,9 +74,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     """The mapping a file holds, and the line of each of its keys. RecipeError for anything but one mapping."""
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.BaseLoader)
+        node = yaml.compose(text, Loader=_Loader)
     except UnicodeDecodeError:
         raise RecipeError(f"{path}: is not text, wanted a YAML recipe") from None
+    except _Alias as error:
+        raise RecipeError(f"{path}:{error.line}: {ALIAS}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}:{line}: is not YAML: {error.problem}") from None
@@ -90,13 +94,23 @@ def read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     try:
         return _construct(node, (), lines, path), lines
     except RecursionError:
-        raise RecipeError(f"{path}: {ENDLESS}") from None
+        raise RecipeError(f"{path}: {TOO_DEEP}") from None
+
+
+def notes(path: Path) -> dict[str, str]:
+    """The `# key: value` lines that `write` put at the head of a file."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {found[1]: found[2] for found in map(_NOTE.fullmatch, itertools.takewhile(_NOTE.fullmatch, lines)) if found}
 
 
 def parse_value(text: str) -> Any:
     """The value in `key=value`: a YAML scalar, list or mapping, or the text as it is (`*.q_proj`)."""
     try:
-        node = yaml.compose(text, Loader=yaml.BaseLoader)
+        node = yaml.compose(text, Loader=_Loader)
+    except _Alias as error:
+        if error.known:
+            raise RecipeError(f"{text[:40]}: {ALIAS}") from None
+        return text  # a pattern: *q_proj
     except yaml.YAMLError:
         return text
     except RecursionError:
@@ -104,7 +118,7 @@ def parse_value(text: str) -> Any:
     try:
         return text if node is None else _construct(node, (), {}, Path(text))
     except RecursionError:
-        raise RecipeError(f"{text}: {ENDLESS}") from None
+        raise RecipeError(f"{text[:40]}…: {TOO_DEEP}") from None
 
 
 def write(data: Mapping[str, Any], comments: Mapping[str, Any]) -> str:
@@ -136,6 +150,24 @@ def _scalar(text: str) -> Any:
     if _INT.fullmatch(text):
         return int(text)
     return float(text) if _FLOAT.fullmatch(text) else text
+
+
+class _Alias(yaml.YAMLError):
+    """An alias on a line; `known` if its anchor stands before it."""
+
+    def __init__(self, line: int, known: bool) -> None:
+        super().__init__(ALIAS)
+        self.line, self.known = line, known
+
+
+class _Loader(yaml.BaseLoader):
+    """Stops at an alias: nine of them on each of nine lines are 400 million nodes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event: Any = self.peek_event()
+            raise _Alias(event.start_mark.line + 1, event.anchor in self.anchors)
+        return super().compose_node(parent, index)
 
 
 class _Dumper(yaml.SafeDumper):

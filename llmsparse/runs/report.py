@@ -82,7 +82,9 @@ def perplexity_line(perplexity: dict[str, Any]) -> tuple[str, str]:
 
 def card_metadata(tags: Sequence[str], base_model: str | None = None) -> str:
     """The YAML between the `---` lines of a model card."""
-    base = f"base_model: {base_model}\n" if base_model else ""
+    import yaml
+
+    base = yaml.safe_dump({"base_model": base_model}, allow_unicode=True, width=1000) if base_model else ""
     listed = "".join(f"- {tag}\n" for tag in tags)
     return f"{base}library_name: transformers\npipeline_tag: text-generation\ntags:\n{listed}"
 

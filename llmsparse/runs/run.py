@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from llmsparse.errors import CheckpointError, RecipeError
@@ -167,9 +168,8 @@ class Run:
         self._writer.finish()
         report.warn()
         self._measure(report)
-        text = self.plan.resolved.dump(
-            self.plan.versions | {f"{self.plan.text_key} sha256": self.plan.windows.fingerprint}
-        )
+        notes = {"threads": torch.get_num_threads(), f"{self.plan.text_key} sha256": self.plan.windows.fingerprint}
+        text = self.plan.resolved.dump(self.plan.versions | notes, self.plan.output)
         write_side_files(self.folder, recipe=text, report=report.stored(), card=report.card())
         self._check_written()
         if convert is not None:

@@ -84,12 +84,14 @@ def write_all(descriptor: int, data: memoryview | bytes, offset: int) -> None:
 
 def reserve(descriptor: int, size: int) -> None:
     """Give a new, empty file its size, with disk blocks behind it where the file system can."""
+    allocate = getattr(os, "posix_fallocate", None)  # macOS has none
     try:
-        os.posix_fallocate(descriptor, 0, size)
+        if allocate is not None:
+            return allocate(descriptor, 0, size)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
-        os.ftruncate(descriptor, size)
+    os.ftruncate(descriptor, size)
 
 
 def fsync(path: Path) -> None:

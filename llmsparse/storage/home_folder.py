@@ -1,7 +1,8 @@
-"""`~` and `~name` at the start of a path."""
+"""The home folder: `~` and `~name` at the start of a path, and its name in what others will read."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from llmsparse.errors import LlmsparseError
@@ -13,3 +14,9 @@ def expand_home(path: str | Path, error: type[LlmsparseError]) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise error(f"{path}: there is no such user's home folder; write the path out, or ./~ for that name") from None
+
+
+def without_home(text: str) -> str:
+    """A text without the name of the home folder: `~` in its place."""
+    home = str(Path.home())
+    return text if home == "/" else re.sub(rf"(?<![\w./~-]){re.escape(home)}(?![\w.-])", "~", text)

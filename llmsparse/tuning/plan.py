@@ -205,7 +205,7 @@ def make_plan(recipe: TuneRecipe, *, resume: bool = False, overwrite: bool = Fal
     if recipe.text.endswith(TOKEN_FILE_SUFFIX):
         length = stored_length(recipe.text, length)
     samples = recipe.steps * windows_in_a_step(recipe, length or DEFAULT_SEQ_LEN)
-    windows = read_windows(opened, samples, length=length, purpose="training")
+    windows = read_windows(opened, samples, length=length, purpose="training", text_key=TunePlan.text_key)
     plan = TunePlan(
         **opened.fields, windows=windows, teacher_origin=teacher, teacher_reader=teacher_reader, container=container,
         mixtures=mixtures,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmsparse.backends import BACKENDS, WeightSpec
 from llmsparse.backends.dense import BLOCK, DenseLowMemory
@@ -98,3 +101,30 @@ def test_what_a_gpu_kernel_is_given_comes_back_as_it_was(name: str, pattern: str
     prepared = backend.prepare(packed, WeightSpec.of(packed))  # packing is plain torch, on any device
     for end, tensor in backend.restore(prepared).tensors().items():
         assert torch.equal(tensor.view(torch.uint8), packed.tensors()[end].view(torch.uint8)), end
+
+
+class NeverReadBack(TorchDispatchMode):
+    """On a GPU a number that is read out of a tensor makes the program wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("block", [1, 40, 2**22])
+def test_dense_lowmem_multiplies_in_blocks_and_reads_nothing_back(
+    pattern: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmsparse.backends.dense.BLOCK", block)
+    weight = torch.randn(7, 16, generator=torch.Generator().manual_seed(0))
+    weight = weight.masked_fill(torch.arange(16).remainder(4) < 2, 0.0)
+    packed = Bitmask.pack(weight, pattern)
+    backend = BACKENDS["dense-lowmem"]
+    prepared = backend.prepare(packed, WeightSpec.of(packed))
+    assert len(prepared.blocks) == {1: 7, 40: 4, 2**22: 1}[block]
+    x, bias = torch.randn(3, 16), torch.randn(7)
+    with NeverReadBack():
+        y = backend.run(prepared, x, bias)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias))
+    assert backend.restore(prepared) is packed and torch.equal(backend.dense(prepared), weight)

@@ -319,3 +319,66 @@ def test_the_dense_model_of_a_factorized_one_is_found(tmp_path: Path) -> None:
     ):
         report.write_text(json.dumps({"model": model} | ({"container": container} if container else {})))
         assert dense_source(tmp_path) == found
+
+
+class Doubled(type(BACKENDS["dense"])):
+    """A backend whose products are twice what they should be."""
+
+    name = "doubled"
+
+    def run(self, prepared: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return 2 * super().run(prepared, x, bias)
+
+
+class Unsure(type(BACKENDS["dense"])):
+    """One that has been tried on this device, and erred."""
+
+    name = "unsure"
+
+    def wrong(self, device: torch.device) -> str | None:
+        return f"unsure is wrong on {device}"
+
+
+class Broken(type(BACKENDS["dense"])):
+    """One that its compiler refuses."""
+
+    name = "broken"
+
+    def prepare(self, packed: Any, spec: WeightSpec) -> Any:
+        raise RuntimeError("PTX\nassembly aborted")
+
+
+class Late(type(BACKENDS["dense"])):
+    """One that is right for a token, and for more of them is not."""
+
+    name = "late"
+
+    def run(self, prepared: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y = super().run(prepared, x, bias)
+        return y if len(y) < 2 else y.flip(0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_what_is_wrong_or_fails_is_refused_and_neither_timed_nor_saved(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in (Doubled, Unsure, Broken, Late):
+        monkeypatch.setitem(BACKENDS, kind.name, kind())
+    result = bench(shapes="64x128", dtype=dtype, batches=(1, 4), seconds=0, save=True)
+    (one,) = result.measured
+    assert one.refused["doubled"].startswith("wrong: off by 1.0e+00 for 1 tokens")
+    assert one.refused["late"].startswith("wrong: off by ") and "for 4 tokens" in one.refused["late"]
+    assert one.refused["unsure"] == "unsure is wrong on cpu"
+    assert one.refused["broken"] == "fails: RuntimeError: PTX assembly aborted"
+    timed = {speed.backend for speeds in one.tables for speed in speeds.speeds}
+    assert {"dense", "dense-lowmem"} <= timed and not timed & {"doubled", "unsure", "broken", "late"}
+    assert not [row for row in table.read(table.user_file()) if row.backend in ("doubled", "unsure", "broken", "late")]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_product_on_another_gpu_than_the_current_one_takes_time() -> None:
+    device = torch.device("cuda:1")
+    a = torch.randn(4096, 4096, device=device)
+    taken = side_by_side({"once": [lambda: a @ a], "twice": [lambda: (a @ a, a @ a)]}, device, 0.1)
+    assert taken["once"].median > 1e-5  # an empty graph takes a microsecond

@@ -195,10 +195,23 @@ def test_an_unknown_recipe_key_is_named_with_file_and_line(model: Path, fails: C
     assert "r.yaml:2" in error and "did you mean 'sparsity'" in error
 
 
-def test_a_recipe_that_holds_itself(model: Path, fails: Callable[..., str]) -> None:
-    Path("r.yaml").write_text("sparsity: 0.5\nrules: &a [*a]\n")
-    assert "r.yaml: nests without end" in fails("--recipe", "r.yaml")
-    assert "nests without end" in fails("rules=&a [*a]")
+LAUGHS = "\n".join(
+    ["a: &a [x]", *(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True))]
+)
+
+
+@pytest.mark.parametrize("keys", ["rules: &a [*a]\n", "rules: &a [1]\nonly: *a\n", "only: *q_proj\n", f"{LAUGHS}\n"])
+def test_a_recipe_with_aliases(keys: str, model: Path, fails: Callable[..., str]) -> None:
+    Path("r.yaml").write_text(f"sparsity: 0.5\n{keys}")
+    line = 2 if "&a [*a]" in keys or "q_proj" in keys else 3
+    assert f"r.yaml:{line}: holds an alias (*name)" in fails("--recipe", "r.yaml")
+    if "q_proj" not in keys:
+        assert "holds an alias" in fails("rules=&a [*a]")
+
+
+def test_a_number_of_more_digits_than_python_reads(model: Path, fails: Callable[..., str]) -> None:
+    Path("r.yaml").write_text(f"sparsity: 0.5\nseed: {'9' * 5000}\n")
+    assert "r.yaml:2: seed: got" in fails("--recipe", "r.yaml")
 
 
 @pytest.mark.parametrize("where", ["calibration", "model"])

@@ -169,3 +169,13 @@ def test_experts_hand_out_and_save_what_they_were_made_of(backend: str, transpos
     ]
     half = copy.deepcopy(experts).to(torch.bfloat16)
     assert torch.equal(half.down_proj, dense.down_proj.detach().bfloat16())
+
+
+def test_experts_of_a_transformers_that_knows_no_norm_behind_them() -> None:
+    class Older(Experts):
+        @property
+        def has_post_expert_norm(self) -> bool:  # type: ignore[override]
+            raise AttributeError("transformers before 5.18")
+
+    older = Older().requires_grad_(False)
+    torch.testing.assert_close(sparse_experts(older, *routed()), by_hand(Experts().requires_grad_(False), *routed()))

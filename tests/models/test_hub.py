@@ -19,6 +19,7 @@ from http_reply import Replying
 import llmsparse
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
+LATER = "89abcdef0123456789abcdef0123456789abcdef"  # what is pushed while a run goes on
 MODEL = "owner/model"
 RUN = ["--method", "wanda", "--calibration", "builtin", "--calibration-samples", "4", "--seq-len", "32"]
 RUN += ["--match-steps", "0", "--device", "cpu"]
@@ -37,9 +38,12 @@ for command in json.loads(sys.argv[1]):
 
 @dataclass
 class Hub:
-    """Serves one folder as the repository owner/model, and counts the bytes of weights that leave it."""
+    """Serves one folder as the repository owner/model, and counts the bytes of weights that leave it. After a GET of
+    /push `main` is another folder."""
 
     folder: Path
+    later: Path = Path()
+    head: str = SHA
     url: str = ""
     cache: Path = Path()
     weight_bytes: int = 0
@@ -47,6 +51,10 @@ class Hub:
 
     def llmsparse(self, *commands: list[str], offline: bool = False) -> list[tuple[int, str, str]]:
         """Exit code, stdout and stderr of commands, in one process: huggingface_hub reads its environment once."""
+        return [tuple(json.loads(line)) for line in self.python(COMMANDS, json.dumps(commands), offline=offline)]
+
+    def python(self, *words: str, offline: bool = False) -> list[str]:
+        """The lines that a program prints."""
         environment = {
             "HF_HOME": str(self.cache),
             "HF_ENDPOINT": self.url,
@@ -56,7 +64,7 @@ class Hub:
             "PYTHONPATH": str(Path(llmsparse.__file__).parents[1]),
         }
         done = subprocess.run(
-            [sys.executable, "-c", COMMANDS, json.dumps(commands)],
+            [sys.executable, "-c", *words],
             env={**os.environ, **environment},
             cwd=self.cache,
             capture_output=True,
@@ -64,14 +72,19 @@ class Hub:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+        return done.stdout.splitlines()
 
 
 def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(Replying):
         def do_GET(self) -> None:
             path = self.path.split("?")[0]
-            files = {file.name: file.stat().st_size for file in hub.folder.iterdir()}
+            if path == "/push":
+                hub.head = LATER
+                return self.reply(200)
+            sha = next((one for one in (SHA, LATER) if one in path), hub.head)
+            folder = hub.folder if sha == SHA else hub.later
+            files = {file.name: file.stat().st_size for file in folder.iterdir()}
             if path.startswith(f"/api/models/{MODEL}") and "/tree/" in path:
                 tree = [
                     {"type": "file", "path": name, "size": size, "oid": f"{number:040x}"}
@@ -79,16 +92,16 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 ]
                 self.reply(200, json.dumps(tree).encode(), Content_Type="application/json")
             elif path.startswith(f"/api/models/{MODEL}"):
-                info = {"id": MODEL, "sha": SHA, "siblings": [{"rfilename": name} for name in files]}
+                info = {"id": MODEL, "sha": sha, "siblings": [{"rfilename": name} for name in files]}
                 self.reply(200, json.dumps(info).encode(), Content_Type="application/json")
             elif path.startswith(f"/{MODEL}/resolve/") and path.rpartition("/")[2] in files:
-                self.file(hub.folder / path.rpartition("/")[2])
+                self.file(folder / path.rpartition("/")[2], sha)
             elif path.startswith(f"/{MODEL}/resolve/"):
                 self.reply(404, X_Error_Code="EntryNotFound")
             else:
                 self.reply(401, X_Error_Code="RepoNotFound")
 
-        def file(self, file: Path) -> None:
+        def file(self, file: Path, sha: str) -> None:
             content, status = file.read_bytes(), 200
             if (wanted := self.headers.get("Range", "")).startswith("bytes="):
                 first, _, last = wanted.removeprefix("bytes=").partition("-")
@@ -96,7 +109,7 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if file.suffix == ".safetensors" and self.command == "GET":
                 with hub.lock:
                     hub.weight_bytes += len(content)
-            self.reply(status, content, ETag=f'"{file.name}"', X_Repo_Commit=SHA)
+            self.reply(status, content, ETag=f'"{sha}{file.name}"', X_Repo_Commit=sha)
 
         do_HEAD = do_GET
 
@@ -156,3 +169,23 @@ def test_a_plan_fetches_headers_and_a_run_the_weights_once(hub: Hub) -> None:
     for file in (hub.cache / "out").glob("*.safetensors"):
         assert file.read_bytes() == (hub.cache / "again" / file.name).read_bytes()
     assert plan_again[0] == 0 and "not in the cache" not in plan_again[1] and hub.weight_bytes == 0
+
+
+LOOK_AND_FETCH = """
+import os, urllib.request
+from llmsparse.models.origin import fetch_model, fetch_what_was_looked_at, look_at_model
+origin = look_at_model("owner/model")
+urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/push")
+print(origin.commit, fetch_what_was_looked_at("owner/model", origin), fetch_model("owner/model"), sep="\\n")
+"""
+
+
+def test_what_was_looked_at_is_what_is_fetched_whatever_is_pushed_in_between(
+    hub: Hub, tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    hub.later = tiny_llama(tmp_path / "later", seed=1, shards=len([*hub.folder.glob("*.safetensors")]))
+    commit, fetched, newest = hub.python(LOOK_AND_FETCH)
+    assert (commit, Path(fetched).name, Path(newest).name) == (SHA, SHA, LATER)
+    for file in hub.folder.glob("*.safetensors"):
+        assert (Path(fetched) / file.name).read_bytes() == file.read_bytes()
+        assert (Path(newest) / file.name).read_bytes() != file.read_bytes()

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,14 @@ import pytest
 from http_reply import Replying
 
 from llmsparse.errors import CheckpointError, MachineError, RecipeError
-from llmsparse.models.origin import copy_side_files, fetch_model, load_config, load_tokenizer, write_side_files
+from llmsparse.models.origin import (
+    config_fingerprint,
+    copy_side_files,
+    fetch_model,
+    load_config,
+    load_tokenizer,
+    write_side_files,
+)
 
 LLAMA: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -321,3 +328,52 @@ def test_what_a_run_writes_about_itself(tmp_path: Path) -> None:
     assert (tmp_path / "llmsparse_recipe.yaml").read_text() == "method: wanda\n"
     assert json.loads((tmp_path / "llmsparse_report.json").read_text()) == {"weights": []}
     assert (tmp_path / "README.md").read_text() == "# Card\n"
+
+
+def test_a_report_is_json_that_every_reader_takes(tmp_path: Path) -> None:
+    report = {"error": float("nan"), "rows": [{"sparsity": 0.5, "most": float("inf"), "least": (float("-inf"), 1)}]}
+    write_side_files(tmp_path, recipe="", report=report, card="")
+    text = (tmp_path / "llmsparse_report.json").read_text()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    expected = {"error": None, "rows": [{"sparsity": 0.5, "most": None, "least": [None, 1]}]}
+    assert json.loads(text, parse_constant=refuse) == expected
+
+
+def test_nothing_that_is_uploaded_names_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/alice")
+    recipe = "model: /home/alice/m\noutput: /home/alicent/o\ntext: /data/home/alice/t\nhome: /home/alice\n"
+    write_side_files(
+        tmp_path, recipe=recipe, report={"output": "/home/alice/o", "at": ["/home/alice/x"]}, card="of /home/alice/m."
+    )
+    assert (tmp_path / "llmsparse_recipe.yaml").read_text() == (
+        "model: ~/m\noutput: /home/alicent/o\ntext: /data/home/alice/t\nhome: ~\n"
+    )
+    assert json.loads((tmp_path / "llmsparse_report.json").read_text()) == {"output": "~/o", "at": ["~/x"]}
+    assert (tmp_path / "README.md").read_text() == "of ~/m."
+
+
+@pytest.mark.parametrize("name", ["owner/code--modeling.Model", ["owner/code--tok.Slow", None]])
+def test_code_of_another_repository_is_refused(name: Any, tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "m")
+    file = folder / ("tokenizer_config.json" if isinstance(name, list) else "config.json")
+    config = json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": name, "AutoModelForCausalLM": name}}
+    file.write_text(json.dumps(config))
+    load = load_tokenizer if isinstance(name, list) else load_config
+    with pytest.raises(
+        CheckpointError, match=r"auto_map runs code of another repository, owner/code, .* in its place"
+    ) as caught:
+        load(folder, trust_remote_code=True)
+    assert "\n" not in str(caught.value)
+    assert load(folder, trust_remote_code=False) is not None  # transformers' own class runs
+
+
+def test_code_in_folders_below_belongs_to_the_fingerprint(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "m")
+    (folder / "parts").mkdir()
+    (folder / "parts" / "norm.py").write_text("EPSILON = 1e-6")
+    before = config_fingerprint(folder, trust_remote_code=True)
+    (folder / "parts" / "norm.py").write_text("EPSILON = 1e-5")
+    assert "parts/norm.py" in before and config_fingerprint(folder, trust_remote_code=True) != before

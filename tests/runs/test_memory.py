@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy
+import psutil
 import pytest
 import torch
 
-from llmsparse.runs.memory import PeakMemory, anonymous_bytes
+from llmsparse.runs.memory import PeakMemory, anonymous_bytes, available_bytes
 
 MIB = 2**20
 
@@ -87,3 +90,13 @@ def test_a_3_gb_checkpoint_in_one_shard_is_pruned_with_half_of_it(
     writer.finish()
     assert (model / "model.safetensors").stat().st_size > 2.8e9
     assert peak_of(model, tmp_path, "wanda") <= 1.5e9
+
+
+def test_a_system_without_proc_tells_its_free_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_proc(file: Any, *rest: Any, **options: Any) -> Any:
+        if str(file).startswith(("/proc/meminfo", "/sys/fs")):
+            raise FileNotFoundError(file)
+        return io.open(file, *rest, **options)  # noqa: UP020
+
+    monkeypatch.setattr("llmsparse.runs.memory.open", without_proc, raising=False)
+    assert 0 < available_bytes(torch.device("cpu")) <= psutil.virtual_memory().total

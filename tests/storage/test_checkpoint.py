@@ -458,3 +458,12 @@ def test_sizes(text: str | int, size: int) -> None:
 def test_sizes_that_are_none(text: str | int) -> None:
     with pytest.raises(RecipeError, match="wanted a positive number of bytes"):
         parse_size(text)
+
+
+def test_a_system_that_cannot_reserve_room_writes_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fallocate")
+    writer = CheckpointWriter(tmp_path, {"w": ((3, 5), torch.float32)}, 10**9)
+    assert (tmp_path / SINGLE).stat().st_size == writer.spec("w").end
+    writer.write({"w": torch.arange(15.0).view(3, 5)})
+    writer.finish()
+    assert torch.equal(load_file(tmp_path / SINGLE)["w"], torch.arange(15.0).view(3, 5))

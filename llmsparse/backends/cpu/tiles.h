@@ -66,7 +66,7 @@ int64_t first_bad_row(const uint8_t *mask, const int64_t *offsets, int64_t rows,
             count += __builtin_popcountll(word);
         }
         for (; b < width; b++) count += __builtin_popcount(mask[b]);
-        if (offsets[row + 1] - offsets[row] != count || offsets[row + 1] > nnz) return row;
+        if (offsets[row + 1] != offsets[row] + count || offsets[row + 1] > nnz) return row;
         if (columns % 8 && mask[width - 1] >> columns % 8) return row;
     }
     return offsets[rows] == nnz ? -1 : rows - 1;

@@ -4,6 +4,8 @@
 
 #include "fuzz.h"
 
+enum { DAMAGES = 50 };
+
 static void fail(const char *what, int64_t rows, int64_t columns, const char *kernel) {
     printf("%s is wrong at %ld x %ld with %s\n", what, (long)rows, (long)columns, kernel);
     exit(1);
@@ -56,19 +58,6 @@ static struct neutral random_matrix(void) {
     return n;
 }
 
-/* A flipped bit is found; offsets may be anything, and are not followed. */
-static void damage(const struct neutral *n) {
-    if (first_bad_row(n->mask, n->offsets, n->rows, n->columns, n->nnz) != -1) fail("check", n->rows, n->columns, "it");
-    if (!n->rows) return;
-    int64_t at = (int64_t)draw((uint64_t)(n->rows * n->width)), row = 1 + at / n->width, offset = n->offsets[row];
-    uint8_t bit = (uint8_t)(1 << draw(8));
-    n->mask[at] ^= bit;
-    if (first_bad_row(n->mask, n->offsets, n->rows, n->columns, n->nnz) == -1) fail("damage", n->rows, n->columns, "it");
-    n->mask[at] ^= bit, n->offsets[row] = (int64_t)draw(UINT64_MAX);
-    first_bad_row(n->mask, n->offsets, n->rows, n->columns, n->nnz);
-    n->offsets[row] = offset;
-}
-
 static void try_all(const struct neutral *n) {
     int64_t tiles = (n->rows + ROWS - 1) / ROWS, words = tiles * ((n->columns + COLUMNS - 1) / COLUMNS) * ROWS;
     int64_t *starts = buffer(tiles + 1, sizeof *starts), *offsets = buffer(n->rows + 1, sizeof *offsets);
@@ -93,13 +82,51 @@ static void try_all(const struct neutral *n) {
     free(starts), free(offsets), free(w.values), free(w.masks), free(dense), free(values), free(mask);
 }
 
+/* A flipped bit is found; whatever else is done to mask, offsets and count is found, or leaves a matrix that is sound in
+ * itself: then everything must work with the values that there are. */
+static void damage(const struct neutral *n, int times) {
+    if (first_bad_row(n->mask, n->offsets, n->rows, n->columns, n->nnz) != -1) fail("check", n->rows, n->columns, "it");
+    if (!n->rows) return;
+    int64_t at = (int64_t)draw((uint64_t)(n->rows * n->width)), edges[] = {0, -1, 1, INT64_MAX, INT64_MIN, n->nnz, n->nnz + 1, INT32_MAX};
+    n->mask[at] ^= 1;
+    if (first_bad_row(n->mask, n->offsets, n->rows, n->columns, n->nnz) == -1) fail("damage", n->rows, n->columns, "it");
+    n->mask[at] ^= 1;
+    for (int t = 0; t < times; t++) {
+        struct neutral m = {n->rows, n->columns, n->width, n->nnz, n->dtype, NULL, n->values, buffer(n->rows * n->width, 1), buffer(n->rows + 1, 8)};
+        memcpy(m.mask, n->mask, (size_t)(n->rows * n->width)), memcpy(m.offsets, n->offsets, (size_t)(n->rows + 1) * 8);
+        for (int changes = 1 + (int)draw(4); changes; changes--) {
+            int64_t row = (int64_t)draw((uint64_t)n->rows), byte = row * n->width + (int64_t)draw((uint64_t)n->width);
+            int64_t twin = row * n->width + (int64_t)draw((uint64_t)n->width), offset = (int64_t)draw((uint64_t)n->rows + 1);
+            switch (draw(6)) {
+            case 0: m.mask[byte] ^= (uint8_t)(1 << draw(8)); break;
+            case 1: m.mask[byte] = (uint8_t)draw(256); break;
+            case 2: { uint8_t other = m.mask[byte]; m.mask[byte] = m.mask[twin], m.mask[twin] = other; break; } /* as many bits */
+            case 3: m.offsets[offset] = draw(2) ? edges[draw(sizeof edges / sizeof *edges)] : (int64_t)draw(UINT64_MAX); break;
+            case 4: m.offsets[offset] = (int64_t)((uint64_t)m.offsets[offset] + draw(5) - 2); break;
+            case 5: m.nnz += (int64_t)draw(3) - 1; break;
+            }
+        }
+        if (m.nnz >= 0 && m.nnz <= n->nnz && first_bad_row(m.mask, m.offsets, m.rows, m.columns, m.nnz) == -1) {
+            m.dense = buffer(m.rows * m.columns, m.dtype);
+            char *next = m.values;
+            for (int64_t i = 0; i < m.rows * m.columns; i++)
+                if (m.mask[i / m.columns * m.width + i % m.columns / 8] >> i % m.columns % 8 & 1)
+                    memcpy(m.dense + i * m.dtype, next, (size_t)m.dtype), next += m.dtype;
+                else put(m.dense, i, m.dtype, 0);
+            try_all(&m);
+            free(m.dense);
+        } else if (m.nnz != n->nnz) first_bad_row(m.mask, m.offsets, m.rows, m.columns, m.nnz);
+        free(m.mask), free(m.offsets);
+    }
+}
+
 int main(int count, char **arguments) {
     if (count != 3) return 2;
     state = 88172645463325252ULL + strtoull(arguments[2], NULL, 10);
     use_team(GOMP_parallel, omp_get_thread_num, omp_get_num_threads);
     for (long round = 0; round < atol(arguments[1]); round++) {
         struct neutral n = random_matrix();
-        damage(&n), try_all(&n);
+        try_all(&n), damage(&n, DAMAGES);
         free(n.dense), free(n.values), free(n.mask), free(n.offsets);
     }
     puts("all right");

@@ -5,7 +5,8 @@ Run with `make test-gpu`. The other tests of this folder run on the GPU too wher
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
@@ -16,7 +17,10 @@ from torch import Tensor
 from triton_ops import expert_gemv, mma24, reference, selftest
 from triton_ops.pack24 import pack24, pack_rows
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),  # said once, by set_sync_debug_mode itself
+]
 CUDA = torch.device("cuda")
 KERNELS = {name: import_module(f"triton_ops.{name}") for name in selftest.KERNELS}
 CASES = pytest.mark.parametrize("name,m", [(name, m) for name, tokens in selftest.KERNELS.items() for m in tokens])
@@ -29,6 +33,16 @@ def problem(name: str, n: int, k: int, m: int, dtype: torch.dtype = torch.bfloat
     keep = scattered if name in selftest.UNSTRUCTURED else reference.mask24(weight)
     x = torch.randn(m, k, generator=generator, device=CUDA).to(dtype)
     return x, weight.masked_fill(~keep, 0), torch.randn(n, generator=generator, device=CUDA).to(dtype)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """An error where the host waits for the device. Whatever happens, the tests that follow may wait again."""
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def needs(kernel: ModuleType, n: int, k: int, m: int) -> None:
@@ -71,11 +85,8 @@ def test_a_graph_replays_to_the_bit_and_nothing_waits_for_the_host(name: str, m:
     x, weight, bias = problem(name, 1024, 4096, m)
     packed = kernel.prepare(weight)
     wanted = kernel.linear(x, packed, bias)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         again = kernel.linear(x, packed, bias)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(again, wanted)
     graph, other = torch.cuda.CUDAGraph(), x.clone()
     with torch.cuda.graph(graph):
@@ -138,11 +149,8 @@ def test_the_error_of_experts_is_that_of_torch(t: int, dtype: torch.dtype) -> No
 def test_a_graph_of_experts_follows_other_choices(t: int) -> None:
     x, gate, up, down, index, shares = mixture(t, torch.bfloat16)
     wanted = expert_gemv.experts(x, gate, up, down, index, shares)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         again = expert_gemv.experts(x, gate, up, down, index, shares)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(again, wanted)
     graph, other = torch.cuda.CUDAGraph(), index.clone()
     with torch.cuda.graph(graph):

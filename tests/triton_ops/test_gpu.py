@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_ops import expert_gemv, mma24, reference, selftest
+from triton_ops import expert_gemv, mma24, reference, selftest, stacked
 from triton_ops.pack24 import pack24, pack_rows
 
 pytestmark = [
@@ -114,6 +114,29 @@ def test_it_compiles_as_part_of_a_model(name: str) -> None:
     packed = kernel.prepare(weight)
     compiled = torch.compile(lambda x: kernel.linear(x, packed, bias).relu(), fullgraph=True)
     assert torch.equal(compiled(x), kernel.linear(x, packed, bias).relu())
+
+
+@pytest.mark.parametrize("name", stacked.KERNELS)
+def test_q_k_and_v_in_one_call_go_into_a_graph(name: str) -> None:
+    shapes = [(4096, 4096), (1024, 4096), (1024, 4096)]
+    reason = stacked.why_not(name, shapes, torch.bfloat16, CUDA, 1)
+    if reason:
+        pytest.skip(reason)
+    x, weight, _ = problem(name, 6144, 4096, 1)
+    weights = weight.split([n for n, _ in shapes])
+    packed = stacked.prepare(name, weights)
+    with no_waiting():
+        found = stacked.linear(x, packed)
+    for one, part in zip(found, weights, strict=True):
+        exact = x.double() @ part.double().T
+        dense = (torch.nn.functional.linear(x, part).double() - exact).norm()
+        assert (one.double() - exact).norm() <= 1.2 * dense
+    graph, other = torch.cuda.CUDAGraph(), torch.zeros_like(x)
+    with torch.cuda.graph(graph):
+        again = stacked.linear(other, packed)
+    other.copy_(x)
+    graph.replay()
+    assert all(map(torch.equal, again, found))
 
 
 def mixture(t: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

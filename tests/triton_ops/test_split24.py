@@ -76,12 +76,12 @@ def test_one_token_takes_the_entries_along(
     whole: Callable, poisoned: Callable, device: torch.device, dtype: torch.dtype, parts: int
 ) -> None:
     """Of rows that have none, about as many as a turn adds, and by far more."""
-    x, weight, bias = whole(1, 40, 2052, dtype, device, sparsity=0.7)  # 9 blocks: several turns of 2 warps
+    x, weight, bias = whole(1, 40, 1028, dtype, device, sparsity=0.7)  # 5 blocks: up to three turns of 2 warps
     weight[3], weight[39] = 0, 0
     weight[17], weight[38] = torch.ones_like(weight[:2])
     packed, cut = prepare(weight), Plan(1, 2, 2, True, parts)
     counts = packed.offsets.diff()
-    assert counts[3] == 0 and counts[17] > 1000 > 5 * entries_of_a_turn(counts.float().mean().item(), 9, cut)
+    assert counts[3] == 0 and counts[17] > 500 > 5 * entries_of_a_turn(counts.float().mean().item(), 5, cut)
     with poisoned():
         y = x.new_empty(1, 40)
         run(x, packed.two.vals, packed.two.meta, bias, y, cut, (packed.entries, packed.offsets))
@@ -181,4 +181,4 @@ def test_the_residual_compiles_to_wide_loads_of_tokens_without_spills(compiled: 
     )
     assert made.stack == 0 and made.count("LDL|STL") == 0
     if tokens >= 8:
-        assert made.in_loop(r"LDG\.E\S*\.128") >= 1  # eight tokens of an input at once
+        assert made.count(r"LDG\.E\S*\.128") >= 1  # eight tokens of an input at once

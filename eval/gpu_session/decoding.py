@@ -15,7 +15,7 @@ from eval.gpu_session.record import DEVICE, DRY, attempt, say
 from eval.gpu_session.timing import copied, graphed, middle, once
 from triton_ops import stacked
 
-WIDTH, INNER, HEADS, GROUPS, LAYERS, PAST = (32, 48, 4, 2, 1, 16) if DRY else (4096, 14336, 32, 8, 32, 1024)
+WIDTH, INNER, HEADS, GROUPS, LAYERS, PAST = (32, 32, 4, 2, 1, 16) if DRY else (4096, 14336, 32, 8, 32, 1024)
 HEAD = WIDTH // HEADS
 ROWS = {"q": WIDTH, "k": GROUPS * HEAD, "v": GROUPS * HEAD, "o": WIDTH, "gate": INNER, "up": INNER, "down": WIDTH}
 APART, STACKED = ("q", "k", "v", "o", "gate", "up", "down"), ("q k v", "o", "gate up", "down")

@@ -159,6 +159,8 @@ def test_the_entries_are_read_beside_the_fragments(compiled: Compiler, cc: int, 
     assert made.in_loop("LDG") == 9 + 32 + 2 * entries // 16  # an entry and its input, 16 · entries of 256 threads
     assert made.in_loop("LDS|STS|SHFL|BAR|LDGSTS") == 0
     assert made.stack == 0 and made.registers <= 128
+    assert len(made.assembly_layouts()) == 8 and "threadsPerWarp = [32, 1]" in made.assembly_layouts()[0]
+    assert len(set(made.assembly_layouts())) == 1
 
 
 @pytest.mark.parametrize("tokens", [2, 8, 32])

@@ -29,7 +29,7 @@ has() { [[ " $stages " == *" $1 "* ]]; }
 has info && stage 60 info
 if has right; then # side by side: compiling takes the CPUs, and `times` finds what was compiled
     for op in "mma24 1" "mma24 8" "mma24 16,32" "split24 1" "split24 8,16,32" "select24 1" "bitmask 1,8,16,32" "sell 1" \
-        "join24 16,32" experts; do
+        "join24 1,16,32" experts; do
         # shellcheck disable=SC2086
         (OMP_NUM_THREADS=1 stage 100 right $op) &
     done

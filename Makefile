@@ -2,9 +2,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+OLDEST = $(VENV)-triton36
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test check slow test-gpu bench
+.PHONY: demo test check slow test-triton36 test-gpu bench
 
 demo: $(READY)        ## prune the embedded model by every method
 	$(BIN)/llmsparse demo
@@ -18,6 +19,9 @@ check: $(READY)       ## format, lint, types
 slow: $(READY)        ## the tests that take longer: kills, memory, official figures
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "slow and not gpu"
 
+test-triton36: $(OLDEST)/.ready  ## the kernels, interpreted and compiled, under the oldest Triton that is supported
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not gpu" tests/triton_ops
+
 test-gpu: $(READY)    ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
 
@@ -30,4 +34,12 @@ bench: $(READY)       ## what pruning and the kernels cost, side by side with th
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# Triton 3.6 interprets with numpy before 2.4 only. Some builds of torch pin their Triton, so it comes last and alone.
+$(OLDEST)/.ready: Makefile constraints.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	sed '/^numpy==/d; /^triton==/d' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt torch "numpy<2.4" hypothesis pytest pytest-xdist
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps triton==3.6.0
 	touch $@

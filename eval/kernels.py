@@ -34,6 +34,8 @@ from torch.nn.functional import linear
 
 from triton_ops import mma24
 from triton_ops.mask24 import mask24
+from triton_ops.mma24_kernel import run
+from triton_ops.mma24_plan import Plan, plan
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = ("4096x14336", "28672x8192", "4096x4096")
@@ -75,36 +77,35 @@ class Row:
     note: str = ""  # why there is no time
 
 
-def variants(m: int, plans: bool) -> dict[str, mma24.Plan]:
+def variants(m: int, plans: bool) -> dict[str, Plan]:
     """Other ways to cut `mma24` for M tokens: name → plan, parts still to be set from the shape."""
     if not plans:
         return {}
-    tiles = {8: (1, 2), 16: (1, 2, 4), 32: (2, 4)}[next(most for most in mma24.PLANS if m <= most)]
-    found = dict[str, mma24.Plan]()
-    for tile, warps, ahead, direct in itertools.product(tiles, (4, 8), (2, 4, 8), (True, False)):
-        if (direct and m > 8) or tile * ahead > 8:
+    found = dict[str, Plan]()
+    for tiles, warps, group, direct in itertools.product((1, 2), (4, 8), (2, 4), (True, False)):
+        if direct and m > 8:
             continue
-        name = f"mma24 {tile}·{warps}·{ahead}" + ("" if direct else " +pack_x")
-        found[name] = mma24.Plan(tile, warps, ahead, direct, 1)
+        name = f"mma24 {tiles}·{warps}·{group}" + ("" if direct else " +pack_x")
+        found[name] = Plan(tiles, warps, group, direct, 1)
     return found
 
 
-def build(name: str, weight: Tensor, plan: mma24.Plan | None = None) -> tuple[Product, int]:
+def build(name: str, weight: Tensor, cut: Plan | None = None) -> tuple[Product, int]:
     """The product x → x·Wᵀ of a kernel, and the bytes of the weight that it reads."""
     if name.startswith("dense"):
         return lambda x: linear(x, weight), weight.nbytes
     if name == "cusparselt":
         sparse: Any = torch.sparse.to_sparse_semi_structured(weight)
         return lambda x: linear(x, sparse), weight.nbytes * 9 // 16
-    if plan is not None:
+    if cut is not None:
         packed = mma24.prepare(weight)
 
-        def cut(x: Tensor) -> Tensor:
+        def product(x: Tensor) -> Tensor:
             y = x.new_empty(len(x), weight.shape[0])
-            mma24.run(x, packed.vals, packed.meta, None, y, plan)
+            run(x, packed.vals, packed.meta, None, y, cut)
             return y
 
-        return cut, packed.vals.nbytes + packed.meta.nbytes
+        return product, packed.vals.nbytes + packed.meta.nbytes
     kernel = module_of(name)
     prepared = kernel.prepare(weight)
     return lambda x: kernel.linear(x, prepared), sum(tensor.nbytes for tensor in tensors(prepared))
@@ -189,8 +190,8 @@ def measure(shape: str, m: int, names: list[str], plans: bool, rounds: int, base
         if row.note:
             continue
         try:
-            plan = other[name]._replace(parts=mma24.plan(n, k, m).parts) if name in other else None
-            built = [build(name, weights[kind].clone(), plan) for _ in range(copies)]
+            cut = other[name]._replace(parts=plan(n, k, m).parts) if name in other else None
+            built = [build(name, weights[kind].clone(), cut) for _ in range(copies)]
             row.error = error_of(built[0][0](x), x, weights[kind])
             if not row.error <= 1.2 * errors[kind]:  # NaN too
                 row.note = f"wrong: error {row.error:.1e}, dense has {errors[kind]:.1e}"
@@ -254,7 +255,7 @@ def main(arguments: list[str]) -> int:
     if options.dry_run:
         for shape, m in cells:
             n, k = map(int, shape.split("x"))
-            cut = f"mma24 {mma24.plan(n, k, m)}" if m <= mma24.MOST_TOKENS else ""
+            cut = f"mma24 {plan(n, k, m)}" if m <= mma24.MOST_TOKENS else ""
             print(f"{shape:>12} M={m:<3} {', '.join([*options.kernels, *variants(m, options.plans)])}; {cut}")
         return 0
     if not torch.cuda.is_available():

@@ -8,17 +8,21 @@ import triton.language as tl
 
 
 @triton.jit
-def popcount(words):
-    """Bits set in each int32. LLVM recognises this form and emits one POPC; the interpreter runs it as it stands."""
-    bits = words.to(tl.uint32, bitcast=True)
-    bits = bits - ((bits >> 1) & 0x55555555)
-    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
-    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
-    return ((bits * 0x01010101) >> 24).to(tl.int32)
+def popcount(words, PTX: tl.constexpr):
+    """Bits set in each int32: NVIDIA's instruction by name, for not every LLVM finds it in shifts and adds. Those are for
+    the interpreter, and for other GPUs."""
+    if PTX:
+        return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        bits = words.to(tl.uint32, bitcast=True)
+        bits = bits - ((bits >> 1) & 0x55555555)
+        bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+        bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+        return ((bits * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit
-def four_columns(values, words, before):
+def four_columns(values, words, before, PTX: tl.constexpr):
     """The weights of columns 4g, 4g + 1, 4g + 2, 4g + 3 of each word: four tensors (ROWS, WORDS, 8), pruned places 0.
 
     values  pointers (ROWS,)          the value that `before` counts from
@@ -27,7 +31,7 @@ def four_columns(values, words, before):
     """
     shift = 4 * tl.arange(0, 8)[None, None, :]
     wide = words[:, :, None]
-    at = values[:, None, None] + (before[:, :, None] + popcount(wide & ((1 << shift) - 1)))  # (ROWS, WORDS, 8)
+    at = values[:, None, None] + (before[:, :, None] + popcount(wide & ((1 << shift) - 1), PTX))  # (ROWS, WORDS, 8)
     nibble = wide >> shift
     keep0, keep1, keep2, keep3 = nibble & 1, (nibble >> 1) & 1, (nibble >> 2) & 1, (nibble >> 3) & 1
     weight0 = tl.load(at, mask=keep0 != 0, other=0.0)

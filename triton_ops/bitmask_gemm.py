@@ -4,11 +4,11 @@ A program takes 64 rows and a run of chunks, 64 columns at a time (fp32: 32): ea
 registers, by the same counting as in `bitmask_gemv`, and multiplied on the tensor cores. Tiles twice
 as wide take 160 registers, in fp32 more than there are.
 
-Decoding costs about 12 instructions a weight (SASS of the loop, sm_90), for 1 token or for 32. Compiled for sm_80,
+Decoding costs 12 to 14 instructions a weight (SASS of the loop, sm_90), for 1 token or for 32. Compiled for sm_80,
 sm_90 and sm_100 without spills and run in the interpreter; it has not run on hardware.
 """
 
-# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
 from __future__ import annotations
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from triton_ops.bitmask_decode import four_columns, popcount
 from triton_ops.bitmask_gemv import chunks_each
 from triton_ops.bitmask_layout import CHUNK
-from triton_ops.requirements import INTERPRETED
+from triton_ops.requirements import INTERPRETED, PTX
 from triton_ops.splitk import add_parts, parts_for
 
 MAX_TOKENS = 32
@@ -39,7 +39,7 @@ def bitmask_gemm(x: Tensor, values: Tensor, words: Tensor, starts: Tensor, bias:
             gemm_kernel[(triton.cdiv(n, ROWS), split)](
                 values, words, starts, x.contiguous(), bias, sums, m, n, k, chunks, each,
                 CHUNK=CHUNK, TILE=64 if x.element_size() == 2 else 32, ROWS=ROWS, TOKENS=16 if m <= 16 else 32,
-                SPLIT=split > 1, INTERPRET=INTERPRETED, enable_fp_fusion=True,
+                SPLIT=split > 1, INTERPRET=INTERPRETED, PTX=PTX, enable_fp_fusion=True,
             )  # fmt: skip
             if split > 1:
                 add_parts(sums, bias, y)
@@ -54,8 +54,9 @@ def _(x: Tensor, values: Tensor, words: Tensor, starts: Tensor, bias: Tensor | N
 @triton.jit
 def gemm_kernel(values, words, starts, x, bias, out, m, n, k, chunks, chunks_each,
                 CHUNK: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-                SPLIT: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+                SPLIT: tl.constexpr, INTERPRET: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
     WORDS: tl.constexpr = TILE // 32
+    BITS: tl.constexpr = tl.int32 if values.dtype.element_ty == tl.float32 else tl.int16
     TILES: tl.constexpr = CHUNK // TILE
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
@@ -69,10 +70,12 @@ def gemm_kernel(values, words, starts, x, bias, out, m, n, k, chunks, chunks_eac
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     for tile in range(begin * TILES, tl.minimum(begin + chunks_each, chunks) * TILES):
         mask = tl.load(words_of + tile * WORDS, mask=inside[:, None], other=0)
-        kept = popcount(mask)
-        weight0, weight1, weight2, weight3 = four_columns(first, mask, tl.cumsum(kept, 1) - kept + before[:, None])
+        kept = popcount(mask, PTX)
+        weight0, weight1, weight2, weight3 = four_columns(first, mask, tl.cumsum(kept, 1) - kept + before[:, None], PTX)
         before += tl.sum(kept, 1)
-        weight = tl.reshape(tl.join(tl.join(weight0, weight2), tl.join(weight1, weight3)), [ROWS, TILE])
+        # reshaped as integers: Triton 3.6 would put a reshaped operand of `tl.dot` into shared memory in an illegal layout
+        weight = tl.join(tl.join(weight0, weight2), tl.join(weight1, weight3)).to(BITS, bitcast=True)
+        weight = tl.reshape(weight, [ROWS, TILE]).to(values.dtype.element_ty, bitcast=True)
         column = tile * TILE + tl.arange(0, TILE)
         xt = tl.load(x + token[None, :] * k + column[:, None],
                      mask=(token[None, :] < m) & (column[:, None] < k), other=0.0)  # fmt: skip

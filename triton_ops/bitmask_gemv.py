@@ -19,6 +19,7 @@ from torch import Tensor
 
 from triton_ops.bitmask_decode import four_columns, popcount
 from triton_ops.bitmask_layout import CHUNK
+from triton_ops.requirements import PTX
 from triton_ops.splitk import add_parts, parts_for
 
 ROWS = 8  # a program's; 16 needs 79 registers and 4 saves nothing
@@ -38,7 +39,7 @@ def bitmask_gemv(x: Tensor, values: Tensor, words: Tensor, starts: Tensor, bias:
         with torch.cuda.device_of(x):  # Triton launches on the current device
             gemv_kernel[(triton.cdiv(n, ROWS), split)](
                 values, words, starts, x.contiguous(), bias, sums, n, k, chunks, each,
-                CHUNK=CHUNK, ROWS=ROWS, SPLIT=split > 1, enable_fp_fusion=True,
+                CHUNK=CHUNK, ROWS=ROWS, SPLIT=split > 1, PTX=PTX, enable_fp_fusion=True,
             )  # fmt: skip
             if split > 1:
                 add_parts(sums, bias, y)
@@ -59,26 +60,25 @@ def chunks_each(programs: int, chunks: int) -> int:
 
 @triton.jit
 def gemv_kernel(values, words, starts, x, bias, out, n, k, chunks, chunks_each,
-                CHUNK: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+                CHUNK: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
     WORDS: tl.constexpr = CHUNK // 32
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
     inside = row < n
     word = tl.arange(0, WORDS)
-    column = 32 * word[:, None] + 4 * tl.arange(0, 8)[None, :]  # (WORDS, 8)
     words_of = words + row.to(tl.int64)[:, None] * (chunks * WORDS) + word[None, :]
     starts_of = starts + row.to(tl.int64) * chunks
     total = tl.zeros([ROWS, WORDS, 8], tl.float32)
     for chunk in range(part * chunks_each, tl.minimum((part + 1) * chunks_each, chunks)):
         mask = tl.load(words_of + chunk * WORDS, mask=inside[:, None], other=0)
         first = values + tl.load(starts_of + chunk, mask=inside, other=0)
-        kept = popcount(mask)
-        weight0, weight1, weight2, weight3 = four_columns(first, mask, tl.cumsum(kept, 1) - kept)
-        at = chunk * CHUNK + column
-        x0 = tl.load(x + at, mask=at < k, other=0.0).to(tl.float32)
-        x1 = tl.load(x + at + 1, mask=at + 1 < k, other=0.0).to(tl.float32)
-        x2 = tl.load(x + at + 2, mask=at + 2 < k, other=0.0).to(tl.float32)
-        x3 = tl.load(x + at + 3, mask=at + 3 < k, other=0.0).to(tl.float32)
+        kept = popcount(mask, PTX)
+        weight0, weight1, weight2, weight3 = four_columns(first, mask, tl.cumsum(kept, 1) - kept, PTX)
+        at = chunk * CHUNK + tl.arange(0, CHUNK)
+        inputs = tl.load(x + at, mask=at < k, other=0.0).to(tl.float32)
+        even, odd = tl.split(tl.reshape(inputs, [WORDS, 8, 2, 2]))  # (WORDS, 8, 2)
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
         total += weight0.to(tl.float32) * x0[None]  # one term a line: each becomes one fused multiply-add
         total += weight1.to(tl.float32) * x1[None]
         total += weight2.to(tl.float32) * x2[None]

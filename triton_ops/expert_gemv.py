@@ -4,7 +4,8 @@ Two launches. The first makes the inner values of every pair of a token and an e
 adds up a token's experts in the order of its choices, so the same numbers give the same bits, and no atomics. Only rows of
 experts that were chosen are loaded, 16 bytes at a time; programs for the same rows of several pairs stand side by side in
 the grid, so that an expert that several tokens chose comes from memory once and from the L2 cache after that. Nothing is
-read back by the host: the launches are the same whatever was chosen, and go into a CUDA graph.
+read back by the host: the launches are the same whatever was chosen, and go into a CUDA graph. The weights of the next
+two or three turns of a loop are under way while one is computed, about 4 KB a warp (asynchronous copies).
 
 Compiled for sm_80, sm_90 and sm_100 without spills and run in the interpreter; it has not run on hardware.
 """
@@ -105,7 +106,7 @@ def enter_kernel(x, gate, up, index, shares, h, count, inner, width, k, gate_ste
     x_at = x + (pair // k).to(tl.int64) * width
     gates = tl.zeros([ROWS, COLUMNS], tl.float32)
     ups = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, width, COLUMNS):
+    for first in tl.range(0, width, COLUMNS, num_stages=3):  # what two further turns need is copied ahead
         there = first + column < width
         mask = (row < inner)[:, None] & there[None, :]
         xs = tl.load(x_at + first + column, mask=there, other=0.0).to(tl.float32)[None, :]
@@ -130,7 +131,7 @@ def leave_kernel(h, down, index, y, count, inner, width, k, down_step, ROWS: tl.
         if (expert >= 0) & (expert < count):
             down_at = down + expert.to(tl.int64) * down_step + at
             h_at = h + pair.to(tl.int64) * inner
-            for first in range(0, inner, COLUMNS):
+            for first in tl.range(0, inner, COLUMNS, num_stages=4):
                 there = first + column < inner
                 mask = (row < width)[:, None] & there[None, :]
                 values = tl.load(h_at + first + column, mask=there, other=0.0)[None, :]

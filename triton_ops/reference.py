@@ -14,6 +14,8 @@ is 16 rows × 32 inputs, lane = 4·g + t.
 # pyright: basic
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (M, K), weight (N, K), bias (N,) → (M, N) in x's dtype: summed in float64, rounded once."""
     y = x.double() @ weight.double().T
     return (y if bias is None else y + bias.double()).to(x.dtype)
+
+
+def stacked(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """x (M, K), weights (N_i, K), biases (N_i,) or None → what each gives alone, (M, N_i)."""
+    return tuple(linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
 
 def experts(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, index: Tensor, shares: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from triton import knobs
 from triton_ops.pack24 import DTYPES
 
 INTERPRETED = bool(knobs.runtime.interpret)  # Triton decides once, when it is imported
+PTX = not INTERPRETED and torch.version.hip is None  # kernels may name instructions of NVIDIA's
 
 
 def unmet(

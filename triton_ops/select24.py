@@ -1,7 +1,8 @@
 """2:4 for one token, portable: instead of unpacking the weight, pick from x.
 
-Four inputs of x are one int64, and the two places of a group say by how much to shift it: four to five instructions a
-weight, on any GPU that Triton compiles for. x (1, K) times a weight in row order (pack24.py).
+Four inputs of x are one int64, and the two places of a group say by how much to shift it: five to six instructions a
+weight, on any GPU that Triton compiles for. x (1, K) times a weight in row order (pack24.py). What the next two turns of
+the loop read is under way while one is computed (asynchronous copies).
 
 On hardware: never run. Compiled, and run in Triton's interpreter.
 """
@@ -108,7 +109,7 @@ def select24_kernel(
     fours = x.to(tl.pointer_type(tl.int64))  # the inputs of a group
     eight = tl.arange(0, 8)
     total = tl.zeros([ROWS, WORDS, 8], tl.float32)
-    for start in range(part * WORDS, words, parts * WORDS):
+    for start in tl.range(part * WORDS, words, parts * WORDS, num_stages=3):
         word = start + tl.arange(0, WORDS)
         live = (row < N)[:, None] & (word < words)[None, :]  # (ROWS, WORDS)
         nibbles = tl.load(

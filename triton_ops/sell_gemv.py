@@ -5,9 +5,9 @@ fetches x, which lies side by side for all tokens. The threads of a warp walk th
 pace, so what they fetch shares cache lines. Segments are added up in order (`splitk`). A pruned place is never
 multiplied, so an infinite x does not make it NaN.
 
-Instructions in the loop (SASS, bf16, sm_90): 11 an entry for one token, 12 for two, 17 for four. At 70 % sparsity that is
+Instructions in the loop (SASS, bf16, sm_90): 11 an entry for one token, 13 for two, 18 for four. At 70 % sparsity that is
 3.5 a weight for one token, where `bitmask_gemv` needs 16 and an H200 has time for about 6 at full bandwidth. For one
-token the weights of two iterations ahead are under way (asynchronous copies); for more, other warps must hide the latency.
+token the weights of two iterations ahead are under way (asynchronous copies); for more, those of one or two in registers.
 Compiled for sm_80, sm_90 and sm_100 without spills and run in the interpreter; it has not run on hardware.
 """
 
@@ -57,10 +57,10 @@ def _(
 
 
 def plan(m: int) -> dict[str, int]:
-    """Tokens that a program computes, steps of an iteration, and iterations whose weights are under way together. At
-    four tokens two steps spill on sm_80; beyond one token, copying ahead would take x through shared memory too."""
-    return {1: dict(TOKENS=1, UNROLL=2, STAGES=3), 2: dict(TOKENS=2, UNROLL=2, STAGES=1)}.get(
-        m, dict(TOKENS=4, UNROLL=1, STAGES=1)
+    """Tokens that a program computes; steps of an iteration; iterations whose weights are copied ahead, and steps that are
+    held ahead in registers: beyond one token, copying would take x through shared memory too."""
+    return {1: dict(TOKENS=1, UNROLL=2, STAGES=3, AHEAD=0), 2: dict(TOKENS=2, UNROLL=2, STAGES=1, AHEAD=4)}.get(
+        m, dict(TOKENS=4, UNROLL=1, STAGES=1, AHEAD=2)
     )
 
 
@@ -77,7 +77,7 @@ def side_by_side(x: Tensor) -> Tensor:
 
 @triton.jit
 def gemv_kernel(values, gaps, slices, order, x, bias, out, m, n, segment, count,
-                ROWS: tl.constexpr, STEP: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
+                ROWS: tl.constexpr, STEP: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
                 TOKENS: tl.constexpr, BF16: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     PAIRS: tl.constexpr = STEP // 2  # two values are read as one int32
     part = tl.program_id(1)
@@ -89,13 +89,15 @@ def gemv_kernel(values, gaps, slices, order, x, bias, out, m, n, segment, count,
     total1 = tl.zeros([ROWS, PAIRS], tl.float32)
     total2 = tl.zeros([ROWS, PAIRS], tl.float32)
     total3 = tl.zeros([ROWS, PAIRS], tl.float32)
-    end = tl.load(slices + piece + 1)
-    for step in tl.range(tl.load(slices + piece), end, UNROLL, num_stages=STAGES):
-        for ahead in tl.static_range(UNROLL):
-            at = ((step + ahead) * ROWS + thread).to(tl.int64)
-            there = at < end * ROWS
-            gap = tl.load(gaps + at, mask=there, other=0)
-            words = tl.load(values + at[:, None] * PAIRS + pair[None, :], mask=there[:, None], other=0)
+    begin, end = tl.load(slices + piece), tl.load(slices + piece + 1)
+    held = load_steps(values, gaps, begin, end, thread, pair, ROWS, AHEAD)
+    for step in tl.range(begin, end, UNROLL, num_stages=STAGES):
+        read = held + load_steps(values, gaps, step + AHEAD, end, thread, pair, ROWS, UNROLL)
+        held = ()
+        for place in tl.static_range(2 * UNROLL, 2 * UNROLL + 2 * AHEAD):
+            held = held + (read[place],)  # noqa: RUF005 (Triton knows no unpacking)
+        for now in tl.static_range(UNROLL):
+            gap, words = read[2 * now], read[2 * now + 1]
             to_first, to_second, to_last = running_sums(gap, pair)  # (ROWS, PAIRS) twice, (ROWS,)
             x_first = tl.load(x_at[:, None] + to_first)
             x_second = tl.load(x_at[:, None] + to_second)
@@ -123,6 +125,19 @@ def gemv_kernel(values, gaps, slices, order, x, bias, out, m, n, segment, count,
     if TOKENS > 2:
         tl.store(to + 2 * n, tl.sum(total2, 1) + shift, mask=inside)
         tl.store(to + 3 * n, tl.sum(total3, 1) + shift, mask=row < n * (m - 3))  # nowhere for three tokens
+
+
+@triton.jit
+def load_steps(values, gaps, step, end, thread, pair, ROWS: tl.constexpr, COUNT: tl.constexpr):
+    """Gaps (ROWS,) and values (ROWS, PAIRS) of the steps `step` … `step + COUNT - 1` in turns; 0 from `end` on."""
+    read = ()
+    for ahead in tl.static_range(COUNT):
+        at = ((step + ahead) * ROWS + thread).to(tl.int64)
+        there = at < end * ROWS
+        gap = tl.load(gaps + at, mask=there, other=0)
+        words = tl.load(values + at[:, None] * pair.shape[0] + pair[None, :], mask=there[:, None], other=0)
+        read = read + (gap, words)  # noqa: RUF005
+    return read
 
 
 @triton.jit

@@ -5,8 +5,9 @@ four of a group survived, is a list of entries for each row. At 70 % that is 2.3
 in all: fewer than dense's 16, in the reading pattern of the sparse tensor core. The lower the sparsity, the longer the
 lists: from 60 % up it pays, by the bytes.
 
-The entries are added in the second pass, which also adds the sums of the first, the bias, and rounds once. An entry
-needs x at any input, for all tokens: x is turned first, so that they stand side by side.
+For one token the entries are added by the same launch (mma24_kernel.py). For more, they are in a second pass, which also
+adds the sums of the first, the bias, and rounds once: an entry needs x at any input, for all tokens, so x is turned
+first, that they stand side by side, and the sums of many tokens leave no registers beside the fragments.
 
 On hardware: never run; see mma24.py.
 """
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from triton_ops.halves import high
 from triton_ops.mask24 import mask24
-from triton_ops.mma24 import launch, plan
+from triton_ops.mma24_kernel import launch, run
+from triton_ops.mma24_plan import plan
 from triton_ops.pack24 import BITS_PER_WEIGHT, Fragments24, pack24, unpack24
 from triton_ops.requirements import aligned, check, unmet
 from triton_ops.splitk import parts_for
@@ -108,9 +110,13 @@ def split24(x: Tensor, vals: Tensor, meta: Tensor, entries: Tensor, offsets: Ten
     if m:
         cut = plan(n, k, m)
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            x, parts = aligned(x), parts_for(x, n, cut.parts)
-            launch(x, vals, meta, None, parts, cut)
-            add_residual(x, parts, entries, offsets, bias, y)
+            x = aligned(x)
+            if m == 1:
+                run(x, vals, meta, bias, y, cut, (entries, offsets))
+            else:
+                parts = parts_for(x, n, cut.parts)
+                launch(x, vals, meta, None, parts, cut)
+                add_residual(x, parts, entries, offsets, bias, y)
     return y
 
 
@@ -123,12 +129,10 @@ def add_residual(x: Tensor, parts: Tensor, entries: Tensor, offsets: Tensor, bia
     """x (M, K), parts float32 (P, M, N) → y (M, N): the parts' sum, the entries' products and the bias, rounded once."""
     (count, m, n), k = parts.shape, x.shape[1]
     tokens = triton.next_power_of_2(m)
-    if m > 1:
-        turned = x.new_empty(k, tokens)
-        turn_kernel[(triton.cdiv(k, 128),)](x, turned, m, k, TOKENS=tokens, INPUTS=128, enable_fp_fusion=True)
-        x = turned
+    turned = x.new_empty(k, tokens)
+    turn_kernel[(triton.cdiv(k, 128),)](x, turned, m, k, TOKENS=tokens, INPUTS=128, enable_fp_fusion=True)
     add_residual_kernel[(triton.cdiv(n, ROWS),)](
-        x,
+        turned,
         parts,
         entries,
         offsets,

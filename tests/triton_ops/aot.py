@@ -39,6 +39,11 @@ class Compiled:
     def in_loop(self, pattern: str) -> int:
         return self._count(self.loop, pattern)
 
+    def assembly_layouts(self) -> list[str]:
+        """How the result of each inline assembly is dealt to threads, from the TTGIR."""
+        named = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", self.ttgir, re.MULTILINE))
+        return [named[name] for name in re.findall(r"elementwise_inline_asm.*-> tensor<.*, (#\w+)>", self.ttgir)]
+
     @staticmethod
     def _count(instructions: list[str], pattern: str) -> int:
         return sum(1 for one in instructions if re.match(rf"(@!?U?P\w+\s+)?{pattern}\b", one))

@@ -15,6 +15,11 @@ from aot import Compiler
 from torch import Tensor
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # the interpreter of Triton 3.6 takes arrays of one element for numbers, which numpy up to 2.3 warns of
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning")
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

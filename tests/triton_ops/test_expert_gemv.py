@@ -163,5 +163,5 @@ def test_compiles_to_whole_loads_without_spills(
         divisible=divisible,
     )
     assert made.stack == 0 and made.registers <= 96
-    assert made.in_loop(r"LDG\.E\S*\.128") >= loads  # each weight once, 16 bytes a thread
+    assert made.in_loop(r"LDGSTS\S*\.128") >= loads  # each weight once, 16 bytes a thread, copied ahead
     assert made.in_loop(r"(LDL|STL)\S*") == 0

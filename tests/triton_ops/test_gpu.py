@@ -5,7 +5,8 @@ Run with `make test-gpu`. The other tests of this folder run on the GPU too wher
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
@@ -13,10 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_ops import expert_gemv, mma24, reference, selftest
+from triton_ops import expert_gemv, mma24, reference, selftest, stacked
 from triton_ops.pack24 import pack24, pack_rows
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),  # said once, by set_sync_debug_mode itself
+]
 CUDA = torch.device("cuda")
 KERNELS = {name: import_module(f"triton_ops.{name}") for name in selftest.KERNELS}
 CASES = pytest.mark.parametrize("name,m", [(name, m) for name, tokens in selftest.KERNELS.items() for m in tokens])
@@ -29,6 +33,16 @@ def problem(name: str, n: int, k: int, m: int, dtype: torch.dtype = torch.bfloat
     keep = scattered if name in selftest.UNSTRUCTURED else reference.mask24(weight)
     x = torch.randn(m, k, generator=generator, device=CUDA).to(dtype)
     return x, weight.masked_fill(~keep, 0), torch.randn(n, generator=generator, device=CUDA).to(dtype)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """An error where the host waits for the device. Whatever happens, the tests that follow may wait again."""
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def needs(kernel: ModuleType, n: int, k: int, m: int) -> None:
@@ -71,11 +85,8 @@ def test_a_graph_replays_to_the_bit_and_nothing_waits_for_the_host(name: str, m:
     x, weight, bias = problem(name, 1024, 4096, m)
     packed = kernel.prepare(weight)
     wanted = kernel.linear(x, packed, bias)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         again = kernel.linear(x, packed, bias)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(again, wanted)
     graph, other = torch.cuda.CUDAGraph(), x.clone()
     with torch.cuda.graph(graph):
@@ -103,6 +114,29 @@ def test_it_compiles_as_part_of_a_model(name: str) -> None:
     packed = kernel.prepare(weight)
     compiled = torch.compile(lambda x: kernel.linear(x, packed, bias).relu(), fullgraph=True)
     assert torch.equal(compiled(x), kernel.linear(x, packed, bias).relu())
+
+
+@pytest.mark.parametrize("name", stacked.KERNELS)
+def test_q_k_and_v_in_one_call_go_into_a_graph(name: str) -> None:
+    shapes = [(4096, 4096), (1024, 4096), (1024, 4096)]
+    reason = stacked.why_not(name, shapes, torch.bfloat16, CUDA, 1)
+    if reason:
+        pytest.skip(reason)
+    x, weight, _ = problem(name, 6144, 4096, 1)
+    weights = weight.split([n for n, _ in shapes])
+    packed = stacked.prepare(name, weights)
+    with no_waiting():
+        found = stacked.linear(x, packed)
+    for one, part in zip(found, weights, strict=True):
+        exact = x.double() @ part.double().T
+        dense = (torch.nn.functional.linear(x, part).double() - exact).norm()
+        assert (one.double() - exact).norm() <= 1.2 * dense
+    graph, other = torch.cuda.CUDAGraph(), torch.zeros_like(x)
+    with torch.cuda.graph(graph):
+        again = stacked.linear(other, packed)
+    other.copy_(x)
+    graph.replay()
+    assert all(map(torch.equal, again, found))
 
 
 def mixture(t: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -138,11 +172,8 @@ def test_the_error_of_experts_is_that_of_torch(t: int, dtype: torch.dtype) -> No
 def test_a_graph_of_experts_follows_other_choices(t: int) -> None:
     x, gate, up, down, index, shares = mixture(t, torch.bfloat16)
     wanted = expert_gemv.experts(x, gate, up, down, index, shares)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         again = expert_gemv.experts(x, gate, up, down, index, shares)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(again, wanted)
     graph, other = torch.cuda.CUDAGraph(), index.clone()
     with torch.cuda.graph(graph):

@@ -95,7 +95,9 @@ EVERYWHERE = pytest.mark.parametrize("cc", [90, *(pytest.param(cc, marks=pytest.
 
 
 @EVERYWHERE
-def test_select24_compiles_to_wide_loads_and_under_five_instructions_a_weight(compiled: Compiler, cc: int) -> None:
+def test_select24_compiles_to_wide_loads_and_copied_ahead_in_under_six_instructions_a_weight(
+    compiled: Compiler, cc: int
+) -> None:
     made = compiled(
         kernel="triton_ops.select24:select24_kernel",
         signature=ROWS | dict.fromkeys(("N", "K", "words", "parts"), "i32"),
@@ -103,8 +105,8 @@ def test_select24_compiles_to_wide_loads_and_under_five_instructions_a_weight(co
         cc=cc,
         divisible="N K words",
     )
-    assert made.in_loop(r"LDG\.E\S*\.128") == 2  # all pairs: a thread has 32 weights
-    assert len(made.loop) / 32 < 5
+    assert made.in_loop(r"LDGSTS\S*\.128") == 2  # all pairs: a thread has 32 weights
+    assert len(made.loop) / 32 < 6
     assert made.stack == 0 and made.count("LDL|STL") == 0
 
 

@@ -10,6 +10,8 @@ from aot import Compiler
 from torch import Tensor
 
 from triton_ops import reference
+from triton_ops.mma24_kernel import entries_of_a_turn, run
+from triton_ops.mma24_plan import PLANS, Plan
 from triton_ops.split24 import add_residual, bits_per_weight, entries_for, linear, prepare, restore, split24, why_not
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -68,7 +70,32 @@ def test_seventy_percent_is_9_73_bits_a_weight(sparse: Callable) -> None:
     assert bits_per_weight(0.7) == pytest.approx(9.7344) and bits_per_weight(0.5) == pytest.approx(12.0)
 
 
-@pytest.mark.parametrize("m", [1, 5])
+@DTYPES
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_one_token_takes_the_entries_along(
+    whole: Callable, poisoned: Callable, device: torch.device, dtype: torch.dtype, parts: int
+) -> None:
+    """Of rows that have none, about as many as a turn adds, and by far more."""
+    x, weight, bias = whole(1, 40, 1028, dtype, device, sparsity=0.7)  # 5 blocks: up to three turns of 2 warps
+    weight[3], weight[39] = 0, 0
+    weight[17], weight[38] = torch.ones_like(weight[:2])
+    packed, cut = prepare(weight), Plan(1, 2, 2, True, parts)
+    counts = packed.offsets.diff()
+    assert counts[3] == 0 and counts[17] > 500 > 5 * entries_of_a_turn(counts.float().mean().item(), 5, cut)
+    with poisoned():
+        y = x.new_empty(1, 40)
+        run(x, packed.two.vals, packed.two.meta, bias, y, cut, (packed.entries, packed.offsets))
+    assert torch.equal(y, reference.linear(x, weight, bias))
+
+
+def test_a_turn_adds_what_the_average_row_has_in_it() -> None:
+    cut = PLANS[1]
+    assert entries_of_a_turn(330, 56, cut) == 64  # 7 turns of 8 warps: 47 and a quarter more
+    assert entries_of_a_turn(330, 56, cut._replace(parts=2)) == 64  # 4 turns of two programs
+    assert entries_of_a_turn(0, 1, cut) == 16 and entries_of_a_turn(9000, 56, cut) == 256
+
+
+@pytest.mark.parametrize("m", [2, 5])
 def test_the_second_pass_adds_parts_entries_and_bias(poisoned: Callable, device: torch.device, m: int) -> None:
     """Row 0 has no entry, row 1 has two, row 2 one at the last column, rows 3 and 4 forty each."""
     columns = [2, 7, 63, *range(40), *range(10, 50)]
@@ -110,7 +137,33 @@ def test_what_cannot_be_is_refused(sparse: Callable[..., Tensor]) -> None:
         prepare(weight, torch.zeros_like(weight, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 32])
+@pytest.mark.parametrize("entries", [16, 64])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("cc", [90, *(pytest.param(cc, marks=pytest.mark.slow) for cc in (80, 100))])
+def test_the_entries_are_read_beside_the_fragments(compiled: Compiler, cc: int, parts: int, entries: int) -> None:
+    cut, finished = PLANS[1], parts == 1
+    pointers = {name: "*i32" for name in ("vals", "meta", "entries", "offsets")} | {"x": "*bf16", "bias": "*bf16"}
+    constants = {"TILES": cut.tiles, "TOKENS": 1, "WARPS": cut.warps, "GROUP": cut.group, "DIRECT": True}
+    made = compiled(
+        kernel="triton_ops.mma24_kernel:mma24_kernel",
+        signature=pointers
+        | {"y": "*bf16" if finished else "*fp32"}
+        | dict.fromkeys(("M", "N", "K", "tiles", "blocks", "parts"), "i32"),
+        constants=constants
+        | {"ENTRIES": entries, "FINISHED": finished, "BIAS": finished, "BF16": True, "EMULATE": False},
+        cc=cc,
+        warps=cut.warps,
+        divisible="N K",
+    )
+    assert made.in_loop(r"HMMA\.SP\.16832\.F32") == 8 and made.in_loop(r"LDG\.E\S*\.128") == 9
+    assert made.in_loop("LDG") == 9 + 32 + 2 * entries // 16  # an entry and its input, 16 · entries of 256 threads
+    assert made.in_loop("LDS|STS|SHFL|BAR|LDGSTS") == 0
+    assert made.stack == 0 and made.registers <= 128
+    assert len(made.assembly_layouts()) == 8 and "threadsPerWarp = [32, 1]" in made.assembly_layouts()[0]
+    assert len(set(made.assembly_layouts())) == 1
+
+
+@pytest.mark.parametrize("tokens", [2, 8, 32])
 @pytest.mark.parametrize("cc", [90, *(pytest.param(cc, marks=pytest.mark.slow) for cc in (80, 100))])
 def test_the_residual_compiles_to_wide_loads_of_tokens_without_spills(compiled: Compiler, tokens: int, cc: int) -> None:
     pointers = {
@@ -130,4 +183,4 @@ def test_the_residual_compiles_to_wide_loads_of_tokens_without_spills(compiled: 
     )
     assert made.stack == 0 and made.count("LDL|STL") == 0
     if tokens >= 8:
-        assert made.in_loop(r"LDG\.E\S*\.128") >= 1  # eight tokens of an input at once
+        assert made.count(r"LDG\.E\S*\.128") >= 1  # eight tokens of an input at once

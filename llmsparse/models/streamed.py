@@ -9,9 +9,9 @@ model's own forward is used for everything, with blocks replaced by recorders (`
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from llmsparse.errors import CheckpointError
 from llmsparse.models.activations import Activations, Recorder
 from llmsparse.models.block import Block, Head
+from llmsparse.models.complete import check_complete
 from llmsparse.models.empty_model import assign, build_empty, find_blocks, quiet, replaced
 from llmsparse.models.meta_run import run_on_meta
 from llmsparse.models.naming import Group, Naming, in_block
 from llmsparse.models.origin import load_config
+from llmsparse.models.prunable import refuse_shared_blocks
 from llmsparse.models.weight import Slot, Weight, list_weights
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.shard import is_finite
@@ -50,21 +52,39 @@ class StreamedModel:
             self._model = build_empty(self.config, device, dtype, trust_remote_code)
         self._dtypes = {name: tensor.dtype for name, tensor in self._model.state_dict().items()}
         self._parameters = dict(self._model.named_parameters(remove_duplicate=False)).keys()
-        path, self._blocks = find_blocks(self._model)
-        self.block_names = [f"{path}.{index}" for index in range(len(self._blocks))]
+        self.blocks_path, self._blocks = find_blocks(self._model)
+        self.block_names = [f"{self.blocks_path}.{index}" for index in range(len(self._blocks))]
 
         keys = reader.keys()
         self.naming = Naming(self._model, keys)
         self.outside_keys: list[str] = []
         self._block_keys: list[list[str]] = [[] for _ in self._blocks]
         for key in keys:
-            index = in_block(self.naming.target(key) or "", path)
+            index = in_block(self.naming.target(key) or "", self.blocks_path)
             (self.outside_keys if index is None else self._block_keys[index]).append(key)
         self._input, self._embedding = self._named(self._model.get_input_embeddings())
         self._output, self._head = self._named(self._model.get_output_embeddings())
-        self._tied = self._check_complete()
+        self._tied = check_complete(self._model, self.naming, reader)
         self._loaded = False  # what lies outside the blocks and embeddings
         self._outline = run_on_meta(self._model, self._blocks, device)
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint lies."""
+        return self._reader.folder
+
+    @property
+    def parts(self) -> list[str]:
+        """Parameters of two dimensions that are multiplied with part by part, as experts of a flat tensor are."""
+        return sorted(name for name in self._outline.parts if in_block(name, self.blocks_path) is not None)
+
+    def same_parameters(self) -> Iterator[tuple[str, str]]:
+        """Pairs of names of one parameter: tied ones, and those of a module that stands in several places."""
+        yield from self._model.all_tied_weights_keys.items()
+        first: dict[int, str] = {}
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            if first.setdefault(id(parameter), name) != name:
+                yield name, first[id(parameter)]
 
     @property
     def hidden_size(self) -> int:
@@ -84,7 +104,8 @@ class StreamedModel:
         """Every matrix that a block multiplies activations with. Reads nothing."""
         prefix = self.block_names[index] + "."
         groups = [group for name, group in self.naming.groups.items() if name.startswith(prefix)]
-        return list_weights(self._reader, groups, self._blocks[index], prefix, self._outline.transposed)
+        outline = self._outline
+        return list_weights(self._reader, groups, self._blocks[index], prefix, outline.transposed, outline.kinds)
 
     @property
     def tied_head(self) -> str | None:
@@ -96,11 +117,12 @@ class StreamedModel:
         if self._output in self._model.all_tied_weights_keys:
             return []
         prefix, group = self._output.removesuffix("weight"), self.naming.groups[self._output]
-        return list_weights(self._reader, [group], self._head, prefix, self._outline.transposed, {"weight": HEAD})
+        return list_weights(self._reader, [group], self._head, prefix, self._outline.transposed, {self._output: HEAD})
 
     def matrices(self) -> Iterator[tuple[Group, dict[str, bool]]]:
         """Tensors on disk that become linear weights, experts or the untied head, group by group, and which module
-        tensors these are: name → laid out (in, out). Reads nothing."""
+        tensors these are: name → laid out (in, out). Reads nothing. CheckpointError for blocks that share their weights."""
+        refuse_shared_blocks(self)
         blocks = [weight for index in range(len(self._blocks)) for weight in self.weights(index) if weight.prunable]
         keys = {weight.key for weight in [*blocks, *self.head_weights()]}
         for group in self.naming.groups.values():
@@ -212,32 +234,6 @@ class StreamedModel:
         raise CheckpointError(
             f"{self._reader.folder}: {type(self._model).__name__} has no input or no output embedding"
         )
-
-    def _check_complete(self) -> dict[str, str]:
-        """Tied parameters that are not on disk → the one that is. Raises CheckpointError if any other is missing."""
-        on_disk = {name for group in self.naming.groups.values() for name in group.targets}
-        tied: dict[str, str] = {}
-        for target, origin in self._model.all_tied_weights_keys.items():
-            if target not in on_disk:
-                tied[target] = origin
-            elif origin not in on_disk:
-                tied[origin] = target
-        missing = [name for name in self._parameters if tied.get(name, name) not in on_disk]
-        if missing:
-            raise CheckpointError(
-                f"{self._reader.folder}: {len(missing)} of the tensors that config.json asks for are not on disk, "
-                f"{missing[0]!r} among them; download the checkpoint again"
-            )
-        for group in self.naming.groups.values():
-            held = sum(math.prod(self._reader.spec(key).shape) for key in group.keys)
-            wanted = sum(self._model.get_parameter_or_buffer(name).numel() for name in group.targets)
-            if held != wanted:
-                others = f" and {len(group.keys) - 1} like it hold" if len(group.keys) > 1 else " holds"
-                raise CheckpointError(
-                    f"{self._reader.folder}: tensor {group.keys[0]!r}{others} {held} elements, config.json asks for "
-                    f"{wanted} in {group.target!r}; the two do not belong together, or something is missing"
-                )
-        return tied
 
     def _load(self, part: str) -> None:
         """Load an embedding, and what else lies outside the blocks, unless they are there."""

@@ -1,0 +1,43 @@
+"""Whether a checkpoint holds all that its config asks for, told from names and sizes alone."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from llmsparse.errors import CheckpointError
+from llmsparse.models.naming import Naming
+from llmsparse.storage.checkpoint import CheckpointReader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_complete(model: PreTrainedModel, naming: Naming, reader: CheckpointReader) -> dict[str, str]:
+    """Tied parameters that are not on disk → the one that is. CheckpointError if any other is missing, or of another
+    size than config.json asks for."""
+    on_disk = {name for group in naming.groups.values() for name in group.targets}
+    tied: dict[str, str] = {}
+    for target, origin in model.all_tied_weights_keys.items():
+        if target not in on_disk:
+            tied[target] = origin
+        elif origin not in on_disk:
+            tied[origin] = target
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    missing = [name for name in parameters if tied.get(name, name) not in on_disk]
+    if missing:
+        raise CheckpointError(
+            f"{reader.folder}: {len(missing)} of the tensors that config.json asks for are not on disk, "
+            f"{missing[0]!r} among them; download the checkpoint again"
+        )
+    for group in naming.groups.values():
+        held = sum(math.prod(reader.spec(key).shape) for key in group.keys)
+        wanted = sum(model.get_parameter_or_buffer(name).numel() for name in group.targets)
+        if held != wanted:
+            others = f" and {len(group.keys) - 1} like it hold" if len(group.keys) > 1 else " holds"
+            raise CheckpointError(
+                f"{reader.folder}: tensor {group.keys[0]!r}{others} {held} elements, config.json asks for "
+                f"{wanted} in {group.target!r}; the two do not belong together, or something is missing"
+            )
+    return tied

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import shlex
 import sys
@@ -11,9 +9,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llmsparse.runs import progress
+from llmsparse.storage.strict_json import strict_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -51,7 +50,7 @@ class Terminal:
     def show(self, result: Result, as_json: bool) -> None:
         """One JSON document, or a table."""
         if as_json:
-            print(json.dumps(_finite(result.to_json()), indent=2, ensure_ascii=False))
+            print(strict_json(result.to_json()))
             return
         from rich.console import Console
 
@@ -84,14 +83,3 @@ class Terminal:
             return ""
         again = [argument for argument in self.arguments if argument not in ("--overwrite", "--resume")]
         return f"{self.partial} keeps what is done, go on with: {shlex.join(['llmsparse', *again, '--resume'])}"
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in cast(dict[str, Any], value).items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in cast(Sequence[Any], value)]
-    return value

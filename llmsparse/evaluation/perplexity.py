@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmsparse.errors import CalibrationError, RecipeError
+from llmsparse.errors import CalibrationError, NumericalError, RecipeError
 from llmsparse.models.origin import fetch_model, load_config, load_tokenizer
 from llmsparse.models.streamed import Activations, StreamedModel
 from llmsparse.runs.device import choose_device, choose_dtype, split_batches, window_length
@@ -77,7 +77,8 @@ def perplexity(
 
     Every full window of `seq_len` tokens (default min(2048, the model's maximum)), or the first `windows` of them, is
     used; the remainder is dropped.
-    Raises CheckpointError, CalibrationError, RecipeError or MachineError, each with one line.
+    Raises CheckpointError, CalibrationError, RecipeError, MachineError or, for logits that are NaN or Inf, NumericalError,
+    each with one line.
     """
     started = time.perf_counter()
     for name, value, least in (("seq_len", seq_len, 2), ("batch_size", batch_size, 1), ("windows", windows, 1)):
@@ -119,9 +120,17 @@ def perplexity(
             block.evict()
             release_freed()
         nll = negative_log_likelihood(streamed, acts, batches)
+    if not math.isfinite(nll):
+        raise NumericalError(_overflowed(model, streamed.dtype))
     tokens = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
     protocol = chosen.protocol | {"stride": chosen.ids.shape[1], "level": "token"}
     return Perplexity(model, perplexity_of(nll, tokens), tokens, time.perf_counter() - started, protocol)
+
+
+def _overflowed(model: str, dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    way_out = "check the checkpoint" if dtype == torch.float32 else "try --dtype float32"
+    return f"{model}: its logits are NaN or Inf when computed in {name}, so there is no perplexity; {way_out}"
 
 
 def calibrated_on(folder: Path, text: str, protocol: dict[str, Any]) -> bool:

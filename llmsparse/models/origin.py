@@ -22,6 +22,7 @@ from llmsparse.models import hub
 from llmsparse.storage.disk import disk_error
 from llmsparse.storage.home_folder import expand_home
 from llmsparse.storage.shard import Header
+from llmsparse.storage.strict_json import strict_json
 
 BUILTIN = "builtin"  # the embedded model ...
 BUILTIN_FOLDER = Path(__file__).parents[1] / "demo" / "model"  # ... and where it lies
@@ -202,8 +203,8 @@ def copy_side_files(source: Path, target: Path, leaving: Collection[str] = WRITT
 
 
 def write_side_files(target: Path, *, recipe: str, report: dict[str, Any], card: str) -> None:
-    """Write what a run says about itself beside its weights: recipe (YAML), report (JSON) and model card."""
-    texts = (card, recipe, json.dumps(report, indent=2) + "\n")
+    """Write what a run says about itself beside its weights: recipe (YAML), report (JSON, null for NaN) and model card."""
+    texts = (card, recipe, strict_json(report) + "\n")
     for name, text in zip(WRITTEN, texts, strict=True):
         try:
             (target / name).write_text(text, encoding="utf-8")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from llmsparse.errors import CheckpointError
 from llmsparse.models.naming import in_block
 
 if TYPE_CHECKING:
     from llmsparse.models.streamed import StreamedModel
+
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
 def refuse_flat_experts(model: StreamedModel) -> None:
@@ -19,6 +25,16 @@ def refuse_flat_experts(model: StreamedModel) -> None:
             f"{model.folder}: {model.parts[0]} holds several experts in two dimensions ({len(model.parts)} such tensors), "
             f"which cannot be told apart; {model.config.model_type} cannot be pruned"
         )
+
+
+def refuse_stored(folder: Path, stored: Iterable[tuple[str, torch.dtype]]) -> None:
+    """CheckpointError for weights, by on-disk name, in a dtype that holds a code rather than their value."""
+    for key, dtype in stored:
+        if dtype not in FLOATS:
+            spelled = "8-bit floats" if dtype.is_floating_point else str(dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{folder}: {key} is stored in {spelled} ({dtype}); start from the checkpoint in 16 or 32 bits"
+            )
 
 
 def refuse_shared_blocks(model: StreamedModel) -> None:

@@ -48,6 +48,7 @@ class StreamedModel:
         self.config: Any = load_config(reader.folder, trust_remote_code)
         self._reader = reader
         self._device = device
+        self.dtype = dtype
         with quiet():
             self._model = build_empty(self.config, device, dtype, trust_remote_code)
         self._dtypes = {name: tensor.dtype for name, tensor in self._model.state_dict().items()}
@@ -72,6 +73,10 @@ class StreamedModel:
     def folder(self) -> Path:
         """Where the checkpoint lies."""
         return self._reader.folder
+
+    def dtype_of(self, weight: Weight) -> torch.dtype:
+        """The dtype that a weight is stored in."""
+        return self._reader.spec(weight.key).dtype
 
     @property
     def parts(self) -> list[str]:
@@ -188,17 +193,9 @@ class StreamedModel:
         if not weights:
             return None
         self._load(self._output)
-        head = Head(
-            HEAD,
-            len(self._blocks),
-            self._head,
-            weights,
-            self._read([weights[0].key]),
-            naming=self.naming,
-            prefix=self._output.removesuffix("weight"),
-            device=self._device,
-            fill=self._fill,
-        )
+        stored, prefix = self._read([weights[0].key]), self._output.removesuffix("weight")
+        known: dict[str, Any] = {"naming": self.naming, "prefix": prefix, "device": self._device, "fill": self._fill}
+        head = Head(HEAD, len(self._blocks), self._head, weights, stored, **known)
         head.entering = self._entering_head
         return head
 

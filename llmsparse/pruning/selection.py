@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from llmsparse.errors import RecipeError, did_you_mean
-from llmsparse.models.prunable import refuse_flat_experts, refuse_shared_blocks
+from llmsparse.models.prunable import refuse_flat_experts, refuse_shared_blocks, refuse_stored
 from llmsparse.models.streamed import StreamedModel, Weight
 from llmsparse.pruners import Pruner
 from llmsparse.pruning.recipe import PruneRecipe
@@ -44,6 +44,7 @@ def choose_weights(recipe: PruneRecipe, model: StreamedModel) -> dict[str, list[
         weights, only=recipe.only, include=recipe.include, exclude=recipe.exclude, tied=model.tied_head
     )
     recipe.check_rules([weight.name for weight in selected])
+    refuse_stored(model.folder, ((weight.key, model.dtype_of(weight)) for weight in selected))
     names = {weight.name for weight in selected}
     choices: dict[str, list[Choice]] = {}
     for block, members in blocks.items():

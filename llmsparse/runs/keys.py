@@ -32,6 +32,9 @@ KEYS = {  # of every key but model and rules, by group
         "only": Key("Prune only weights whose name matches (repeatable).", None, "GLOB", list),
         "include": Key("Prune these too, such as lm_head (repeatable).", None, "GLOB", list),
         "exclude": Key("Leave weights whose name matches as they are (repeatable).", None, "GLOB", list),
+        "keep_zeros": Key(
+            "Leave what is 0 already at 0, whatever the method: to prune a sparse model further.", kind=bool
+        ),
         "true_sequential": Key(
             "Measure a block's later weights on what its earlier ones became when pruned: slower.", kind=bool
         ),

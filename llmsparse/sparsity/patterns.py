@@ -127,6 +127,35 @@ class NofM:
         return (rank >= self.m - self.n).view(score.shape)
 
 
+@dataclass(frozen=True)
+class KeepingZeros:
+    """A pattern under which what is 0 already, True in `zeros` (out, in), goes first and stays away.
+
+    Where more of it is 0 than the pattern asks for, the mask is sparser than the pattern.
+    """
+
+    pattern: Pattern
+    zeros: Tensor
+
+    @property
+    def span(self) -> int:
+        return self.pattern.span
+
+    @property
+    def sparsity(self) -> float:
+        return self.pattern.sparsity
+
+    def __str__(self) -> str:
+        return str(self.pattern)
+
+    def check(self, name: str, shape: tuple[int, int]) -> None:
+        self.pattern.check(name, shape)
+
+    def keep(self, score: Tensor, columns: slice, width: int) -> Tensor:
+        zeros = self.zeros[:, columns]
+        return self.pattern.keep(score.masked_fill(zeros, -torch.inf), columns, width) & ~zeros
+
+
 def parse_pattern(text: str, sparsity: float | None, scope: Scope) -> Pattern:
     """`unstructured` or `N:M` as written in a recipe; `sparsity` and `scope` are for the former.
 

@@ -17,6 +17,7 @@ from llmsparse.factorization.export import Spec
 from llmsparse.factorization.recipe import FactorizeRecipe
 from llmsparse.factorization.split import Layout
 from llmsparse.models.origin import Origin, fetch_model, load_config, look_at_model
+from llmsparse.models.prunable import refuse_stored
 from llmsparse.models.streamed import StreamedModel, Weight
 from llmsparse.runs.device import choose_device, choose_dtype, window_length
 from llmsparse.runs.partial import check_output, held_bytes
@@ -170,6 +171,7 @@ def find_ffn(model: StreamedModel, reader: CheckpointReader, index: int) -> Targ
             f"{reader.folder}: {model.block_names[index]} has no {missing[0]}; only a gated FFN will do"
         )
     gate, up, down = (weights[part] for part in PARTS)
+    refuse_stored(reader.folder, ((one.key, reader.spec(one.key).dtype) for one in (gate, up, down)))
     dtype = torch.promote_types(reader.spec(gate.key).dtype, reader.spec(down.key).dtype)
     return Target(gate, up, down, gate.key.removesuffix(PARTS[0]), dtype)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
@@ -202,3 +203,20 @@ def test_blocks_that_are_one_on_disk_are_refused_in_the_plan_and_by_pack(tmp_pat
     with pytest.raises(CheckpointError, match=wanted):
         llmsparse.pack(str(tmp_path / "model"), tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
+
+
+def test_weights_in_8_bit_floats_are_refused_in_the_plan(tmp_path: Path) -> None:
+    random_model(tiny_config("llama")).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = {
+        key: tensor.to(torch.float8_e4m3fn) if "_proj" in key else tensor for key, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+    wanted = r"q_proj\.weight is stored in 8-bit floats .* start from the checkpoint in 16 or 32 bits"
+    with pytest.raises(CheckpointError, match=wanted):
+        llmsparse.plan(model=str(tmp_path / "model"), output=str(tmp_path / "out"), sparsity=0.5, seq_len=32)
+    with pytest.raises(CheckpointError, match=r"_proj\.weight is stored in 8-bit floats"):
+        llmsparse.factorize(
+            model=str(tmp_path / "model"), output=str(tmp_path / "out"), experts=4, shared=1, active=1, seq_len=32
+        )
+    assert not (tmp_path / "out").exists()

@@ -75,12 +75,19 @@ class FactorizePlan(RunPlan[FactorizeRecipe]):
                     found[prefix + bias] = ((shapes[bias.removesuffix("bias") + "weight"][0],), dtype)
         return found
 
+    @property
+    def untied(self) -> dict[str, str]:
+        """Of a tied source whose container is not tied: the embedding that is not on disk → the one that is."""
+        groups = self.model.naming.groups
+        return {} if self.container.ties_head else {new: groups[old].keys[0] for new, old in self.model.tied.items()}
+
     @cached_property
     def tensors(self) -> Mapping[str, Spec]:
         """Shape and dtype of everything that will be written, block after block as in the source."""
         found: dict[str, Spec] = {
             key: (self.reader.spec(key).shape, self.reader.spec(key).dtype) for key in self.copied
         }
+        found |= {new: found[old] for new, old in self.untied.items()}
         found |= self.zeros
         width = self.model.hidden_size
         for target in self.targets.values():

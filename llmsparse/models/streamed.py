@@ -65,7 +65,7 @@ class StreamedModel:
             (self.outside_keys if index is None else self._block_keys[index]).append(key)
         self._input, self._embedding = self._named(self._model.get_input_embeddings())
         self._output, self._head = self._named(self._model.get_output_embeddings())
-        self._tied = check_complete(self._model, self.naming, reader)
+        self.tied = check_complete(self._model, self.naming, reader)  # what is not on disk → what it is tied to
         self._loaded = False  # what lies outside the blocks and embeddings
         self._outline = run_on_meta(self._model, self._blocks, device)
 
@@ -234,7 +234,7 @@ class StreamedModel:
 
     def _load(self, part: str) -> None:
         """Load an embedding, and what else lies outside the blocks, unless they are there."""
-        large = {self._tied.get(name, name) for name in (self._input, self._output)}
+        large = {self.tied.get(name, name) for name in (self._input, self._output)}
         rest = [
             key
             for key in self.outside_keys
@@ -244,7 +244,7 @@ class StreamedModel:
             self._fill(self._read(rest))
         self._loaded = True
         if self._model.get_parameter(part).is_meta:
-            self._fill(self._read(self.naming.groups[self._tied.get(part, part)].keys))
+            self._fill(self._read(self.naming.groups[self.tied.get(part, part)].keys))
 
     def _read(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """Tensors from disk. CheckpointError for a parameter that holds NaN or Inf."""
@@ -256,8 +256,8 @@ class StreamedModel:
 
     def _drop(self, part: str) -> None:
         """Let go of an embedding, and of what is tied to it."""
-        stored = self._tied.get(part, part)
-        for name in (stored, *(name for name, origin in self._tied.items() if origin == stored)):
+        stored = self.tied.get(part, part)
+        for name in (stored, *(name for name, origin in self.tied.items() if origin == stored)):
             assign(self._model, name, torch.empty_like(self._model.get_parameter(name), device="meta"))
 
     def _fill(self, tensors: Mapping[str, Tensor]) -> None:
@@ -273,7 +273,7 @@ class StreamedModel:
                     f"{self._reader.folder}: {name} has shape {list(tensor.shape)} on disk, config.json asks for "
                     f"{list(wanted)}; they do not belong together"
                 )
-            for same in (name, *(tied for tied, origin in self._tied.items() if origin == name)):
+            for same in (name, *(tied for tied, origin in self.tied.items() if origin == name)):
                 assign(self._model, same, tensor)
 
 

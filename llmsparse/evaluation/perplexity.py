@@ -93,7 +93,7 @@ def perplexity(
     streamed = StreamedModel(
         reader, device=place, dtype=choose_dtype(dtype, place, reader), trust_remote_code=trust_remote_code
     )
-    stored_tokens = text.endswith(calibration.TOKEN_FILE_SUFFIX)
+    stored_tokens = calibration.is_token_file(text)
     tokenizer = None if stored_tokens else load_tokenizer(folder, trust_remote_code)
     chosen = calibration.load_evaluation(
         text,

@@ -181,7 +181,7 @@ def calibration_windows(
 ) -> Windows:
     """The windows that a recipe asks for, and others to measure on. CalibrationError or RecipeError in one line."""
     length = window_length(config, recipe.seq_len, recipe.calibration)
-    stored_tokens = recipe.calibration.endswith(calibration.TOKEN_FILE_SUFFIX)
+    stored_tokens = calibration.is_token_file(recipe.calibration)
     windows = calibration.load_windows(
         recipe.calibration,
         None if stored_tokens else load_tokenizer(folder, trust_remote_code),

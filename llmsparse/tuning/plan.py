@@ -162,11 +162,11 @@ def make_plan(recipe: TuneRecipe, *, resume: bool = False, overwrite: bool = Fal
     for apart in (folder, teacher_folder):
         check_output(recipe.output_folder, resume=resume, overwrite=overwrite, source=apart)
 
-    if recipe.text.endswith(calibration.TOKEN_FILE_SUFFIX):
+    if calibration.is_token_file(recipe.text):
         length = calibration.stored_length(recipe.text, length)
     windows = calibration.load_windows(
         recipe.text,
-        None if recipe.text.endswith(calibration.TOKEN_FILE_SUFFIX) else load_tokenizer(folder),
+        None if calibration.is_token_file(recipe.text) else load_tokenizer(folder),
         seq_len=length,
         samples=recipe.steps * windows_in_a_step(recipe, length or calibration.DEFAULT_SEQ_LEN),
         seed=recipe.seed,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llmsparse.errors import NumericalError
+from llmsparse.errors import CheckpointError, NumericalError
 from llmsparse.models.streamed import Activations, Block, Slot, Weight
 from llmsparse.models.tap import Tap
 from llmsparse.sparsity.stats import Statistic
@@ -101,7 +101,12 @@ def calibrate(
             return
         if slot in followers:
             shared = current.get(id(followers[slot]))
-            assert shared is not None and _identity(shared) == _identity(x), f"{slot} no longer shares its input"
+            if shared is None or _identity(shared) != _identity(x):
+                one, other = (_name_of(followers[slot], at) for at in (slot, followers[slot].slots[0]))
+                raise CheckpointError(
+                    f"{one}: has the input of {other} in one batch and another one in the next; leave it out with "
+                    f"--exclude {one!r}"
+                )
         if slot not in lead:
             return
         entry = lead[slot]
@@ -126,6 +131,10 @@ def calibrate(
                 f"the activations that enter {entry.weights[0].name} are NaN or Inf; try --dtype float32, or check the model"
             )
     return outputs
+
+
+def _name_of(entry: Input, slot: Slot) -> str:
+    return next(weight.name for weight in entry.weights if weight.slot == slot)
 
 
 def sample_rows(tokens: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from llmsparse.errors import RecipeError
+from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.evaluation.perplexity import negative_log_likelihood, perplexity_of
 from llmsparse.models.origin import copy_side_files, write_side_files
 from llmsparse.models.streamed import Activations, Block
@@ -173,4 +173,8 @@ def check_written(folder: Path, planned: Iterable[str], partial: PartialOutput) 
         read_checked(reader, entry.get(CHECKSUMS, {}))  # what was only copied has none
         release_freed()
     missing = set(planned) ^ set(reader.keys())
-    assert not missing, f"tensors missing or added: {sorted(missing)[:3]}"
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} tensors are missing or were added, {min(missing)!r} among them; "
+            "something else writes there; start anew with --overwrite"
+        )

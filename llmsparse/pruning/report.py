@@ -133,7 +133,7 @@ class PruneReport(RunReport):
 
     def warn(self) -> None:
         """Say plainly what a user should know: weights that fell back, text that ran short, a large loss."""
-        self.warnings += [*self._starved(), *self._unmatched(), *self._sparse_before()]
+        self.warnings += [*self._starved(), *self._unsettled(), *self._unmatched(), *self._sparse_before()]
         if "note" in self.protocol:
             self.warnings.append(f"calibration: {self.protocol['note']}")
         if not self.perplexity:
@@ -170,6 +170,15 @@ class PruneReport(RunReport):
             yield (
                 f"{len(short)} weights have more inputs than calibration has tokens, {short[0].name} first "
                 f"({short[0].shape[1]} inputs, {short[0].tokens} tokens); use more --calibration-samples, or --method wanda"
+            )
+
+    def _unsettled(self) -> Iterator[str]:
+        """Weights whose method came to the end of its iterations before its mask stood still."""
+        rows = [row for row in self.rows if row.notes.get("settled") is False]
+        if rows:
+            yield (
+                f"the masks of {len(rows)} weights had not settled after {rows[0].notes['iterations']} iterations, "
+                f"{rows[0].name} first; give the method more max_iterations"
             )
 
     def _unmatched(self) -> Iterator[str]:

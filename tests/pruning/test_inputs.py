@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from llmsparse.errors import NumericalError
+from llmsparse.errors import CheckpointError, NumericalError
 from llmsparse.models.streamed import Activations, Block, StreamedModel
 from llmsparse.pruning.inputs import calibrate, learn_inputs, sample_rows
 from llmsparse.sparsity.stats import Gram
@@ -84,4 +85,16 @@ def test_activations_that_are_not_finite_are_an_error_that_names_the_weight(load
     block.module.input_layernorm.weight.data[3] = float("nan")
     inputs = learn_inputs(block, acts, block.weights)
     with pytest.raises(NumericalError, match=r"enter model\.layers\.0\.self_attn\.q_proj are NaN or Inf"):
+        calibrate(block, acts, inputs, lambda entry: None, device=CPU, seed=0)
+
+
+def test_weights_that_stop_sharing_their_input_are_an_error_that_names_both(
+    loaded: tuple[Block, Activations], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, acts = loaded
+    inputs = learn_inputs(block, acts, block.weights)
+    mlp: Any = block.module.mlp
+    own, calls = mlp.up_proj.forward, iter(range(100))
+    monkeypatch.setattr(mlp.up_proj, "forward", lambda x: own(x if next(calls) < 3 else x.clone()))
+    with pytest.raises(CheckpointError, match=r"up_proj: has the input of .*gate_proj in one batch .* --exclude"):
         calibrate(block, acts, inputs, lambda entry: None, device=CPU, seed=0)

@@ -86,6 +86,11 @@ def test_a_hessian_of_fewer_tokens_than_inputs_is_warned_of(method: str) -> None
     assert not warnings(row("wanda", 63), row("dsnot", 63))
 
 
+def test_a_mask_that_had_not_settled_is_said() -> None:
+    (warning,) = warnings(row("alps", settled=False, iterations=3), row("alps", settled=True, iterations=30))
+    assert warning.startswith("the masks of 1 weights had not settled after 3 iterations, b.0.e first")
+
+
 def test_a_block_that_matching_did_not_improve_is_said() -> None:
     better = {"before": 0.2, "after": 0.1, "steps": 3, "learning_rate": 0.1, "validation": True}
     assert not warnings(row(), match=better)

@@ -55,10 +55,10 @@ class Block:
         """The (out, in) matrix of a weight, a view into `stored` or into other on-disk tensors of the same shapes."""
         return weight.view(self.stored if tensors is None else tensors)
 
-    def store(self, weight: Weight, values: Tensor) -> None:
+    def store(self, weight: Weight, values: Tensor) -> int:
         """Round (out, in) values, where they are, to the stored dtype and put them into `stored`; -0.0 becomes +0.0.
 
-        NumericalError for a value that this dtype does not reach.
+        Returns how many are not 0 as stored. NumericalError for a value that this dtype does not reach.
         """
         view = self.view(weight)
         rounded = values.to(view.dtype) + 0  # -0.0 + 0 is +0.0
@@ -69,6 +69,7 @@ class Block:
                 f"does not reach; use --match-steps 0, method wanda, or a checkpoint in bfloat16 or float32"
             )
         view.copy_(rounded)
+        return int(rounded.count_nonzero())
 
     def reload(self) -> None:
         """Fill the module from `stored` again."""

@@ -113,14 +113,14 @@ def prune_weight(block: Block, choice: Choice, entry: Input, plan: PrunePlan) ->
     if plan.recipe.keep_zeros:  # whatever a method makes of the mask
         pruned = Pruned.of(pruned.weight, pruned.keep & ~zeros, **pruned.notes)
     notes |= pruned.notes | zeros_before(zeros, pruned.keep if plan.match_steps else pruned.weight != 0)
-    block.store(weight, pruned.weight)
+    left = block.store(weight, pruned.weight)
     row = PrunedWeight(
         name=weight.name,
         shape=weight.shape,
         method=choice.method,
         pattern=str(choice.pattern),
         sparsity_asked=choice.pattern.sparsity,
-        sparsity=1 - torch.count_nonzero(block.view(weight)).item() / stored.numel(),
+        sparsity=1 - left / stored.numel(),
         error=output_error(dense, pruned.weight, entry),
         tokens=entry.tokens,
         notes=notes,

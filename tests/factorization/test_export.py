@@ -13,7 +13,7 @@ from architectures import VOCABULARY, random_model, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from llmsparse.errors import CheckpointError, RecipeError
+from llmsparse.errors import CheckpointError, NumericalError, RecipeError
 from llmsparse.factorization.containers import Shape, check_source, choose_container
 from llmsparse.factorization.export import slots, specs, tensors
 from llmsparse.factorization.ffn import FFN
@@ -157,6 +157,18 @@ def test_planned_shapes_are_those_that_are_written_and_padding_is_zero() -> None
     assert torch.equal(down[:, :4], ffn.down[:, 16:].bfloat16()) and not down[:, 4:].any() and not gate[4:].any()
     assert torch.equal(written["b.mlp.shared_expert.down_proj.weight"], (2 * ffn.down[:, :16]).bfloat16())
     assert [slot.width for slot in slots(container, layout)] == [16, 16]
+
+
+def test_factors_that_carry_a_value_beyond_the_dtype_are_an_error_that_names_it() -> None:
+    layout = Layout(20, experts=2, shared=1, active=1)
+    ffn = FFN(torch.randn(20, 6), torch.randn(20, 6), torch.randn(6, 20))
+    container = choose_container("qwen2_moe", Shape(tiny_config("llama"), layout, ()))
+    split = Split(torch.arange(16), (torch.arange(16, 20),))
+    router = Router(torch.randn(1, 6), torch.zeros(1), "softmax", 1)
+    ffn.down[2, 3] = 4e4  # of the shared expert, which is written twice as large
+    assert tensors(container, layout, "b.", ffn, split, router, torch.bfloat16)
+    with pytest.raises(NumericalError, match=r"b\.mlp\.shared_expert\.down_proj\.weight: holds values that float16"):
+        tensors(container, layout, "b.", ffn, split, router, torch.float16)
 
 
 def test_config_is_complete(tokens: Path, tmp_path: Path) -> None:

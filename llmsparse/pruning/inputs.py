@@ -8,6 +8,7 @@ it, its input is empty, and empty tensors have no identity.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -46,7 +47,10 @@ class Input:
 
 
 def learn_inputs(block: Block, acts: Activations, weights: Sequence[Weight]) -> list[Input]:
-    """Which of the weights share an input, in the order the block calls them, learned from the first batch."""
+    """Which of the weights share an input, in the order the block calls them, learned from the first batch.
+
+    A weight that a block uses several times has one input, made of what it meets in all of them.
+    """
     by_slot: dict[Slot, list[Weight]] = {}
     for weight in weights:
         by_slot.setdefault(weight.slot, []).append(weight)
@@ -64,9 +68,11 @@ def learn_inputs(block: Block, acts: Activations, weights: Sequence[Weight]) -> 
 
     with torch.no_grad(), Tap(block, note):
         block.call(acts, 0)
-    groups = [tuple(slots) for slots in seen.values() if slots]
-    reached = {slot for slots in groups for slot in slots}
-    groups += [(slot,) for slot in by_slot if slot not in reached]  # experts that the first batch did not visit
+    times = Counter(slot for slots in seen.values() for slot in slots)
+    shared = [tuple(slot for slot in slots if times[slot] == 1) for slots in seen.values()]
+    groups = [slots for slots in shared if slots]
+    # by itself: what is used several times, on other inputs each, and experts that the first batch did not visit
+    groups += [(slot,) for slot in by_slot if times[slot] != 1]
     return [Input(slots, tuple(weight for slot in slots for weight in by_slot[slot])) for slots in groups]
 
 

@@ -33,4 +33,4 @@ def pruner_that_fits(choice: Choice, entry: Input, tokens: int) -> tuple[Pruner,
 
 def _reached(seen: int) -> str:
     count = {0: "no calibration token", 1: "1 calibration token"}.get(seen, f"{seen} calibration tokens")
-    return f"{count} reached this expert"
+    return f"{count} reached it"

@@ -71,8 +71,8 @@ def row(method: str = "wanda", tokens: int = 100, **notes: Any) -> PrunedWeight:
 
 def test_starved_experts_are_counted_and_what_they_fell_back_to_is_named() -> None:
     (warning,) = warnings(
-        row(tokens=0, fallback="magnitude: no calibration tokens reached this expert, wanda wants 32"),
-        row("sparsegpt", 40, fallback="wanda: 40 calibration tokens reached this expert, sparsegpt wants 96"),
+        row(tokens=0, fallback="magnitude: no calibration tokens reached it, wanda wants 32"),
+        row("sparsegpt", 40, fallback="wanda: 40 calibration tokens reached it, sparsegpt wants 96"),
         row(),
     )
     assert "2 weights of experts saw too few calibration tokens, 1 of them none at all" in warning

@@ -39,7 +39,7 @@ def test_the_least_number_of_tokens_is_that_of_the_statistic_and_the_width(prune
     assert fitting(pruner, least) == (pruner, None)
     if least:
         instead, note = fitting(pruner, least - 1)
-        assert note is not None and f"{least - 1} calibration tokens reached this expert" in note
+        assert note is not None and f"{least - 1} calibration tokens reached it" in note
         assert note.endswith(f"wants {least}")
         assert instead == (Wanda() if least > 32 else Magnitude())
 
@@ -47,10 +47,10 @@ def test_the_least_number_of_tokens_is_that_of_the_statistic_and_the_width(prune
 def test_below_the_least_of_wanda_magnitude_is_left() -> None:
     assert fitting(SparseGPT(), 31) == (
         Magnitude(),
-        "magnitude: 31 calibration tokens reached this expert, sparsegpt wants 96",
+        "magnitude: 31 calibration tokens reached it, sparsegpt wants 96",
     )
-    assert fitting(Wanda(), 1)[1] == "magnitude: 1 calibration token reached this expert, wanda wants 32"
-    assert fitting(Wanda(), 0)[1] == "magnitude: no calibration token reached this expert, wanda wants 32"
+    assert fitting(Wanda(), 1)[1] == "magnitude: 1 calibration token reached it, wanda wants 32"
+    assert fitting(Wanda(), 0)[1] == "magnitude: no calibration token reached it, wanda wants 32"
 
 
 def test_a_weight_that_saw_all_of_a_short_text_is_pruned_as_asked() -> None:

@@ -62,7 +62,7 @@ def factorize(
         writer = CheckpointWriter(partial.folder, plan.tensors, shard_bytes, resuming=bool(partial.finished))
         if OUTSIDE not in partial.finished:
             writer.copy(plan.reader, plan.copied)
-            writer.copy(plan.reader, plan.untied)
+            writer.copy(plan.reader, plan.untied, named=plan.untied)
             writer.write({key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in plan.zeros.items()})
             writer.sync()
             partial.journal(OUTSIDE, {})

@@ -7,6 +7,7 @@ figure papers report. It depends on the window length, so it never travels witho
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmsparse.errors import CalibrationError, RecipeError
+from llmsparse.errors import CalibrationError, NumericalError, RecipeError
 from llmsparse.models.likelihood import negative_log_likelihood, perplexity_of
 from llmsparse.models.origin import fetch_model, load_config, load_tokenizer
 from llmsparse.models.streamed import StreamedModel
@@ -72,7 +73,8 @@ def perplexity(
 
     Every full window of `seq_len` tokens (default min(2048, the model's maximum)), or the first `windows` of them, is
     used; the remainder is dropped.
-    Raises CheckpointError, CalibrationError, RecipeError or MachineError, each with one line.
+    Raises CheckpointError, CalibrationError, RecipeError, MachineError or, for logits that are NaN or Inf, NumericalError,
+    each with one line.
     """
     started = time.perf_counter()
     for name, value, least in (("seq_len", seq_len, 2), ("batch_size", batch_size, 1), ("windows", windows, 1)):
@@ -87,7 +89,7 @@ def perplexity(
     streamed = StreamedModel(
         reader, device=place, dtype=choose_dtype(dtype, place, reader), trust_remote_code=trust_remote_code
     )
-    stored_tokens = text.endswith(calibration.TOKEN_FILE_SUFFIX)
+    stored_tokens = calibration.is_token_file(text)
     tokenizer = None if stored_tokens else load_tokenizer(folder, trust_remote_code)
     chosen = calibration.load_evaluation(
         text,
@@ -111,9 +113,17 @@ def perplexity(
             progress.block(block.name)
             block.run(acts, into=acts)
         nll = negative_log_likelihood(streamed, acts, batches)
+    if not math.isfinite(nll):
+        raise NumericalError(_overflowed(model, streamed.dtype))
     tokens = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
     protocol = chosen.protocol | {"stride": chosen.ids.shape[1], "level": "token"}
     return Perplexity(model, perplexity_of(nll, tokens), tokens, time.perf_counter() - started, protocol)
+
+
+def _overflowed(model: str, dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    way_out = "check the checkpoint" if dtype == torch.float32 else "try --dtype float32"
+    return f"{model}: its logits are NaN or Inf when computed in {name}, so there is no perplexity; {way_out}"
 
 
 def calibrated_on(folder: Path, text: str, protocol: dict[str, Any]) -> bool:

@@ -61,6 +61,7 @@ class Container:
     shared: str | None = None  # prefix of the shared expert
     shared_gate: str | None = None  # a sigmoid on the shared expert; of zeros, so that it is 1/2
     attention_biases: tuple[str, ...] = ()  # that it always has: zeros where the source has none
+    ties_head: bool = True  # to the embedding, wherever it is served; where some do not, the head is written out
 
     def why_not(self, shape: Shape) -> str | None:
         """What keeps it from holding this source, or None."""
@@ -73,6 +74,7 @@ class Container:
         fields = {key: getattr(shape.config, key) for key in PASSED_ON}
         fields |= {"head_dim": head_width(shape.config), "rope_parameters": dict(shape.config.rope_parameters)}
         fields |= {"architectures": [self.architecture], "num_experts_per_tok": shape.layout.active}
+        fields["tie_word_embeddings"] &= self.ties_head
         return CONFIG_MAPPING[self.name](**fields | self.fields(shape))
 
 
@@ -230,6 +232,7 @@ CONTAINERS = {  # in the order of preference
         bias="mlp.gate.e_score_correction_bias",
         experts=_EXPERTS,
         shared="mlp.shared_experts.",
+        ties_head=False,
         fields=_glm4_fields,
         faults=_glm4_faults,
     ),
@@ -243,6 +246,7 @@ CONTAINERS = {  # in the order of preference
             "block_sparse_moe.experts.{}.w3.weight",
             "block_sparse_moe.experts.{}.w2.weight",
         ),
+        ties_head=False,
         fields=_mixtral_fields,
         faults=_mixtral_faults,
     ),

@@ -13,10 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmsparse.errors import NumericalError
 from llmsparse.factorization.containers import Container
 from llmsparse.factorization.ffn import FFN
 from llmsparse.factorization.router import Router
 from llmsparse.factorization.split import Layout, Split
+from llmsparse.storage.shard import is_finite
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 PROJECTIONS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
@@ -59,7 +61,10 @@ def specs(container: Container, layout: Layout, prefix: str, width: int, dtype: 
 def tensors(
     container: Container, layout: Layout, prefix: str, ffn: FFN, split: Split, router: Router, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """On-disk key → tensor on the CPU, in `dtype` but for the router's bias, which is fp32."""
+    """On-disk key → tensor on the CPU, in `dtype` but for the router's bias, which is fp32.
+
+    NumericalError where a value, all factors folded in, is beyond the dtype.
+    """
     width = ffn.gate.shape[1]
     found = {prefix + container.router: router.weight.to("cpu", dtype)}
     if container.bias:
@@ -73,6 +78,13 @@ def tensors(
         found[prefix + slot.up] = _padded(ffn.up[chosen], slot.width, dtype)
         down = (slot.factor * ffn.down[:, chosen]).T  # (neurons, width)
         found[prefix + slot.down] = _padded(down, slot.width, dtype).T.contiguous()
+    for key, tensor in found.items():
+        if not is_finite(tensor):
+            name = str(tensor.dtype).removeprefix("torch.")
+            raise NumericalError(
+                f"{key}: holds values that {name}, in which the model is stored, does not reach; start from a checkpoint in "
+                "bfloat16 or float32, or use --no-refit"
+            )
     return found
 
 

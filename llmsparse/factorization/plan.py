@@ -18,6 +18,7 @@ from llmsparse.factorization.containers import Container, Shape
 from llmsparse.factorization.export import Spec
 from llmsparse.factorization.recipe import FactorizeRecipe
 from llmsparse.factorization.split import Layout
+from llmsparse.models.prunable import refuse_stored
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
@@ -47,6 +48,12 @@ class FactorizePlan(RunPlan[FactorizeRecipe]):
         replaced = {key for target in self.targets.values() for key in target.keys}
         return [key for key in self.reader.keys() if key not in replaced]
 
+    @property
+    def renamed(self) -> dict[str, str]:
+        """Of a tied source whose container is not tied: the embedding that is not on disk → the one that is."""
+        groups = self.model.naming.groups
+        return {} if self.container.ties_head else {new: groups[old].keys[0] for new, old in self.model.tied.items()}
+
     def added(self) -> dict[str, Tensor]:
         return {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in self.zeros.items()}
 
@@ -73,6 +80,7 @@ class FactorizePlan(RunPlan[FactorizeRecipe]):
         found: dict[str, Spec] = {
             key: (self.reader.spec(key).shape, self.reader.spec(key).dtype) for key in self.copied
         }
+        found |= {new: found[old] for new, old in self.renamed.items()}
         found |= self.zeros
         width = self.model.hidden_size
         for target in self.targets.values():
@@ -151,6 +159,7 @@ def find_ffn(model: StreamedModel, reader: CheckpointReader, index: int) -> Targ
             f"{reader.folder}: {model.block_names[index]} has no {missing[0]}; only a gated FFN will do"
         )
     gate, up, down = (weights[part] for part in PARTS)
+    refuse_stored(reader.folder, ((one.key, reader.spec(one.key).dtype) for one in (gate, up, down)))
     dtype = torch.promote_types(reader.spec(gate.key).dtype, reader.spec(down.key).dtype)
     return Target(gate, up, down, gate.key.removesuffix(PARTS[0]), dtype)
 

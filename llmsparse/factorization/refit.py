@@ -34,12 +34,12 @@ def routed_hidden(ffn: FFN, split: Split, router: Router, x: Tensor) -> Tensor:
 def gated(hidden: Tensor, split: Split, gates: Tensor) -> Tensor:
     """h (tokens, neurons) with each routed neuron times the gate of its expert, (tokens, routed); shared ones as they are."""
     always = gates.new_ones(len(gates), 1)
-    return hidden * torch.cat([gates, always], 1)[:, split.owner.to(hidden.device)]
+    return hidden * torch.cat([gates, always], 1)[:, split.on(hidden.device).owner]
 
 
 def scaled(ffn: FFN, split: Split, factors: Tensor) -> FFN:
     """The FFN with the down projection of expert i times factors[i]; the last factor is that of the shared neurons."""
-    return FFN(ffn.gate, ffn.up, ffn.down * factors.to(ffn.down)[split.owner.to(ffn.down.device)])
+    return FFN(ffn.gate, ffn.up, ffn.down * factors.to(ffn.down)[split.on(ffn.down.device).owner])
 
 
 def no_scales(ffn: FFN, split: Split, router: Router, inputs: Iterable[Tensor]) -> Tensor:
@@ -59,7 +59,8 @@ def fit_scales(ffn: FFN, split: Split, router: Router, inputs: Iterable[Tensor])
     targets = torch.zeros(count, dtype=torch.float64)
     for x in _chunks(ffn, split, inputs):
         hidden = ffn.hidden(x)
-        shared = hidden[:, split.shared] @ ffn.down[:, split.shared].T
+        members = split.on(hidden.device).shared
+        shared = hidden[:, members] @ ffn.down[:, members].T
         outputs = expert_outputs(ffn, split, x, hidden)
         parts = torch.cat([outputs * router.gates(x)[..., None], shared[:, None]], 1)  # (tokens, routed + 1, width)
         products += torch.einsum("tid,tjd->ij", parts, parts).double().cpu()

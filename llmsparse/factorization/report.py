@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +111,11 @@ class FactorizeReport(RunReport):
         if not self.perplexity:
             return
         before, after = self.perplexity["before"], self.perplexity["after"]
-        if not after < LARGE_LOSS * before:
+        if not math.isfinite(after):
+            self.warnings.append(
+                "perplexity is NaN: the logits of the factorized model are no numbers; try --dtype float32"
+            )
+        elif not after < LARGE_LOSS * before:
             self.warnings.append(
                 f"perplexity rose {after / before:.1f}-fold with {self.active_share:.0%} of the FFN active; use more "
                 "active experts, more calibration text, or tune the result before using it"

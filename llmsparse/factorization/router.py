@@ -101,7 +101,7 @@ class RouterTask(NamedTuple):
 def expert_outputs(ffn: FFN, split: Split, x: Tensor, hidden: Tensor | None = None) -> Tensor:
     """oᵢ(x) of every routed expert: (tokens, routed, width). `hidden`: ffn.hidden(x), where it is known already."""
     hidden = ffn.hidden(x) if hidden is None else hidden
-    return torch.stack([hidden[:, members] @ ffn.down[:, members].T for members in split.routed], 1)
+    return torch.stack([hidden[:, members] @ ffn.down[:, members].T for members in split.on(hidden.device).routed], 1)
 
 
 def linear(task: RouterTask) -> Scores:

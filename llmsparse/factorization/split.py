@@ -9,7 +9,8 @@ routed expert that speak up on the same tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -78,14 +79,24 @@ class Split:
 
     shared: Tensor
     routed: tuple[Tensor, ...]
+    _copies: dict[torch.device, Split] = field(default_factory=dict[torch.device, "Split"], compare=False, repr=False)
 
-    @property
+    @cached_property
     def owner(self) -> Tensor:
         """For each neuron the routed expert it belongs to, or their number for a shared one: (neurons,) int64."""
-        owner = torch.full((len(self.shared) + sum(map(len, self.routed)),), len(self.routed))
+        count = len(self.shared) + sum(map(len, self.routed))
+        owner = torch.full((count,), len(self.routed), device=self.shared.device)
         for expert, members in enumerate(self.routed):
             owner[members] = expert
         return owner
+
+    def on(self, device: torch.device) -> Split:
+        """The same on a device: copied there once, however often it is asked for."""
+        if device == self.shared.device:
+            return self
+        if device not in self._copies:
+            self._copies[device] = Split(self.shared.to(device), tuple(part.to(device) for part in self.routed))
+        return self._copies[device]
 
 
 def contiguous(layout: Layout, profiles: Tensor, generator: torch.Generator) -> Split:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmsparse.errors import CheckpointError
+from llmsparse.errors import CheckpointError, NumericalError
 from llmsparse.models.activations import Activations
 from llmsparse.models.empty_model import drop
 from llmsparse.models.naming import Naming
@@ -55,11 +55,21 @@ class Block:
         """The (out, in) matrix of a weight, a view into `stored` or into other on-disk tensors of the same shapes."""
         return weight.view(self.stored if tensors is None else tensors)
 
-    def store(self, weight: Weight, values: Tensor) -> None:
-        """Round (out, in) values to the stored dtype and put them into `stored`; -0.0 becomes +0.0."""
+    def store(self, weight: Weight, values: Tensor) -> int:
+        """Round (out, in) values, where they are, to the stored dtype and put them into `stored`; -0.0 becomes +0.0.
+
+        Returns how many are not 0 as stored. NumericalError for a value that this dtype does not reach.
+        """
         view = self.view(weight)
-        view.copy_(values)
-        view.masked_fill_(view == 0, 0.0)
+        rounded = values.to(view.dtype) + 0  # -0.0 + 0 is +0.0
+        if not bool(rounded.isfinite().all()):
+            name = str(view.dtype).removeprefix("torch.")
+            raise NumericalError(
+                f"{weight.name}: the update made it {values.abs().max().item():g}, which {name}, that it is stored in, "
+                f"does not reach; use --match-steps 0, method wanda, or a checkpoint in bfloat16 or float32"
+            )
+        view.copy_(rounded)
+        return int(rounded.count_nonzero())
 
     def reload(self, keys: Collection[str] | None = None) -> None:
         """Fill the module from `stored` again: all of it, or what these on-disk keys are part of."""

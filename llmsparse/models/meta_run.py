@@ -14,7 +14,7 @@ return, everything that depends on these becomes NaN: nothing but a block's hidd
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from llmsparse.errors import CheckpointError, LlmsparseError, one_line
 from llmsparse.models.activations import split_call, tensors_in
 from llmsparse.models.block import unwrap
+from llmsparse.models.choices import Choices
 from llmsparse.models.empty_model import assign, drop, quiet, replaced
 from llmsparse.models.tap import Watched
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 TOKENS = 8
 SMALL = 2**20  # elements
+HANDED_ON = "gives a block more of an earlier one than hidden states"
 
 
 @dataclass
@@ -44,6 +46,13 @@ class MetaRun:
     transposed: dict[str, bool] = field(default_factory=dict[str, bool])  # parameter → laid out (in, out); call order
     container: type[tuple[Any, ...]] | type[list[Any]] | None = None  # that a block returns, if not a bare tensor
     items: int = 1  # in it
+    routers: set[str] = field(default_factory=set[str])  # parameters that only choose, see choices.py
+    parts: set[str] = field(default_factory=set[str])  # flat parameters that are multiplied with part by part
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Parameter → kind of the matrices that are no ordinary ones."""
+        return dict.fromkeys(self.routers, "router") | dict.fromkeys(self.parts, "parts")
 
     def wrap(self, hidden: Tensor) -> Any:
         """Hidden states as a block would return them."""
@@ -59,17 +68,24 @@ def run_on_meta(model: PreTrainedModel, blocks: Sequence[nn.Module], device: tor
     found = MetaRun()
     ids = torch.zeros(1, TOKENS, dtype=torch.int64, device=device)
 
+    beside: list[Tensor] = []  # what blocks return beside hidden states
+
     def watch(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
+            call = split_call(args, kwargs)[1]
+            _require(model, not _share(beside, tensors_in((call.args, call.kwargs))), HANDED_ON)
+            zeros.choices = Choices()
             output = forward(*args, **kwargs)
+            found.routers |= zeros.choices.routers(unwrap(output))
+            zeros.choices = None
             if not isinstance(output, Tensor):
-                unwrap(output)
                 found.container, found.items = type(output), len(output)
+                beside.extend(tensors_in(output[1:]))
             return output
 
         return run
 
-    with quiet(), _real_coefficients(model, device), _Zeros(model, found, device):
+    with quiet(), _real_coefficients(model, device), _Zeros(model, found, device) as zeros:
         with replaced(blocks, watch):
             _try_out(model, ids)
         for poisoned in ("embedding", "blocks"):
@@ -78,7 +94,10 @@ def run_on_meta(model: PreTrainedModel, blocks: Sequence[nn.Module], device: tor
             _require(
                 model, not logits.isnan().any(), f"computes its logits from the {poisoned} past the last block too"
             )
-    found.transposed = _spread(found.transposed, [name for name, _ in model.named_parameters()])
+    names = [name for name, _ in model.named_parameters()]
+    found.transposed = _spread(found.transposed, names)
+    found.routers = set(_spread(dict.fromkeys(found.routers, True), names))
+    found.parts = set(_spread(dict.fromkeys(found.parts, True), names))
     return found
 
 
@@ -123,9 +142,7 @@ def _stubbed(model: PreTrainedModel, blocks: Sequence[nn.Module], found: MetaRun
             _require(model, shape[:2] == [1, TOKENS], f"gives {shape} to its blocks for (1, {TOKENS}) tokens")
             _require(model, not returned or hidden is returned[0], "changes the hidden states between its blocks")
             passed = any(tensor.isnan().any() for tensor in tensors_in((call.args, call.kwargs)))
-            _require(
-                model, poisoned != "blocks" or not passed, "gives a block more of an earlier one than hidden states"
-            )
+            _require(model, poisoned != "blocks" or not passed, HANDED_ON)
             returned[:] = [torch.full_like(hidden, _nan(poisoned == "blocks" and index < len(blocks) - 1))]
             return found.wrap(returned[0])
 
@@ -150,6 +167,12 @@ def _real_coefficients(model: nn.Module, device: torch.device) -> Generator[None
         drop(model)
 
 
+def _share(some: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
+    """Whether any two of them lie in the same memory."""
+    places = {tensor.untyped_storage()._cdata for tensor in some}  # pyright: ignore[reportPrivateUsage]
+    return any(tensor.untyped_storage()._cdata in places for tensor in others)  # pyright: ignore[reportPrivateUsage]
+
+
 def _nan(poisoned: bool) -> float:
     return float("nan") if poisoned else 1.0
 
@@ -167,11 +190,23 @@ class _Zeros(TorchFunctionMode):
         self._watched = Watched(model.named_parameters())
         self._result = result
         self._device = device
+        self.choices: Choices | None = None  # of the block that is running
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        for product in self._watched.products(func, args, kwargs):
-            self._result.transposed[product.slot[0]] = product.transposed
+        products = list(self._watched.products(func, args, kwargs))
+        for product in products:
+            if product.part:
+                self._result.parts.add(product.slot[0])
+            if product.part != "columns":
+                self._result.transposed[product.slot[0]] = product.transposed
+        result = self._call(func, args, kwargs)
+        if self.choices is not None:
+            names = {product.slot[0] for product in products}
+            self.choices.note(func, names, tensors_in((args, kwargs)), list(tensors_in(result)))
+        return result
+
+    def _call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if _on_meta(kwargs.get("device")):
             kwargs["device"] = self._device  # models create things where a parameter of theirs is
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

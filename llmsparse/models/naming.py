@@ -31,6 +31,8 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from llmsparse.errors import CheckpointError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -122,7 +124,11 @@ class Naming:
         """
         for group in {id(group): group for group in (self._group_of[key] for key in tensors)}.values():
             absent = [key for key in group.keys if key not in tensors]
-            assert not absent, f"{group.target} is made of {absent[0]} too"
+            if absent:
+                raise CheckpointError(
+                    f"{group.target} is made of {group.keys[0]} and of {absent[0]}, which lies in another part of the model; "
+                    "such a checkpoint cannot be streamed"
+                )
             if group.converter is None:
                 yield group.target, prepare(group.target, tensors[group.keys[0]])
                 continue

@@ -44,6 +44,10 @@ WEIGHTS = (
 WRITTEN = ("README.md", "llmsparse_recipe.yaml", "llmsparse_report.json")
 PACKED = "llmsparse"  # the quant_method of a packed checkpoint
 CHAT_TEMPLATES = "additional_chat_templates"
+TAKE_OUT = (
+    "take that out with transformers: text = {}(whole.config.get_text_config()), text.model = whole.model.language_model, "
+    "text.lm_head = whole.lm_head, text.save_pretrained(DIR), and the tokenizer's beside it; then prune DIR"
+)
 
 
 @dataclass(frozen=True)
@@ -188,15 +192,19 @@ def load_config(folder: Path, trust_remote_code: bool = False, *, packed: bool =
         raise CheckpointError(f"{file}: {kind} is an encoder-decoder; only decoder language models are handled")
     parts = [name for name in config.sub_configs if "vision" in name or "audio" in name]
     if parts or config.get_text_config() is not config:
+        inside: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config.get_text_config()), None)
         raise CheckpointError(
             f"{file}: {kind} wraps a language model in a larger one ({', '.join(parts) or 'text_config'}); "
-            "save its language model on its own and prune that"
+            f"{'only language models are handled' if inside is None else TAKE_OUT.format(inside.__name__)}"
         )
     if trust_remote_code and remote and "AutoModelForCausalLM" in remote:
         return config
     causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if causal is None or not architectures[0].endswith(("ForCausalLM", causal.__name__)):
-        raise CheckpointError(f"{file}: {architectures[0]} is not a causal language model")
+        way_out = ""
+        if causal is not None and architectures[0].endswith("Model"):
+            way_out = f": it lacks the output head; save the {causal.__name__} that it is a part of"
+        raise CheckpointError(f"{file}: {architectures[0]} is not a causal language model{way_out}")
     return config
 
 
@@ -232,7 +240,7 @@ def copy_side_files(source: Path, target: Path, leaving: Collection[str] = WRITT
 
 
 def write_side_files(target: Path, *, recipe: str, report: dict[str, Any], card: str) -> None:
-    """Write what a run says about itself beside its weights: recipe (YAML), report (JSON) and model card. No path in
+    """Write what a run says about itself beside its weights: recipe (YAML), report (JSON, null for NaN) and model card. No path in
     them names a home folder, since they are what is uploaded with the weights."""
     texts = (card, recipe, strict_json(report) + "\n")
     for name, text in zip(WRITTEN, texts, strict=True):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from llmsparse.errors import CheckpointError
 from llmsparse.models.activations import Activations, Recorder
 from llmsparse.models.block import Block, Head
+from llmsparse.models.complete import check_complete
 from llmsparse.models.empty_model import assign, build_empty, find_blocks, quiet, replaced
 from llmsparse.models.meta_run import run_on_meta
 from llmsparse.models.naming import Group, Naming, in_block
 from llmsparse.models.origin import load_config
+from llmsparse.models.prunable import refuse_shared_blocks
 from llmsparse.models.read_ahead import ReadAhead
-from llmsparse.models.tied import tied_on_disk
 from llmsparse.models.weight import Slot, Weight, list_weights
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.heap import release_freed
@@ -48,25 +50,48 @@ class StreamedModel:
         self.config: Any = load_config(reader.folder, trust_remote_code)
         self._reader = reader
         self._device = device
+        self.dtype = dtype
         with quiet():
             self._model = build_empty(self.config, device, dtype, trust_remote_code)
         self._dtypes = {name: tensor.dtype for name, tensor in self._model.state_dict().items()}
         self._parameters = dict(self._model.named_parameters(remove_duplicate=False)).keys()
-        path, self._blocks = find_blocks(self._model)
-        self.block_names = [f"{path}.{index}" for index in range(len(self._blocks))]
+        self.blocks_path, self._blocks = find_blocks(self._model)
+        self.block_names = [f"{self.blocks_path}.{index}" for index in range(len(self._blocks))]
 
         keys = reader.keys()
         self.naming = Naming(self._model, keys)
         self.outside_keys: list[str] = []
         self._block_keys: list[list[str]] = [[] for _ in self._blocks]
         for key in keys:
-            index = in_block(self.naming.target(key) or "", path)
+            index = in_block(self.naming.target(key) or "", self.blocks_path)
             (self.outside_keys if index is None else self._block_keys[index]).append(key)
         self._input, self._embedding = self._named(self._model.get_input_embeddings())
         self._output, self._head = self._named(self._model.get_output_embeddings())
-        self._tied = tied_on_disk(self._model, self.naming, reader)
+        self.tied = check_complete(self._model, self.naming, reader)  # what is not on disk → what it is tied to
         self._loaded = False  # what lies outside the blocks and embeddings
         self._outline = run_on_meta(self._model, self._blocks, device)
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint lies."""
+        return self._reader.folder
+
+    def dtype_of(self, weight: Weight) -> torch.dtype:
+        """The dtype that a weight is stored in."""
+        return self._reader.spec(weight.key).dtype
+
+    @property
+    def parts(self) -> list[str]:
+        """Parameters of two dimensions that are multiplied with part by part, as experts of a flat tensor are."""
+        return sorted(name for name in self._outline.parts if in_block(name, self.blocks_path) is not None)
+
+    def same_parameters(self) -> Iterator[tuple[str, str]]:
+        """Pairs of names of one parameter: tied ones, and those of a module that stands in several places."""
+        yield from self._model.all_tied_weights_keys.items()
+        first: dict[int, str] = {}
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            if first.setdefault(id(parameter), name) != name:
+                yield name, first[id(parameter)]
 
     @property
     def hidden_size(self) -> int:
@@ -86,7 +111,8 @@ class StreamedModel:
         """Every matrix that a block multiplies activations with. Reads nothing."""
         prefix = self.block_names[index] + "."
         groups = [group for name, group in self.naming.groups.items() if name.startswith(prefix)]
-        return list_weights(self._reader, groups, self._blocks[index], prefix, self._outline.transposed)
+        outline = self._outline
+        return list_weights(self._reader, groups, self._blocks[index], prefix, outline.transposed, outline.kinds)
 
     @property
     def tied_head(self) -> str | None:
@@ -98,11 +124,12 @@ class StreamedModel:
         if self._output in self._model.all_tied_weights_keys:
             return []
         prefix, group = self._output.removesuffix("weight"), self.naming.groups[self._output]
-        return list_weights(self._reader, [group], self._head, prefix, self._outline.transposed, {"weight": HEAD})
+        return list_weights(self._reader, [group], self._head, prefix, self._outline.transposed, {self._output: HEAD})
 
     def matrices(self) -> Iterator[tuple[Group, dict[str, bool]]]:
         """Tensors on disk that become linear weights, experts or the untied head, group by group, and which module
-        tensors these are: name → laid out (in, out). Reads nothing."""
+        tensors these are: name → laid out (in, out). Reads nothing. CheckpointError for blocks that share their weights."""
+        refuse_shared_blocks(self)
         blocks = [weight for index in range(len(self._blocks)) for weight in self.weights(index) if weight.prunable]
         keys = {weight.key for weight in [*blocks, *self.head_weights()]}
         for group in self.naming.groups.values():
@@ -181,17 +208,9 @@ class StreamedModel:
         if not weights:
             return None
         self._load(self._output)
-        head = Head(
-            HEAD,
-            len(self._blocks),
-            self._head,
-            weights,
-            self._read([weights[0].key]),
-            naming=self.naming,
-            prefix=self._output.removesuffix("weight"),
-            device=self._device,
-            fill=self._fill,
-        )
+        stored, prefix = self._read([weights[0].key]), self._output.removesuffix("weight")
+        known: dict[str, Any] = {"naming": self.naming, "prefix": prefix, "device": self._device, "fill": self._fill}
+        head = Head(HEAD, len(self._blocks), self._head, weights, stored, **known)
         head.entering = self._entering_head
         return head
 
@@ -230,7 +249,7 @@ class StreamedModel:
 
     def _load(self, part: str) -> None:
         """Load an embedding, and what else lies outside the blocks, unless they are there."""
-        large = {self._tied.get(name, name) for name in (self._input, self._output)}
+        large = {self.tied.get(name, name) for name in (self._input, self._output)}
         rest = [
             key
             for key in self.outside_keys
@@ -240,7 +259,7 @@ class StreamedModel:
             self._fill(self._read(rest))
         self._loaded = True
         if self._model.get_parameter(part).is_meta:
-            self._fill(self._read(self.naming.groups[self._tied.get(part, part)].keys))
+            self._fill(self._read(self.naming.groups[self.tied.get(part, part)].keys))
 
     def _read(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """Tensors from disk. CheckpointError for a parameter that holds NaN or Inf."""
@@ -252,8 +271,8 @@ class StreamedModel:
 
     def _drop(self, part: str) -> None:
         """Let go of an embedding, and of what is tied to it."""
-        stored = self._tied.get(part, part)
-        for name in (stored, *(name for name, origin in self._tied.items() if origin == stored)):
+        stored = self.tied.get(part, part)
+        for name in (stored, *(name for name, origin in self.tied.items() if origin == stored)):
             assign(self._model, name, torch.empty_like(self._model.get_parameter(name), device="meta"))
 
     def _fill(self, tensors: Mapping[str, Tensor]) -> None:
@@ -269,7 +288,7 @@ class StreamedModel:
                     f"{self._reader.folder}: {name} has shape {list(tensor.shape)} on disk, config.json asks for "
                     f"{list(wanted)}; they do not belong together"
                 )
-            for same in (name, *(tied for tied, origin in self._tied.items() if origin == name)):
+            for same in (name, *(tied for tied, origin in self.tied.items() if origin == name)):
                 assign(self._model, same, tensor)
 
 

@@ -30,6 +30,7 @@ class Product(NamedTuple):
     slot: Slot
     x: Tensor  # (..., tokens, in)
     transposed: bool  # the parameter is laid out (in, out)
+    part: str = ""  # of a flat parameter: some of its "rows" (outputs) or "columns" (inputs); "" the whole of it
 
 
 class Tap(TorchFunctionMode):
@@ -47,7 +48,8 @@ class Tap(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for product in self._watched.products(func, args, kwargs):
-            self._on_input(product.slot, product.x.reshape(-1, product.x.shape[-1]))
+            if product.part != "columns":
+                self._on_input(product.slot, product.x.reshape(-1, product.x.shape[-1]))
         return func(*args, **kwargs)
 
 
@@ -84,9 +86,10 @@ class Watched:
             return  # not a matrix of it, but some other selection of its elements
         transposed = out_first != (strides == parameter.stride()[-2:])
         if x.shape[-1] != parameter.shape[-2 if transposed else -1]:
-            return  # a part of its inputs
-        if parameter.dim() == 2:
-            yield Product((name, None), x, transposed)
+            if parameter.dim() == 2:
+                yield Product((name, None), x, transposed, "columns")
+        elif parameter.dim() == 2:
+            yield Product((name, None), x, transposed, "" if weight.numel() == parameter.numel() else "rows")
         elif weight.dim() == 2:
             offset = int(weight.storage_offset()) - int(parameter.storage_offset())
             expert = offset // parameter.stride(0)

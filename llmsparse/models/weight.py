@@ -1,9 +1,9 @@
 """The matrices of a block: which of its on-disk tensors activations are multiplied with, and what each is for.
 
 From headers, names and the outline of the model alone. What is left out by default is decided by what a matrix is in
-the model: a router stands beside the experts it chooses from and gives each a score, or one score for all; `x_proj` and
-`dt_proj` compute the coefficients of a state space. Norms, convolutions, biases and state matrices are no matrices that
-activations are multiplied with, so they are not even listed.
+the model: a router only chooses (`choices.py`); `x_proj` and `dt_proj` compute the coefficients of a state space; a flat
+tensor that is used part by part holds several matrices, which have no names of their own. Norms, convolutions, biases
+and state matrices are no matrices that activations are multiplied with, so they are not even listed.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -33,7 +33,7 @@ class Weight:
     shape: tuple[int, int]  # (out, in)
     transposed: bool  # the disk holds (in, out)
     slot: Slot  # where its input shows up in a Tap; weights that are one parameter in the module share it
-    kind: str  # linear, expert, router, coefficients or head
+    kind: str  # linear, expert, router, coefficients, parts or head
     prunable: bool  # chosen by default
 
     def view(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -49,23 +49,21 @@ def list_weights(
     module: nn.Module,
     prefix: str,
     transposed: Mapping[str, bool],
-    kinds: Mapping[str, str] | None = None,
+    kinds: Mapping[str, str],
 ) -> list[Weight]:
     """The weights in `groups`, which fill the parameters of `module`; their module names begin with `prefix`.
 
     `transposed`: parameter → laid out (in, out), for every parameter that activations are multiplied with, in the
-    order in which they are, which is the order of the result too.
+    order in which they are, which is the order of the result too. `kinds`: parameter → kind, where that is known.
     """
     weights: list[Weight] = []
     order = {name: place for place, name in enumerate(transposed)}
     used = [(group, [name for name in group.targets if name in order]) for group in groups]
     used = sorted((pair for pair in used if pair[1]), key=lambda pair: order[pair[1][0]])
-    matrices = [name.removeprefix(prefix) for _, names in used for name in names]
-    routers = _routers(module, {name: _out(module, name, transposed[prefix + name]) for name in matrices})
     for group, names in used:
         name = names[0].removeprefix(prefix)
         parameter = module.get_parameter(name)
-        kind = (kinds or {}).get(name) or _kind(name, parameter, routers)
+        kind = kinds.get(prefix + name) or _kind(name, parameter)
         for key in group.keys:
             weights += _of_key(reader, group, key, name, tuple(parameter.shape), transposed[names[0]], kind)
     return weights
@@ -98,35 +96,7 @@ def _of_key(
         yield Weight(plain, key, None, (out, width), flipped, (name, expert), kind, chosen)
 
 
-def _kind(name: str, parameter: nn.Parameter, routers: set[str]) -> str:
+def _kind(name: str, parameter: nn.Parameter) -> str:
     if parameter.dim() == 3:
         return "expert"
-    if name.split(".")[-2:-1] and name.split(".")[-2] in COEFFICIENTS:
-        return "coefficients"
-    return "router" if name in routers else "linear"
-
-
-def _out(module: nn.Module, name: str, transposed: bool) -> int:
-    return module.get_parameter(name).shape[-1 if transposed else -2]
-
-
-def _routers(module: nn.Module, scores: Mapping[str, int]) -> set[str]:
-    """Matrices (name → out) that stand beside experts, alone in their part, with one score for each or for all."""
-    found: set[str] = set()
-    for place, experts, count in _experts(module):
-        parts: dict[str, list[str]] = {}
-        for name in scores:
-            if name.startswith(place) and not name.startswith(experts):
-                parts.setdefault(name.removeprefix(place).split(".")[0], []).append(name)
-        found.update(names[0] for names in parts.values() if len(names) == 1 and scores[names[0]] in (1, count))
-    return found
-
-
-def _experts(module: nn.Module) -> Iterator[tuple[str, str, int]]:
-    """(prefix of the module that holds experts, prefix of the experts, their number)."""
-    for name, part in module.named_modules():
-        stacked = [p.shape[0] for p in part.parameters(recurse=False) if p.dim() == 3]
-        count = len(part) if isinstance(part, nn.ModuleList) else stacked[0] if stacked else 0
-        if count > 1 and not isinstance(part, nn.Conv1d):
-            place = name.rpartition(".")[0]
-            yield f"{place}." if place else "", f"{name}.", count
+    return "coefficients" if name.split(".")[-2:-1] and name.split(".")[-2] in COEFFICIENTS else "linear"

@@ -62,13 +62,15 @@ class ALPS:
         h, scale = stat.factor(("alps", self.damp), lambda: _scaled(stat.xtx, self.damp))
         dense = (weight * scale).masked_fill_(dead, 0.0)  # dead inputs go first
         target = dense @ h
-        b = self._admm(dense, target, h, stat, pattern)
+        b, iterations, settled = self._admm(dense, target, h, stat, pattern)
         keep = pattern.keep(b.abs(), slice(0, weight.shape[1]), weight.shape[1])
-        b = _solve(target, h, b.masked_fill(~keep, 0.0), keep, self.solve_iterations)
-        return Pruned.of(torch.where(dead, weight, b / scale), keep)
+        b, residual = _solve(target, h, b.masked_fill(~keep, 0.0), keep, self.solve_iterations)
+        pruned = torch.where(dead, weight, b / scale)
+        return Pruned.of(pruned, keep, iterations=iterations, settled=settled, residual=residual)
 
-    def _admm(self, dense: Tensor, target: Tensor, h: Tensor, stat: Gram, pattern: Pattern) -> Tensor:
-        """B (out, in) once its support has settled: its magnitudes are the score that the mask is taken from."""
+    def _admm(self, dense: Tensor, target: Tensor, h: Tensor, stat: Gram, pattern: Pattern) -> tuple[Tensor, int, bool]:
+        """B (out, in) once its support has settled: its magnitudes are the score that the mask is taken from. Then after
+        how many iterations, and whether it has settled by then."""
         columns, width = slice(0, dense.shape[1]), dense.shape[1]
         first = last = pattern.keep(dense.abs(), columns, width)
         b, d, v = dense, dense * first, torch.zeros_like(dense)
@@ -77,14 +79,14 @@ class ALPS:
         for t in range(1, self.max_iterations + 1):
             b = torch.sub(target, v).add_(d, alpha=rho) @ inverse  # (H + ρ)⁻¹ (G - V + ρ D)
             d = torch.add(b, v, alpha=1 / rho)
-            keep = pattern.keep(d.abs(), columns, width)
+            keep = pattern.keep(d.abs(), columns, width, checked=True)
             d.masked_fill_(~keep, 0.0)  # D ← P(B + V / ρ)
             v.add_(b, alpha=rho).sub_(d, alpha=rho)  # V ← V + ρ (B - D)   (eq. 4)
             if t % 3:
                 continue
             moved, last = int((keep ^ last).count_nonzero()) / kept, keep
             if (moved == 0 and (grown or rho < SOFTEST)) or (moved < 3e-4 and t > 30):
-                break
+                return b, t, True
             if moved > 0.005 or grown:
                 rho, grown = min(rho * (1.3 if moved > 0.1 else 1.2 if moved > 0.005 else 1.1), 1e6), True
             else:  # ρ was too large to let anything move
@@ -92,7 +94,7 @@ class ALPS:
                 if moved > 0:
                     d, v = dense * first, torch.zeros_like(dense)
             inverse = _inverse(h, rho, stat, self.damp)
-        return b
+        return b, self.max_iterations, False
 
 
 def _scaled(xtx: Tensor, damp: float) -> tuple[Tensor, Tensor]:
@@ -124,8 +126,9 @@ def _inverse(h: Tensor, rho: float, stat: Gram, damp: float) -> Tensor:
     return stat.factor(("alps", damp, rho), make) if len(h) <= SHARED_WIDTH else make()
 
 
-def _solve(target: Tensor, h: Tensor, b: Tensor, keep: Tensor, iterations: int) -> Tensor:
-    """Rows moved to the minimum on their support, (B H)_S = target_S, by conjugate gradients that start from `b`."""
+def _solve(target: Tensor, h: Tensor, b: Tensor, keep: Tensor, iterations: int) -> tuple[Tensor, float]:
+    """Rows moved to the minimum on their support, (B H)_S = target_S, by conjugate gradients that start from `b`; and the
+    largest residual of a row, relative to its right-hand side, that is left."""
     tiny = torch.finfo(b.dtype).tiny
     r = (target - b @ h).masked_fill_(~keep, 0.0)
     p, size = r, r.square().sum(dim=1, keepdim=True)
@@ -138,4 +141,5 @@ def _solve(target: Tensor, h: Tensor, b: Tensor, keep: Tensor, iterations: int) 
         b, r = torch.addcmul(b, step, p), torch.addcmul(r, step, hp, value=-1)
         before, size = size, r.square().sum(dim=1, keepdim=True)
         p = torch.addcmul(r, size / before.clamp_min(tiny), p)
-    return b
+    left = size / target.square().sum(dim=1, keepdim=True).clamp_min(tiny)
+    return b, left.max().sqrt().item()

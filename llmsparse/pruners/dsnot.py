@@ -82,7 +82,7 @@ class DSnoT:
         row, swaps = torch.arange(len(keep), device=keep.device), 0
         best = _best_in_row if span == 1 else _best_in_group
         for _ in range(self.max_cycles):
-            p, u, change = best(error, shift, cost, kept & valid, ~kept & valid, span)
+            p, u, change = best(error, shift, cost, kept & valid, ~kept & valid & (dense != 0), span)
             better = change < -1e-9 * total  # not 0: rounding errors must not go round in circles
             if not bool(better.any()):
                 break

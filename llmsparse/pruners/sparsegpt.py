@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llmsparse.errors import NumericalError, RecipeError
 from llmsparse.pruners.protocol import Pruned
-from llmsparse.sparsity.patterns import Pattern, Scope
+from llmsparse.sparsity.patterns import Pattern, Scope, refuse_nan
 from llmsparse.sparsity.stats import Gram, Statistic
 
 ESCALATIONS = 4  # of the damping, tenfold each
@@ -54,6 +54,7 @@ class SparseGPT:
 
     def __call__(self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator) -> Pruned:
         assert isinstance(stat, Gram)
+        refuse_nan(weight)  # once; the solve keeps what is finite finite, and `Pruned.of` looks at what came out
         dead = stat.norm == 0
         m, scale, damp = stat.factor(("sparsegpt", self.damp), lambda: _factor(stat, self.damp))
         w = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out): a column of W is a row here
@@ -73,7 +74,7 @@ class SparseGPT:
                     Tensor, torch.linalg.solve_triangular(m[c:d, c:d], below, upper=False, unitriangular=True)
                 )
                 score = ((w[c:d] + change) * scale[c:d, None]).square()  # w² / U_jj²   (eq. 3)
-                keep[c:d] = pattern.keep(score.T, slice(c, d), width).T
+                keep[c:d] = pattern.keep(score.T, slice(c, d), width, checked=True).T
                 kept = keep[c:d].float()
                 for j in range(c, d):
                     group[j - c].addmv_(lost[c:j].T, m[j, c:j])  # and the columns just before   (eq. 4)

@@ -25,7 +25,7 @@ class Wanda:
         return "row"
 
     @property
-    def needs(self) -> type[Statistic] | None:
+    def needs(self) -> type[InputNorm]:
         return InputNorm
 
     def __call__(self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator) -> Pruned:

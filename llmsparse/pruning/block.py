@@ -6,7 +6,6 @@ inputs and the targets of matching are those of the dense block.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,17 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsparse.errors import LlmsparseError
 from llmsparse.models.streamed import HEAD, Activations, Block
-from llmsparse.pruners import Magnitude
+from llmsparse.pruners import Pruned
 from llmsparse.pruning.inputs import Input, calibrate, learn_inputs
-from llmsparse.pruning.matching import Match, match
+from llmsparse.pruning.matching import Match, autocast_dtype, match
 from llmsparse.pruning.report import BlockRecord, PrunedWeight
 from llmsparse.pruning.selection import Choice
+from llmsparse.pruning.starved import pruner_that_fits
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.run import Made, Run
 from llmsparse.runs.seeding import generator_for
+from llmsparse.sparsity.patterns import KeepingZeros
 from llmsparse.sparsity.stats import Statistic, combine
+
+SPARSE = 0.05  # fraction of zeros that no dense weight has by chance
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class PruneOptions:
     seed: int
     match_steps: int
     true_sequential: bool
+    keep_zeros: bool
+    calibration_tokens: int
     statistics_budget: int  # bytes of statistics that may be held at once
 
 
@@ -95,7 +99,8 @@ def prune_block(
                 begun = time.perf_counter()
                 row, mask = prune_weight(block, choices[weight.name], entry, options)
                 rows.append(row)
-                keep[weight.name] = mask
+                if matching:
+                    keep[weight.name] = mask.cpu()
                 seconds[weight.name] = time.perf_counter() - begun
             entry.statistic = None
             entry.rows.clear()
@@ -127,40 +132,45 @@ def groups(
 
 
 def prune_weight(block: Block, choice: Choice, entry: Input, options: PruneOptions) -> tuple[PrunedWeight, Tensor]:
-    """Prune one weight in `block.stored`; returns its report row and its keep-mask, (out, in) on the CPU."""
-    weight, pruner, notes = choice.weight, choice.pruner, dict[str, Any]()
+    """Prune one weight in `block.stored`; returns its report row and its keep-mask, (out, in) where it was made."""
+    weight, pattern = choice.weight, choice.pattern
     stored = block.view(weight)  # (out, in), stored dtype
-    if entry.tokens == 0:
-        if weight.expert is None and weight.kind != "expert":
-            raise LlmsparseError(
-                f"no calibration token reached {weight.name}; leave it out with --exclude {weight.name!r}"
-            )
-        pruner = Magnitude()
-        notes["fallback"] = "magnitude: no calibration token reached this expert"
+    pruner, fallback = pruner_that_fits(choice, entry, options.calibration_tokens)
+    notes: dict[str, Any] = {"fallback": fallback} if fallback else {}
 
     dense = stored.to(options.device, torch.float32, copy=True)
-    generator = generator_for(weight.name, options.seed)
-    pruned = pruner(dense, entry.statistic, choice.pattern, generator)
-    notes |= pruned.notes
-    block.store(weight, pruned.weight)
+    zeros = dense == 0
+    if options.keep_zeros:
+        pattern = KeepingZeros(pattern, zeros)
+    pruned = pruner(dense, entry.statistic, pattern, generator_for(weight.name, options.seed))
+    if options.keep_zeros:  # whatever a method makes of the mask
+        pruned = Pruned.of(pruned.weight, pruned.keep & ~zeros, **pruned.notes)
+    notes |= pruned.notes | zeros_before(zeros, pruned.keep if options.match_steps else pruned.weight != 0)
+    left = block.store(weight, pruned.weight)
     row = PrunedWeight(
         name=weight.name,
         shape=weight.shape,
         method=choice.method,
         pattern=str(choice.pattern),
         sparsity_asked=choice.pattern.sparsity,
-        sparsity=1 - torch.count_nonzero(block.view(weight)).item() / stored.numel(),
+        sparsity=1 - left / stored.numel(),
         error=output_error(dense, pruned.weight, entry),
         tokens=entry.tokens,
         notes=notes,
     )
-    return row, pruned.keep.cpu()
+    return row, pruned.keep
 
 
-def output_error(dense: Tensor, pruned: Tensor, entry: Input) -> float:
-    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² over the sampled rows X (rows, in); NaN where no row was seen."""
+def zeros_before(zeros: Tensor, moved: Tensor) -> dict[str, Any]:
+    """Of a weight that was sparse already: the share of it that was 0, and how many of these are no longer."""
+    share = zeros.count_nonzero().item() / zeros.numel()
+    return {"zeros_before": share, "zeros_returned": int((zeros & moved).sum())} if share > SPARSE else {}
+
+
+def output_error(dense: Tensor, pruned: Tensor, entry: Input) -> float | None:
+    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² over the sampled rows X (rows, in); None where no row was seen."""
     if entry.tokens == 0:
-        return math.nan
+        return None
     x = entry.sample.float()
     energy = (x @ dense.T).square().sum().item()
     return (x @ (dense - pruned).T).square().sum().item() / energy if energy > 0 else 0.0
@@ -188,10 +198,10 @@ def match_block(
         movable,
         steps=options.match_steps,
         seed=options.seed,
-        autocast=None if options.dtype == torch.float32 else options.dtype,
+        autocast=autocast_dtype(options.dtype, options.device),
         advance=progress.batches(f"matching {block.name}", options.match_steps),
     )
-    if not result.after < result.before:
+    if not result.improved:
         return result
     on_disk = block.on_disk(tuned)
     for choice in choices.values():

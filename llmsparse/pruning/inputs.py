@@ -8,13 +8,14 @@ it, its input is empty, and empty tensors have no identity.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from llmsparse.errors import NumericalError
+from llmsparse.errors import CheckpointError, NumericalError
 from llmsparse.models.streamed import Activations, Block, Slot, Weight
 from llmsparse.models.tap import Tap
 from llmsparse.sparsity.stats import Statistic
@@ -46,7 +47,10 @@ class Input:
 
 
 def learn_inputs(block: Block, acts: Activations, weights: Sequence[Weight]) -> list[Input]:
-    """Which of the weights share an input, in the order the block calls them, learned from the first batch."""
+    """Which of the weights share an input, in the order the block calls them, learned from the first batch.
+
+    A weight that a block uses several times has one input, made of what it meets in all of them.
+    """
     by_slot: dict[Slot, list[Weight]] = {}
     for weight in weights:
         by_slot.setdefault(weight.slot, []).append(weight)
@@ -64,9 +68,11 @@ def learn_inputs(block: Block, acts: Activations, weights: Sequence[Weight]) -> 
 
     with torch.no_grad(), Tap(block, note):
         block.call(acts, 0)
-    groups = [tuple(slots) for slots in seen.values() if slots]
-    reached = {slot for slots in groups for slot in slots}
-    groups += [(slot,) for slot in by_slot if slot not in reached]  # experts that the first batch did not visit
+    times = Counter(slot for slots in seen.values() for slot in slots)
+    shared = [tuple(slot for slot in slots if times[slot] == 1) for slots in seen.values()]
+    groups = [slots for slots in shared if slots]
+    # by itself: what is used several times, on other inputs each, and experts that the first batch did not visit
+    groups += [(slot,) for slot in by_slot if times[slot] != 1]
     return [Input(slots, tuple(weight for slot in slots for weight in by_slot[slot])) for slots in groups]
 
 
@@ -101,7 +107,12 @@ def calibrate(
             return
         if slot in followers:
             shared = current.get(id(followers[slot]))
-            assert shared is not None and _identity(shared) == _identity(x), f"{slot} no longer shares its input"
+            if shared is None or _identity(shared) != _identity(x):
+                one, other = (_name_of(followers[slot], at) for at in (slot, followers[slot].slots[0]))
+                raise CheckpointError(
+                    f"{one}: has the input of {other} in one batch and another one in the next; leave it out with "
+                    f"--exclude {one!r}"
+                )
         if slot not in lead:
             return
         entry = lead[slot]
@@ -126,6 +137,10 @@ def calibrate(
                 f"the activations that enter {entry.weights[0].name} are NaN or Inf; try --dtype float32, or check the model"
             )
     return outputs
+
+
+def _name_of(entry: Input, slot: Slot) -> str:
+    return next(weight.name for weight in entry.weights if weight.slot == slot)
 
 
 def sample_rows(tokens: int) -> int:

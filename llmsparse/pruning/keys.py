@@ -24,6 +24,9 @@ KEYS = {  # of every key but model and rules, by group
         "true_sequential": Key(
             "Measure a block's later weights on what its earlier ones became when pruned: slower.", kind=bool
         ),
+        "keep_zeros": Key(
+            "Leave what is 0 already at 0, whatever the method: to prune a sparse model further.", kind=bool
+        ),
         "match_steps": Key(
             "Steps that tune a pruned block to the dense one's output; auto: where affordable, 0: off.", "auto", "N"
         ),

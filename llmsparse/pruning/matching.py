@@ -6,9 +6,14 @@ the memory is that of one block and its Adam state.
 
 Two things differ from the papers' code. The error of each token is divided by that token's own squared norm: the next
 block normalises every token, and a few tokens of huge norm would otherwise be all that is matched. The learning rate
-is a fraction of each weight's root mean square, found by a short probe on held-out windows, so it needs no tuning for
-a model. Masters are fp32 and start from what is stored; the held-out error decides which step is kept, and a block
-that does not improve stays as it was pruned.
+is a fraction of each weight's root mean square, found by a short probe on validation windows, so it needs no tuning for
+a model. Masters are fp32 and start from what is stored; the validation error decides which step is kept, and a block
+that does not improve stays as it was pruned. Since these windows chose rate and step, and the statistics have seen them
+too, their error flatters a little: the perplexity of a run is that of windows which chose nothing.
+
+Half precision is bfloat16, whatever the model computes in: an error of a token relative to its own norm, as a mean over
+thousands of tokens, has gradients of 1e-9 and less in a large model, all of them 0 in float16. Adam does not care for
+scale, so the loss that is backpropagated is scaled up besides, for what a model still does in float16.
 """
 
 from __future__ import annotations
@@ -27,8 +32,9 @@ LEARNING_RATES = (1e-2, 3e-2, 1e-1)  # fractions of a weight's root mean square
 PROBE_SHARE = 15  # one step of a probe for so many of the run, at most PROBE_STEPS
 PROBE_STEPS = 20
 FINAL_FRACTION = 0.05  # of the learning rate, at the end of the cosine
-CHECKS = 8  # held-out measurements in a run
-HELD_OUT_SHARE = 8  # one batch in so many is held out
+CHECKS = 8  # validation measurements in a run
+HELD_OUT_SHARE = 8  # one batch in so many is for validation
+SCALE = 2.0**16  # of the loss in half precision
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,11 @@ class Match:
     after: float
     steps: int
     learning_rate: float
-    held_out: bool  # the errors are of windows not trained on; False where calibration is one batch: training error
+    validation: bool  # the errors are of windows not trained on; False where calibration is one batch: training error
+
+    @property
+    def improved(self) -> bool:
+        return self.after < self.before
 
 
 @torch.enable_grad()
@@ -60,19 +70,19 @@ def match(
     parameter name → bool mask of its shape, True where a weight may move. Returns fp32 values of these parameters
     and a record. The module itself is left with its old parameters.
     """
-    held_out = _held_out(len(targets))
-    train = [j for j in range(len(targets)) if j not in held_out]
-    has_held_out = bool(train)
-    train = train or held_out
+    validation = _validation(len(targets))
+    train = [j for j in range(len(targets)) if j not in validation]
+    validated = bool(train)
+    train = train or validation
     group = batches_per_step(*targets[0].shape, most=len(train))
     tuner = _Tuner(block, acts, targets, keep, autocast)
 
-    before = tuner.error(held_out)
+    before = tuner.error(validation)
     rate = 0.0
     best, best_error = tuner.values(), before
     if steps:
         schedule = _batches(train, group, steps, seed)
-        probes = {rate: tuner.probe(rate, schedule[: probe_steps(steps)], held_out) for rate in LEARNING_RATES}
+        probes = {rate: tuner.probe(rate, schedule[: probe_steps(steps)], validation) for rate in LEARNING_RATES}
         rate = min(probes, key=lambda rate: probes[rate])
         optimizer = tuner.start(rate)
         for step, batches in enumerate(schedule):
@@ -80,11 +90,11 @@ def match(
             tuner.step(optimizer, batches, FINAL_FRACTION + (1 - FINAL_FRACTION) * cosine)
             advance()
             if (step + 1) % max(1, steps // CHECKS) == 0 or step + 1 == steps:
-                error = tuner.error(held_out)
+                error = tuner.error(validation)
                 if error < best_error:
                     best, best_error = tuner.values(), error
     tuner.restore()
-    return best, Match(before, best_error, steps, rate, has_held_out)
+    return best, Match(before, best_error, steps, rate, validated)
 
 
 def probe_steps(steps: int) -> int:
@@ -95,6 +105,15 @@ def probe_steps(steps: int) -> int:
 def batches_per_step(windows: int, tokens: int, width: int, *, most: int) -> int:
     """How many batches of (windows, tokens, width) make one step of the optimiser: all `most` that there are at most."""
     return min(most, max(1, round(max(TOKENS_PER_STEP, 4 * width) / (windows * tokens))))
+
+
+def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """What products of a model that computes in `dtype` are matched in; None for float32. Only a GPU that has no products
+    in bfloat16 of its own takes float16, where the scale of the loss alone keeps gradients from vanishing."""
+    if dtype == torch.float32:
+        return None
+    native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
 
 
 class _Tuner:
@@ -109,6 +128,7 @@ class _Tuner:
         autocast: torch.dtype | None,
     ) -> None:
         self.block, self.acts, self.targets, self.autocast = block, acts, targets, autocast
+        self.scale = 1.0 if autocast is None else SCALE
         self.parameters = {name: block.module.get_parameter(name) for name in keep}
         self.original = {name: parameter.data for name, parameter in self.parameters.items()}
         stored = block.in_module(block.stored)  # the module may hold them rounded to the compute dtype
@@ -154,7 +174,7 @@ class _Tuner:
     def step(self, optimizer: torch.optim.Adam, batches: Sequence[int], fraction: float) -> None:
         optimizer.zero_grad()
         for batch in batches:
-            (self.loss(batch) / len(batches)).backward()
+            (self.loss(batch) * (self.scale / len(batches))).backward()
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:  # None for experts that no token of these batches reached
                 parameter.grad.mul_(self.keep[name])  # Adam never moves a weight whose gradients were all zero
@@ -162,18 +182,18 @@ class _Tuner:
             group["lr"] = group["base"] * fraction
         optimizer.step()
 
-    def probe(self, rate: float, schedule: Sequence[Sequence[int]], held_out: Sequence[int]) -> float:
-        """Held-out error after a few steps at a constant rate; the weights are put back."""
+    def probe(self, rate: float, schedule: Sequence[Sequence[int]], validation: Sequence[int]) -> float:
+        """Validation error after a few steps at a constant rate; the weights are put back."""
         start = self.values()
         optimizer = self.start(rate)
         for batches in schedule:
             self.step(optimizer, batches, 1.0)
-        error = self.error(held_out)
+        error = self.error(validation)
         self._load(start)
         return error if math.isfinite(error) else math.inf
 
 
-def _held_out(batches: int) -> list[int]:
+def _validation(batches: int) -> list[int]:
     """An eighth of the batches, evenly spread; the only one when there is just one."""
     return list(range(0, batches, HELD_OUT_SHARE))
 

@@ -80,6 +80,8 @@ class PrunePlan(RunPlan[PruneRecipe]):
             seed=self.recipe.seed,
             match_steps=self.match_steps,
             true_sequential=self.recipe.true_sequential,
+            keep_zeros=self.recipe.keep_zeros,
+            calibration_tokens=self.windows.ids.numel(),
             statistics_budget=int(STATISTICS_SHARE * available_bytes(self.device)),
         )
 

@@ -104,6 +104,7 @@ class PruneRecipe(RunRecipe):
     only: Globs = ()
     include: Globs = ()
     exclude: Globs = ()
+    keep_zeros: bool = False
     true_sequential: bool = False
     match_steps: Annotated[int | Literal["auto"], PlainValidator(_match_steps)] = "auto"
     calibration: Source = "c4"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +23,21 @@ class PrunedWeight:
     pattern: str
     sparsity_asked: float
     sparsity: float  # fraction of zeros as written
-    error: float  # ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on a sample of calibration rows, as the method left it
+    error: float | None  # ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on a sample of calibration rows, as the method left it; None: no rows
     tokens: int  # calibration rows its input was seen with
     notes: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
+
+
+def _solved_from_few(row: PrunedWeight) -> bool:
+    """Whether a Hessian of fewer tokens than inputs decided."""
+    from llmsparse.pruners import PRUNERS
+    from llmsparse.sparsity.stats import Gram
+
+    return PRUNERS[row.method]().needs is Gram and 0 < row.tokens < row.shape[1]
 
 
 @dataclass(frozen=True)
@@ -115,26 +125,25 @@ class PruneReport(RunReport):
         before = sum(match["before"] for match in matches) / len(matches)
         after = sum(match["after"] for match in matches) / len(matches)
         kind = (
-            "held-out output error"
-            if matches[0]["held_out"]
-            else "output error in training (one window: none held out)"
+            "validation error of the output"
+            if matches[0]["validation"]
+            else "output error in training (one batch: none for validation)"
         )
         return f"{matches[0]['steps']} steps a block, mean {kind} {before:.4f} → {after:.4f}"
 
     def warn(self) -> None:
         """Say plainly what a user should know: weights that fell back, text that ran short, a large loss."""
-        fallen = [row.name for row in self.rows if "fallback" in row.notes]
-        if fallen:
-            self.warnings.append(
-                f"{len(fallen)} experts saw no calibration token and were pruned by magnitude, {fallen[0]} first; "
-                "use more --calibration-samples"
-            )
+        self.warnings += [*self._starved(), *self._unsettled(), *self._unmatched(), *self._sparse_before()]
         if "note" in self.protocol:
             self.warnings.append(f"calibration: {self.protocol['note']}")
         if not self.perplexity:
             return
         before, after = self.perplexity["before"], self.perplexity["after"]
-        if not after < LARGE_LOSS * before:
+        if not math.isfinite(after):
+            self.warnings.append(
+                "perplexity is NaN: the logits of the pruned model are no numbers; try --dtype float32"
+            )
+        elif not after < LARGE_LOSS * before:
             hints = [self._milder()]
             if {row.method for row in self.rows} != {"alps"}:
                 hints.append("--method alps")
@@ -143,6 +152,54 @@ class PruneReport(RunReport):
             self.warnings.append(
                 f"perplexity rose {after / before:.1f}-fold; this model may be of little use at "
                 f"{self.sparsity:.0%} sparsity: try {', or '.join(hints)}, or more calibration text"
+            )
+
+    def _starved(self) -> Iterator[str]:
+        """Experts that fell back to another method, and weights that a Hessian of few tokens was solved for."""
+        fallen = [row for row in self.rows if "fallback" in row.notes]
+        if fallen:
+            unseen = sum(row.tokens == 0 for row in fallen)
+            methods = " or ".join(sorted({row.notes["fallback"].partition(":")[0] for row in fallen}))
+            none = f", {unseen} of them none at all" if unseen else ""
+            yield (
+                f"{len(fallen)} weights of experts saw too few calibration tokens{none}, and were pruned by {methods}, "
+                f"{fallen[0].name} first; use more --calibration-samples"
+            )
+        short = [row for row in self.rows if row not in fallen and _solved_from_few(row)]
+        if short:
+            yield (
+                f"{len(short)} weights have more inputs than calibration has tokens, {short[0].name} first "
+                f"({short[0].shape[1]} inputs, {short[0].tokens} tokens); use more --calibration-samples, or --method wanda"
+            )
+
+    def _unsettled(self) -> Iterator[str]:
+        """Weights whose method came to the end of its iterations before its mask stood still."""
+        rows = [row for row in self.rows if row.notes.get("settled") is False]
+        if rows:
+            yield (
+                f"the masks of {len(rows)} weights had not settled after {rows[0].notes['iterations']} iterations, "
+                f"{rows[0].name} first; give the method more max_iterations"
+            )
+
+    def _unmatched(self) -> Iterator[str]:
+        """Blocks that matching left as they were."""
+        matches = [(block.name, block.match) for block in self.blocks if block.match]
+        stuck = [name for name, match in matches if not match["after"] < match["before"]]
+        if stuck:
+            yield (
+                f"matching improved {len(matches) - len(stuck)} of {len(matches)} blocks; the others, {stuck[0]} first, "
+                "stay as they were pruned"
+            )
+
+    def _sparse_before(self) -> Iterator[str]:
+        """Zeros of the source that did not stay."""
+        sparse = [row for row in self.rows if "zeros_before" in row.notes]
+        returned = sum(row.notes["zeros_returned"] for row in sparse)
+        if returned:
+            zeros = sum(round(row.notes["zeros_before"] * row.numel) for row in sparse)
+            yield (
+                f"the model was sparse already, and {returned:,} of the {zeros:,} zeros in its pruned weights are other than "
+                "0 now; --keep-zeros leaves them at 0"
             )
 
     def _milder(self) -> str:

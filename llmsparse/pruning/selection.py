@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from llmsparse.errors import RecipeError, did_you_mean
+from llmsparse.models.prunable import refuse_flat_experts, refuse_shared_blocks, refuse_stored
 from llmsparse.models.streamed import HEAD, StreamedModel, Weight
 from llmsparse.pruners import Pruner
 from llmsparse.pruning.recipe import PruneRecipe
@@ -28,7 +29,12 @@ class Choice:
 
 
 def choose_weights(recipe: PruneRecipe, model: StreamedModel) -> dict[str, list[Choice]]:
-    """Which weights of each block are pruned, how, and to which pattern; the output head stands under its own name."""
+    """Which weights of each block are pruned, how, and to which pattern; the output head stands under its own name.
+
+    CheckpointError for a model whose weights cannot be pruned one by one, RecipeError for a choice that cannot be.
+    """
+    refuse_shared_blocks(model)
+    refuse_flat_experts(model)
     blocks: dict[str, list[Weight]] = {name: model.weights(i) for i, name in enumerate(model.block_names)}
     blocks[HEAD] = model.head_weights()
     weights = [weight for block in blocks.values() for weight in block]
@@ -36,6 +42,7 @@ def choose_weights(recipe: PruneRecipe, model: StreamedModel) -> dict[str, list[
         weights, only=recipe.only, include=recipe.include, exclude=recipe.exclude, tied=model.tied_head
     )
     recipe.check_rules([weight.name for weight in selected])
+    refuse_stored(model.folder, ((weight.key, model.dtype_of(weight)) for weight in selected))
     names = {weight.name for weight in selected}
     choices: dict[str, list[Choice]] = {}
     for block, members in blocks.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmsparse.errors import MachineError, RecipeError, did_you_mean
 from llmsparse.storage.checkpoint import CheckpointReader
-from llmsparse.text.windows import TOKEN_FILE_SUFFIX
+from llmsparse.text.windows import is_token_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -82,7 +82,7 @@ def window_length(config: Any, asked: int | None, text: str) -> int | None:
         raise RecipeError(
             f"--seq-len {asked} is above the model's maximum of {longest}; use --seq-len {longest} or less"
         )
-    if asked is not None or text.endswith(TOKEN_FILE_SUFFIX):
+    if asked is not None or is_token_file(text):
         return asked
     return min(DEFAULT_WINDOW, longest or DEFAULT_WINDOW)
 

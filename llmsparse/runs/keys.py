@@ -18,13 +18,16 @@ class Key(NamedTuple):
     kind: type = str  # str: the recipe makes a value of it; bool: a switch; list: may be given again
 
 
-COLUMN = "Column of the text, if it is neither called text nor the only one"
+COLUMN = "Column of text, or of chats, where neither its name (text, messages) nor the lack of others says so"
 WINDOW = "Tokens per window; min(2048, the model's maximum) if not given"
 BATCH = "Windows run at once; chosen if not given"
 
 CALIBRATION = {
     "calibration": Key(
-        "c4, wikitext2, builtin, a .txt, .jsonl, .parquet or .safetensors file, or ORG/NAME:SPLIT.", "c4", "TEXT"
+        "c4, wikitext2, builtin, a .txt, .jsonl, .parquet or .safetensors file, wikitext2:FILE (a copy of it), or "
+        "ORG/NAME:SPLIT.",
+        "c4",
+        "TEXT",
     ),
     "text_field": Key(f"{COLUMN}.", None, "COLUMN"),
     "calibration_samples": Key("Windows to calibrate on.", "128", "N"),

@@ -23,7 +23,7 @@ from llmsparse.runs.partial import check_output
 from llmsparse.runs.plan import Chosen, RunPlan
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.text.sources import Purpose
-from llmsparse.text.windows import TOKEN_FILE_SUFFIX, Windows, load_windows
+from llmsparse.text.windows import Windows, is_token_file, load_windows
 
 HELD_OUT_TOKENS = 16384  # for the perplexity in the summary
 
@@ -108,7 +108,7 @@ def read_windows(
     """
     recipe, text = opened.recipe, opened.recipe.text_source
     length = length or window_length(opened.config, recipe.seq_len, text)
-    stored_tokens = text.endswith(TOKEN_FILE_SUFFIX)
+    stored_tokens = is_token_file(text)
     windows = load_windows(
         text,
         None if stored_tokens else load_tokenizer(opened.origin.folder, opened.trust_remote_code),

@@ -120,6 +120,11 @@ class RunPlan(ABC, Generic[Chosen]):
     def copied(self) -> list[str]:
         """Keys that are copied as they are; the verb makes the others."""
 
+    @property
+    def renamed(self) -> dict[str, str]:
+        """Keys that are copies of source tensors of another name → that name."""
+        return {}
+
     def added(self) -> dict[str, Tensor]:
         """Tensors that are neither copied nor made of a block."""
         return {}

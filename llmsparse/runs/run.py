@@ -122,6 +122,7 @@ class Run:
         """Copy what the verb does not make from the source, byte for byte; once, whatever the number of resumes."""
         if not self.has(OUTSIDE):
             self._writer.copy(self.plan.reader, self.plan.copied)
+            self._writer.copy(self.plan.reader, self.plan.renamed, named=self.plan.renamed)
             self._writer.write(self.plan.added())
             self._writer.sync()
             self._partial.journal(OUTSIDE, {})

@@ -43,11 +43,11 @@ class Pattern(Protocol):
         """Raise `PatternError` where the weight `name` of `shape` (out, in) cannot be covered."""
         ...
 
-    def keep(self, score: Tensor, columns: slice, width: int) -> Tensor:
+    def keep(self, score: Tensor, columns: slice, width: int, *, checked: bool = False) -> Tensor:
         """Mask for the columns [start, stop) of a weight with `width` inputs.
 
         `score` is (out, stop - start), larger is more important; the result is bool of the same shape, True survives.
-        Raises `NumericalError` where a score is NaN.
+        Raises `NumericalError` where a score is NaN, unless it is `checked` already: looking makes a GPU wait.
         """
         ...
 
@@ -72,8 +72,9 @@ class Unstructured:
     def check(self, name: str, shape: tuple[int, int]) -> None:
         """Any shape will do."""
 
-    def keep(self, score: Tensor, columns: slice, width: int) -> Tensor:
-        _refuse_nan(score)
+    def keep(self, score: Tensor, columns: slice, width: int, *, checked: bool = False) -> Tensor:
+        if not checked:
+            refuse_nan(score)
         if self.scope == "row":
             return _drop_smallest(score, self._zeros(1, columns))
         return _drop_smallest(score.reshape(1, -1), self._zeros(score.shape[0], columns)).view(score.shape)
@@ -111,10 +112,11 @@ class NofM:
                 f"leave it out with --exclude '{name}'"
             )
 
-    def keep(self, score: Tensor, columns: slice, width: int) -> Tensor:
+    def keep(self, score: Tensor, columns: slice, width: int, *, checked: bool = False) -> Tensor:
         if columns.start % self.m or score.shape[1] % self.m:
             raise PatternError(f"columns {columns.start} to {columns.stop} of {width} are not whole groups of {self.m}")
-        _refuse_nan(score)
+        if not checked:
+            refuse_nan(score)
         groups = score.reshape(-1, self.m)
         if self.m > PAIRED:
             return _drop_smallest(groups, self.m - self.n).view(score.shape)
@@ -125,6 +127,35 @@ class NofM:
                 rank[:, j] += later
                 rank[:, i] += ~later
         return (rank >= self.m - self.n).view(score.shape)
+
+
+@dataclass(frozen=True)
+class KeepingZeros:
+    """A pattern under which what is 0 already, True in `zeros` (out, in), goes first and stays away.
+
+    Where more of it is 0 than the pattern asks for, the mask is sparser than the pattern.
+    """
+
+    pattern: Pattern
+    zeros: Tensor
+
+    @property
+    def span(self) -> int:
+        return self.pattern.span
+
+    @property
+    def sparsity(self) -> float:
+        return self.pattern.sparsity
+
+    def __str__(self) -> str:
+        return str(self.pattern)
+
+    def check(self, name: str, shape: tuple[int, int]) -> None:
+        self.pattern.check(name, shape)
+
+    def keep(self, score: Tensor, columns: slice, width: int, *, checked: bool = False) -> Tensor:
+        zeros = self.zeros[:, columns]
+        return self.pattern.keep(score.masked_fill(zeros, -torch.inf), columns, width, checked=checked) & ~zeros
 
 
 def parse_pattern(text: str, sparsity: float | None, scope: Scope) -> Pattern:
@@ -147,7 +178,8 @@ def parse_pattern(text: str, sparsity: float | None, scope: Scope) -> Pattern:
     return pattern
 
 
-def _refuse_nan(score: Tensor) -> None:
+def refuse_nan(score: Tensor) -> None:
+    """NumericalError where a score is NaN."""
     if bool(score.sum().isnan()) and bool(
         score.isnan().any()
     ):  # the sum is ten times as fast, but +inf - inf is NaN too

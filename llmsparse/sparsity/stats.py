@@ -19,6 +19,9 @@ from llmsparse.errors import NumericalError
 
 T = TypeVar("T")
 
+LEAST_TOKENS = 32  # that say anything about how loud an input is: on 16 Wanda is worse than magnitude, on 64 as ever
+TOKENS_PER_INPUT = 1.5  # of a Gram matrix: a solve from fewer than one an input is worse than Wanda, up to four times
+
 
 class Statistic(Protocol):
     """Accumulates over calibration tokens; reducible over processes by `merge`."""
@@ -38,6 +41,11 @@ class Statistic(Protocol):
     @staticmethod
     def nbytes(width: int) -> int:
         """Bytes held for an input of this width."""
+        ...
+
+    @staticmethod
+    def least_tokens(width: int) -> int:
+        """Tokens below which it says too little of an input of this width to prune by."""
         ...
 
 
@@ -71,6 +79,10 @@ class InputNorm:
     @staticmethod
     def nbytes(width: int) -> int:
         return 8 * width
+
+    @staticmethod
+    def least_tokens(width: int) -> int:
+        return LEAST_TOKENS
 
 
 class InputMoments(InputNorm):
@@ -164,6 +176,10 @@ class Gram(InputMoments):
     @staticmethod
     def nbytes(width: int) -> int:
         return InputMoments.nbytes(width) + 4 * width * width
+
+    @staticmethod
+    def least_tokens(width: int) -> int:
+        return max(LEAST_TOKENS, round(TOKENS_PER_INPUT * width))
 
 
 def combine(a: type[Statistic] | None, b: type[Statistic] | None) -> type[Statistic] | None:

@@ -148,11 +148,12 @@ class CheckpointWriter:
         """What was written before, by this run or by the one it resumes."""
         return {key: _read(self.spec(key)) for key in keys}
 
-    def copy(self, reader: CheckpointReader, keys: Iterable[str]) -> None:
-        """The named tensors byte for byte from another checkpoint, `CHUNK_BYTES` at a time whatever their size."""
+    def copy(self, reader: CheckpointReader, keys: Iterable[str], *, named: Mapping[str, str] | None = None) -> None:
+        """The named tensors byte for byte from another checkpoint, `CHUNK_BYTES` at a time whatever their size; `named`
+        says which have another name there."""
         buffer = memoryview(bytearray(CHUNK_BYTES))
         for key in keys:
-            source, target = reader.spec(key), self.spec(key)
+            source, target = reader.spec((named or {}).get(key, key)), self.spec(key)
             _check_same(key, target, source.shape, source.dtype)
             for offset in range(0, source.end - source.begin, CHUNK_BYTES):
                 chunk = buffer[: min(CHUNK_BYTES, source.end - source.begin - offset)]

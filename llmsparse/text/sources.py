@@ -1,4 +1,4 @@
-"""Where text comes from: `builtin`, `c4`, `wikitext2`, a dataset on the hub, or a file.
+"""Where text comes from: `builtin`, `c4`, `wikitext2`, a dataset on the hub, or a file; `wikitext2:FILE` is a local copy.
 
 A source is opened as documents and a protocol that names it to the letter (dataset, revision, split). Hub datasets are
 pinned to a commit and streamed, so that 128 windows of C4 do not download a shard; files go through the same library
@@ -11,22 +11,31 @@ from __future__ import annotations
 
 import platform
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmsparse.errors import CalibrationError, MachineError
 from llmsparse.storage.home_folder import expand_home
 from llmsparse.text import builtin
+from llmsparse.text.columns import documents, joined
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    Tokenizer = PreTrainedTokenizerBase | None
 
 Purpose = Literal["calibration", "training", "evaluation"]
 
 TEXT_SUFFIX, TOKEN_FILE_SUFFIX = ".txt", ".safetensors"
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of tables, read through `datasets`
-KINDS = f"{TEXT_SUFFIX}, {', '.join(BUILDERS)} or {TOKEN_FILE_SUFFIX}"
+COMPRESSED = (".gz", ".zst")  # behind .json and .jsonl
+KINDS = f"{TEXT_SUFFIX}, {', '.join(BUILDERS)} (.json and .jsonl also with .gz or .zst behind) or {TOKEN_FILE_SUFFIX}"
+WIKITEXT_COPY = "wikitext2:"  # before a file: rows joined as of wikitext2
 PART = 2**20  # characters of a text file read at once
 
 C4 = ("allenai/c4", "1588ec454efa1a09f29cd18ddd04fe05fc8653a2")
@@ -59,8 +68,8 @@ class Texts:
     protocol: dict[str, Any]
 
 
-def open_texts(source: str, purpose: Purpose, text_field: str | None = None) -> Texts:
-    """Open `source` for calibrating, for training or for evaluating.
+def open_texts(source: str, purpose: Purpose, text_field: str | None = None, tokenizer: Tokenizer = None) -> Texts:
+    """Open `source` for calibrating, for training or for evaluating; chats are spelled by the template of `tokenizer`.
 
     Raises CalibrationError for what cannot be read and MachineError when it takes a network that is not there.
     """
@@ -74,15 +83,22 @@ def open_texts(source: str, purpose: Purpose, text_field: str | None = None) -> 
         return _c4(purpose)
     if source == "wikitext2":
         return _wikitext(purpose)
+    if source.startswith(WIKITEXT_COPY):
+        return _wikitext_copy(expand_home(source.removeprefix(WIKITEXT_COPY), CalibrationError), text_field)
     path = expand_home(source, CalibrationError)
-    if path.exists() or path.suffix in (TEXT_SUFFIX, *BUILDERS):
-        return _file(path, text_field)
+    if path.exists() or _kind(path):
+        return _file(path, text_field, tokenizer)
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.-]+))?", source)
     if hub is None:
         raise CalibrationError(
             f"no text {source!r}: neither a file, nor builtin, c4 or wikitext2, nor a dataset such as org/name:split"
         )
-    return _hub(hub[1], hub[2], hub[3], purpose, text_field)
+    return _hub(hub[1], hub[2], hub[3], purpose, text_field, tokenizer)
+
+
+def is_token_file(source: str) -> bool:
+    """Whether a source names stored tokens, which need no tokenizer."""
+    return source.lower().endswith(TOKEN_FILE_SUFFIX)
 
 
 def _builtin(purpose: Purpose) -> Texts:
@@ -90,10 +106,42 @@ def _builtin(purpose: Purpose) -> Texts:
     return Texts(((text,) for text in builtin.texts(purpose)), False, protocol)
 
 
-def _file(path: Path, text_field: str | None) -> Texts:
+def _file(path: Path, text_field: str | None, tokenizer: Tokenizer) -> Texts:
+    kind = _checked_kind(path)
+    if kind == TEXT_SUFFIX:
+        if text_field not in (None, "text"):
+            raise CalibrationError(f"{path}: no column {text_field!r}; a {TEXT_SUFFIX} file is one text")
+        return Texts(iter([_parts(path)]), False, {"file": path.name})
+    found = documents(_rows(str(path), BUILDERS[kind], str(path)), text_field, str(path), tokenizer)
+    return Texts(found.texts, False, {"file": path.name} | found.protocol)
+
+
+def _wikitext_copy(path: Path, text_field: str | None) -> Texts:
+    """A local copy of WikiText, as table or as plain text, whose lines are the rows: one text, as `_wikitext`'s."""
+    kind = _checked_kind(path)
+    if kind == TEXT_SUFFIX:
+        lines = "".join(_parts(path)).removesuffix("\n").split("\n")
+        rows: Iterator[Any] = ({"text": f"{line}\n" if line.strip() else ""} for line in lines)
+    else:
+        rows = _rows(str(path), BUILDERS[kind], str(path))
+    found = joined(rows, text_field, str(path))
+    return Texts(found.texts, False, {"file": path.name} | found.protocol)
+
+
+def _kind(path: Path) -> str | None:
+    """The ending of a file of text, in lower case, without that of its compression; None for another."""
+    name = path.name.lower()
+    for suffix in COMPRESSED:
+        name = name.removesuffix(suffix) if name.removesuffix(suffix).endswith((".json", ".jsonl")) else name
+    return next((suffix for suffix in (TEXT_SUFFIX, *BUILDERS) if name.endswith(suffix)), None)
+
+
+def _checked_kind(path: Path) -> str:
+    """The kind of a file that can be read. CalibrationError for any other."""
     if path.is_dir():
         raise CalibrationError(f"{path}: is a folder, wanted one {KINDS} file")
-    if path.suffix not in BUILDERS and path.suffix != TEXT_SUFFIX:
+    kind = _kind(path)
+    if kind is None:
         raise CalibrationError(f"{path}: unknown kind of file, wanted {KINDS}")
     if not path.exists():
         raise CalibrationError(f"{path}: no such file")
@@ -102,18 +150,13 @@ def _file(path: Path, text_field: str | None) -> Texts:
             raise CalibrationError(f"{path}: is empty, wanted text")
     except OSError as error:
         raise CalibrationError(f"{path}: cannot be read ({error.strerror})") from None
-    if path.suffix == TEXT_SUFFIX:
-        if text_field not in (None, "text"):
-            raise CalibrationError(f"{path}: no column {text_field!r}; a {TEXT_SUFFIX} file is one text")
-        return Texts(iter([_parts(path)]), False, {"file": path.name})
-    rows = _rows(str(path), BUILDERS[path.suffix], str(path))
-    return Texts(_documents(rows, text_field, str(path)), False, {"file": path.name})
+    return kind
 
 
 def _parts(path: Path) -> Iterator[str]:
     """A text file, read as it is asked for: it may be larger than memory."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # which drops a byte order mark
             for part in iter(lambda: file.read(PART), ""):
                 if "\0" in part:
                     raise CalibrationError(f"{path}: is binary, wanted UTF-8 text")
@@ -133,7 +176,9 @@ def _rows(path: str, builder: str, where: str) -> Iterator[dict[str, Any]]:
         with TemporaryDirectory() as cache:  # for its lock files: nothing is copied when streaming
             rows: Any = load_dataset(builder, data_files=path, split="train", streaming=True, cache_dir=cache)
         yield from rows
-    except (OSError, ValueError, TypeError, DatasetsError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, DatasetsError) as error:
+        if path.lower().endswith(".zst") and find_spec("zstandard") is None:
+            raise CalibrationError(f"{where}: unpack it first, or install zstandard, which reads .zst") from None
         raise CalibrationError(f"{where}: cannot be read as {builder}: {_first_line(error)}") from None
 
 
@@ -146,7 +191,8 @@ def _c4(purpose: Purpose) -> Texts:
         _reach(name, revision, purpose, "c4")
         rows = _streamed(name, purpose, "c4", data_files={split: file}, split=split, revision=revision)
     protocol = {"dataset": name, "file": file, "revision": revision, "split": split}
-    return Texts(_documents(rows, "text", "c4"), True, protocol)
+    found = documents(rows, "text", "c4", None)
+    return Texts(found.texts, True, protocol | found.protocol)
 
 
 def _wikitext(purpose: Purpose) -> Texts:
@@ -161,11 +207,14 @@ def _wikitext(purpose: Purpose) -> Texts:
             path = hf_hub_download(name, file, repo_type="dataset", revision=revision)
         except _network_errors() as error:
             raise _unreachable("wikitext2", purpose, error) from None
-    text = "\n\n".join(str(row["text"]) for row in _rows(path, "parquet", name))
-    return Texts(iter([(text,)]), False, {"dataset": name, "file": file, "revision": revision, "split": split})
+    found = joined(_rows(path, "parquet", name), None, "wikitext2")
+    protocol = {"dataset": name, "file": file, "revision": revision, "split": split}
+    return Texts(found.texts, False, protocol | found.protocol)
 
 
-def _hub(name: str, config: str | None, split: str | None, purpose: Purpose, text_field: str | None) -> Texts:
+def _hub(
+    name: str, config: str | None, split: str | None, purpose: Purpose, text_field: str | None, tokenizer: Tokenizer
+) -> Texts:
     revision = _reach(name, None, purpose, name)
     from datasets import get_dataset_split_names
     from datasets.exceptions import DatasetsError
@@ -178,7 +227,8 @@ def _hub(name: str, config: str | None, split: str | None, purpose: Purpose, tex
         raise CalibrationError(f"dataset {name} cannot be read: {_first_line(error)}") from None
     rows = _streamed(name, purpose, name, config=config, split=split, revision=revision)
     protocol = {"dataset": name, "revision": revision, "split": split} | ({"config": config} if config else {})
-    return Texts(_documents(rows, text_field, name), True, protocol)
+    found = documents(rows, text_field, name, tokenizer)
+    return Texts(found.texts, True, protocol | found.protocol)
 
 
 def _streamed(name: str, purpose: Purpose, label: str, *, config: str | None = None, **options: Any) -> Iterator[Any]:
@@ -208,37 +258,6 @@ def _reach(name: str, revision: str | None, purpose: Purpose, label: str) -> str
         raise CalibrationError(f"no dataset {name!r} on the hub; {_instead(purpose)}") from None
     except _network_errors() as error:
         raise _unreachable(label, purpose, error) from None
-
-
-def _documents(rows: Iterator[Any], text_field: str | None, where: str) -> Iterator[tuple[str]]:
-    """The texts in `rows`, empty ones left out. Looks at the first row at once: a wrong column is known when opened."""
-    first = next(rows, None)
-    if first is None:
-        raise CalibrationError(f"{where}: is empty, wanted text")
-    field = _column(first, text_field, where)
-    numbered = enumerate(chain([first], rows), 1)
-    return ((_text(row, field, f"{where}: row {number}"),) for number, row in numbered if row[field] not in (None, ""))
-
-
-def _column(row: dict[str, Any], text_field: str | None, where: str) -> str:
-    if text_field is not None:
-        if text_field in row:
-            return text_field
-        raise CalibrationError(f"{where}: no column {text_field!r}; it has {', '.join(row)}")
-    if "text" in row:
-        return "text"
-    strings = [key for key, value in row.items() if isinstance(value, str)]
-    if len(strings) == 1:
-        return strings[0]
-    raise CalibrationError(
-        f"{where}: which column is the text? call it 'text', or name it with --text-field; it has {', '.join(row)}"
-    )
-
-
-def _text(row: dict[str, Any], field: str, where: str) -> str:
-    if not isinstance(row[field], str):
-        raise CalibrationError(f"{where}: {field!r} holds {row[field]!r:.40}, wanted text")
-    return row[field]
 
 
 def _cached(name: str, revision: str, file: str) -> str | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmsparse.errors import CalibrationError
 from llmsparse.storage.home_folder import expand_home
-from llmsparse.text.sources import TOKEN_FILE_SUFFIX, Purpose, open_texts
+from llmsparse.text.sources import TOKEN_FILE_SUFFIX, Purpose, is_token_file, open_texts
 from llmsparse.text.tokens import special_tokens, tokenize
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ MAX_TOKENS = 2**24  # read of a file of many texts: 8192 windows of 2048, 128 Mi
 ENDLESS_WINDOWS = 256  # evaluated of a dataset that is streamed, as is usual for C4
 HELD_OUT_SHARE = 8  # a text too short for all that was asked gives up to one window in 8 to be held out
 
-__all__ = ["TOKEN_FILE_SUFFIX", "Windows", "load_evaluation", "load_windows"]
+__all__ = ["TOKEN_FILE_SUFFIX", "Windows", "is_token_file", "load_evaluation", "load_windows"]
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ def load_windows(
     A token file gives its first rows, then the held-out ones; it needs no tokenizer. Ids must stay below `vocabulary`.
     Raises CalibrationError, and MachineError without a network, in one line.
     """
-    if source.endswith(TOKEN_FILE_SUFFIX):
+    if is_token_file(source):
         rows = _stored(expand_home(source, CalibrationError), seq_len, vocabulary)
         ids, held = rows[:samples], rows[samples : samples + held_out]
         return Windows.of(ids, held, _stored_protocol(source) | _note(len(ids), samples, len(held), held_out))
     assert tokenizer is not None
     seq_len = seq_len or DEFAULT_SEQ_LEN
-    texts = open_texts(source, purpose, text_field)
+    texts = open_texts(source, purpose, text_field, tokenizer)
     protocol = texts.protocol | {"seed": seed} | _tokenizer_protocol(tokenizer)
     if texts.endless:
         documents, _ = _tokens(texts.documents, tokenizer, vocabulary, samples * seq_len)
@@ -114,12 +114,12 @@ def load_evaluation(
 
     Arguments and errors otherwise as of `load_windows`; nothing is held out.
     """
-    if source.endswith(TOKEN_FILE_SUFFIX):
+    if is_token_file(source):
         ids = _stored(expand_home(source, CalibrationError), seq_len, vocabulary)[:limit]
         return Windows.of(ids, ids[:0], _stored_protocol(source))
     assert tokenizer is not None
     seq_len = seq_len or DEFAULT_SEQ_LEN
-    texts = open_texts(source, "evaluation", text_field)
+    texts = open_texts(source, "evaluation", text_field, tokenizer)
     limit = ENDLESS_WINDOWS if limit is None and texts.endless else limit
     documents, _ = _tokens(texts.documents, tokenizer, vocabulary, None if limit is None else limit * seq_len)
     ids = _cut(documents, seq_len)[:limit]
@@ -165,10 +165,12 @@ def _draw(
     if total < samples + held_out:
         held_out = min(held_out, max(total - samples, total // HELD_OUT_SHARE))
     samples = min(samples, total - held_out)
-    others: list[int] = []  # documents to hold out
+    others, taken = set[int](), 0  # documents to hold out, and their tokens
     for index in torch.randperm(len(documents), generator=generator).tolist():
-        if sum(len(documents[other]) for other in others) < held_out * seq_len:
-            others.append(index)
+        if taken >= held_out * seq_len:
+            break
+        others.add(index)
+        taken += len(documents[index])
     ids = _shuffled(_cut([ids for index, ids in enumerate(documents) if index not in others], seq_len), generator)
     held = _shuffled(_cut([documents[index] for index in sorted(others)], seq_len), generator)
     if len(ids) >= samples and len(held) >= held_out:

@@ -24,7 +24,7 @@ from llmsparse.runs.partial import check_output, held_bytes
 from llmsparse.runs.plan import RunPlan
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.disk import check_room, parse_size
-from llmsparse.text.windows import DEFAULT_SEQ_LEN, TOKEN_FILE_SUFFIX, stored_length
+from llmsparse.text.windows import DEFAULT_SEQ_LEN, is_token_file, stored_length
 from llmsparse.tuning.checks import check_router, check_student, check_teacher, check_text
 from llmsparse.tuning.recipe import TuneRecipe
 
@@ -202,7 +202,7 @@ def make_plan(recipe: TuneRecipe, *, resume: bool = False, overwrite: bool = Fal
     )
     for index in mixtures:
         find_ffn(dense, teacher_reader, index)
-    if recipe.text.endswith(TOKEN_FILE_SUFFIX):
+    if is_token_file(recipe.text):
         length = stored_length(recipe.text, length)
     samples = recipe.steps * windows_in_a_step(recipe, length or DEFAULT_SEQ_LEN)
     windows = read_windows(opened, samples, length=length, purpose="training", text_key=TunePlan.text_key)

@@ -89,3 +89,11 @@ def test_contiguous_and_random_splits_are_what_they_say() -> None:
     ]
     one, other = (SPLITS["random"](layout, blank, torch.Generator().manual_seed(seed)) for seed in (0, 1))
     assert one.routed[0].tolist() != other.routed[0].tolist()
+
+
+def test_a_split_is_copied_to_a_device_once() -> None:
+    split = SPLITS["random"](Layout(48, 4, 1, 1), torch.empty(0), torch.Generator().manual_seed(0))
+    assert split.on(torch.device("cpu")) is split
+    meta = split.on(torch.device("meta"))
+    assert meta is split.on(torch.device("meta"))
+    assert meta.shared.is_meta and all(part.is_meta for part in meta.routed)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import conversion_mapping
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
 
+from llmsparse.errors import CheckpointError
 from llmsparse.models.naming import Group
 from llmsparse.models.streamed import Activations, Block
 from llmsparse.models.tap import Tap
@@ -86,3 +87,11 @@ def test_eleven_experts_keep_their_order(tmp_path: Path) -> None:
             expert = int(weight.name.split(".")[-2])
             assert weight.slot == ("mlp.experts.down_proj", expert)
             assert torch.equal(block.view(weight), block.module.get_parameter("mlp.experts.down_proj")[expert])
+
+
+def test_part_of_a_group_is_an_error_that_names_what_is_missing(tmp_path: Path) -> None:
+    block = stream(save_random(tiny_config("mixtral"), tmp_path)).block(0)
+    key = "model.layers.0.block_sparse_moe.experts.2.w3.weight"
+    some = {name: tensor for name, tensor in block.stored.items() if name != key}
+    with pytest.raises(CheckpointError, match=r"gate_up_proj is made of .* and of .*experts\.2\.w3\.weight"):
+        block.in_module(some)

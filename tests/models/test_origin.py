@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from architectures import random_model, stream, tiny_config
 from http_reply import Replying
 
 from llmsparse.errors import CheckpointError, MachineError, RecipeError
@@ -377,3 +379,52 @@ def test_code_in_folders_below_belongs_to_the_fingerprint(tiny_llama: Callable[.
     before = config_fingerprint(folder, trust_remote_code=True)
     (folder / "parts" / "norm.py").write_text("EPSILON = 1e-5")
     assert "parts/norm.py" in before and config_fingerprint(folder, trust_remote_code=True) != before
+
+
+def test_the_advice_for_a_model_with_an_image_part_can_be_followed(tmp_path: Path) -> None:
+    """To the letter, as the message spells it: the language model that is taken out computes what it did inside."""
+    from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
+
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    text_config = sizes | {
+        "intermediate_size": 48,
+        "vocab_size": 97,
+        "max_position_embeddings": 64,
+        "sliding_window": 8,
+    }
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=text_config, vision_config=vision | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4,
+        image_token_index=95, boi_token_index=93, eoi_token_index=94,
+    )  # fmt: skip
+    whole = Gemma3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    with pytest.raises(CheckpointError, match="gemma3 wraps a language model") as caught:
+        load_config(tmp_path / "whole")
+    advice = str(caught.value).partition("with transformers: ")[2].partition(", and the tokenizer's")[0]
+    names: dict[str, Any] = {"whole": whole, "DIR": tmp_path / "text", "Gemma3ForCausalLM": Gemma3ForCausalLM}
+    for step in advice.split(", "):
+        exec(step, names)
+    model = stream(tmp_path / "text")
+    ids = torch.arange(5, 29)[None]
+    acts = model.embed([ids])
+    for index in range(2):
+        block = model.block(index)
+        acts = block.run(acts)
+        block.evict()
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(acts.hidden[0]), whole(input_ids=ids).logits)
+
+
+def test_a_language_model_without_its_head_is_told_what_is_missing(tmp_path: Path) -> None:
+    random_model(tiny_config("gemma3_text")).model.save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"Gemma3TextModel is not .* save the Gemma3ForCausalLM that it is a part of"
+    ):
+        load_config(tmp_path)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmsparse.errors import CheckpointError
+from llmsparse.errors import CheckpointError, NumericalError
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.models.tap import Tap
 from llmsparse.storage.checkpoint import CheckpointReader
@@ -240,6 +240,19 @@ def test_the_module_follows_what_is_stored_only_when_told(llama: Path) -> None:
     block.reload()
     now = block.module.get_parameter(weight.slot[0])
     assert not now.any() and not now.signbit().any()
+
+
+def test_a_value_that_the_stored_dtype_does_not_reach_is_an_error_that_names_the_weight(tmp_path: Path) -> None:
+    random_model(tiny_config("llama")).to(torch.float16).save_pretrained(tmp_path)
+    block = stream(tmp_path).block(0)
+    weight = block.weights[3]
+    before = block.view(weight).clone()
+    with pytest.raises(
+        NumericalError, match=r"model\.layers\.0\.self_attn\.o_proj: the update made it 70000, .* float16"
+    ):
+        block.store(weight, torch.full(weight.shape, -7e4))
+    assert torch.equal(block.view(weight), before)
+    block.store(weight, torch.full(weight.shape, 65000.0))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt_oss", "granitemoe", "llama4_text"])

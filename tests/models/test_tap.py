@@ -211,13 +211,27 @@ def test_a_part_of_a_matrix_or_a_copy_of_it_is_not_reported() -> None:
     assert not seen_by(parameter, lambda: F.linear(x[:, :3], parameter[:, ::2]))
 
 
+def test_a_part_of_a_flat_parameter_is_told_from_the_whole() -> None:
+    x, parameter = torch.randn(7, 6), torch.randn(10, 6)  # two experts of (5, 6)
+    expert = parameter.view(2, 5, 6)[1]
+    watched = Watched([("w", parameter)])
+
+    def parts(func: Any, *args: Tensor) -> list[str]:
+        return [product.part for product in watched.products(func, args, {})]
+
+    assert parts(F.linear, x, parameter) == parts(torch.matmul, x, parameter.T) == [""]
+    assert parts(F.linear, x, expert) == parts(torch.matmul, x, expert.T) == ["rows"]
+    assert parts(torch.matmul, torch.randn(7, 5), expert) == ["columns"]
+
+
 def seen_by(parameter: Tensor, compute: Callable[[], Tensor]) -> list[tuple[Slot, Tensor, bool]]:
     watched = Watched([("w", parameter)])
     found: list[tuple[Slot, Tensor, bool]] = []
 
     class Mode(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            found.extend((p.slot, p.x, p.transposed) for p in watched.products(func, args, kwargs or {}))
+            products = watched.products(func, args, kwargs or {})
+            found.extend((p.slot, p.x, p.transposed) for p in products if p.part != "columns")
             return func(*args, **(kwargs or {}))
 
     with Mode():

@@ -132,3 +132,18 @@ def test_a_hessian_that_is_none_is_an_error(generator: torch.Generator) -> None:
 def test_impossible_options_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(RecipeError):
         ALPS(**options)  # pyright: ignore[reportArgumentType]
+
+
+def test_notes_say_how_far_both_loops_came(correlated: Callable[..., Layer], generator: torch.Generator) -> None:
+    weight, stat = correlated(12, 64)
+    whole = ALPS()(weight, stat, Unstructured(0.6, "row"), generator)
+    assert whole.notes["settled"] is True and 3 <= int(whole.notes["iterations"]) < 300
+    assert float(whole.notes["residual"]) <= 1e-5
+    short = ALPS(max_iterations=3, solve_iterations=1)(weight, stat, Unstructured(0.6, "row"), generator)
+    assert short.notes["settled"] is False and short.notes["iterations"] == 3
+    h = damped(stat)
+    residual = [
+        np.linalg.norm((row @ h - dense @ h)[keep]) / np.linalg.norm(dense @ h)
+        for dense, row, keep in zip(weight.double().numpy(), short.weight.numpy(), short.keep.numpy(), strict=True)
+    ]
+    assert float(short.notes["residual"]) > 1e-5 and max(residual) > 1e-4

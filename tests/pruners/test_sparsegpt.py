@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,3 +113,28 @@ def test_a_hessian_beyond_damping_is_an_error(generator: torch.Generator) -> Non
 def test_impossible_options_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(RecipeError):
         SparseGPT(**options)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("pattern", [NofM(2, 4), Unstructured(0.5, "matrix")])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_an_error(
+    pattern: Pattern, broken: float, correlated: Callable[..., Any], generator: torch.Generator
+) -> None:
+    weight, stat = correlated(8, 32)
+    weight[3, 5] = broken
+    with pytest.raises(NumericalError):
+        SparseGPT()(weight, stat, pattern, generator)
+
+
+def test_finiteness_is_looked_at_once_a_weight_not_once_a_group(
+    correlated: Callable[..., Any], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look makes a GPU wait; of 2:4 groups there are thousands."""
+    from llmsparse.pruners import sparsegpt
+    from llmsparse.sparsity import patterns
+
+    looks: list[torch.Size] = []
+    for module in (patterns, sparsegpt):
+        monkeypatch.setattr(module, "refuse_nan", lambda score: looks.append(score.shape))
+    SparseGPT()(*correlated(8, 64), NofM(2, 4), generator)
+    assert looks == [(8, 64)]

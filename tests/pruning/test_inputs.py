@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from llmsparse.errors import NumericalError
+from llmsparse.errors import CheckpointError, NumericalError
 from llmsparse.models.streamed import Activations, Block, StreamedModel
 from llmsparse.pruning.inputs import calibrate, learn_inputs, sample_rows
 from llmsparse.sparsity.stats import Gram
@@ -85,3 +86,36 @@ def test_activations_that_are_not_finite_are_an_error_that_names_the_weight(load
     inputs = learn_inputs(block, acts, block.weights)
     with pytest.raises(NumericalError, match=r"enter model\.layers\.0\.self_attn\.q_proj are NaN or Inf"):
         calibrate(block, acts, inputs, lambda entry: None, device=CPU, seed=0)
+
+
+def test_weights_that_stop_sharing_their_input_are_an_error_that_names_both(
+    loaded: tuple[Block, Activations], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, acts = loaded
+    inputs = learn_inputs(block, acts, block.weights)
+    mlp: Any = block.module.mlp
+    own, calls = mlp.up_proj.forward, iter(range(100))
+    monkeypatch.setattr(mlp.up_proj, "forward", lambda x: own(x if next(calls) < 3 else x.clone()))
+    with pytest.raises(CheckpointError, match=r"up_proj: has the input of .*gate_proj in one batch .* --exclude"):
+        calibrate(block, acts, inputs, lambda entry: None, device=CPU, seed=0)
+
+
+def test_a_weight_that_is_used_twice_has_one_input_made_of_both_uses(
+    loaded: tuple[Block, Activations], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, acts = loaded
+    mlp: Any = block.module.mlp
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x) + mlp.up_proj(3 * x))
+
+    monkeypatch.setattr(mlp, "forward", forward)
+    inputs = learn_inputs(block, acts, block.weights)
+    by_role = {weight.name.rpartition(".")[2]: entry for entry in inputs for weight in entry.weights}
+    assert sum(len(entry.weights) for entry in inputs) == 7, "each weight once"
+    assert [weight.name.rpartition(".")[2] for weight in by_role["up_proj"].weights] == ["up_proj"]
+    calibrate(block, acts, inputs, lambda entry: Gram, device=CPU, seed=0)
+    once, twice = by_role["gate_proj"], by_role["up_proj"]
+    assert isinstance(once.statistic, Gram) and isinstance(twice.statistic, Gram)
+    assert twice.tokens == 2 * once.tokens
+    torch.testing.assert_close(twice.statistic.xtx, 10 * once.statistic.xtx, rtol=1e-5, atol=1e-3)

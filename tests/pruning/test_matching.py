@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmsparse.models.streamed import Activations, Block, StreamedModel
-from llmsparse.pruning.matching import batches_per_step, match
+from llmsparse.pruning.matching import autocast_dtype, batches_per_step, match
 from llmsparse.storage.checkpoint import CheckpointReader
 
 
@@ -101,6 +101,41 @@ def test_weights_start_from_what_is_stored_not_from_the_module_that_rounds_it(
         assert torch.equal(tuned[weight.slot[0]], block.view(weight))
 
 
+@pytest.mark.parametrize("scaled", [1.0, 2e4])
+def test_a_model_that_computes_in_float16_is_matched_too(
+    scaled: float, tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Activations are those of a large model in size: float16 holds them, and none of the gradients of their error."""
+    reader = CheckpointReader(tiny_llama(tmp_path / "model", dtype=torch.float16))
+    model = StreamedModel(reader, device=torch.device("cpu"), dtype=torch.float16)
+    generator = torch.Generator().manual_seed(0)
+    acts = model.embed([torch.randint(0, 384, (4, 64), generator=generator) for _ in range(16)])
+    block = model.block(0)
+    for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+        block.stored[f"model.layers.0.{name}"] *= scaled
+    acts = acts.like([hidden * scaled for hidden in acts.hidden])
+    block.reload()
+    targets = block.run(acts).hidden
+    assert all(target.isfinite().all() for target in targets)
+    keep = {weight.slot[0]: block.view(weight).abs() > block.view(weight).abs().median() for weight in block.weights}
+    for weight in block.weights:
+        block.store(weight, block.view(weight) * keep[weight.slot[0]])
+    block.reload()
+    autocast = autocast_dtype(torch.float16, torch.device("cpu"))
+    assert autocast == torch.bfloat16
+    tuned, result = match(block, acts, targets, keep, steps=40, seed=0, autocast=autocast)
+    assert result.improved and result.after < 0.9 * result.before
+    for weight in block.weights:
+        value, before = tuned[weight.slot[0]], block.view(weight).float()
+        assert not value[~keep[weight.slot[0]]].any()
+        assert (value != before).sum() > 0.9 * keep[weight.slot[0]].sum(), "gradients are not 0"
+
+
+def test_float32_is_matched_as_it_is() -> None:
+    assert autocast_dtype(torch.float32, torch.device("cpu")) is None
+    assert autocast_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16
+
+
 def test_weights_that_may_not_move_do_not(
     prepared: tuple[Block, Activations, list[Tensor], dict[str, Tensor]],
 ) -> None:
@@ -115,8 +150,8 @@ def test_a_single_batch_is_said_to_be_trained_on(
     prepared: tuple[Block, Activations, list[Tensor], dict[str, Tensor]],
 ) -> None:
     block, acts, targets, keep = prepared
-    assert match(block, acts, targets[:2], keep, steps=0, seed=0)[1].held_out
-    assert not match(block, acts, targets[:1], keep, steps=0, seed=0)[1].held_out
+    assert match(block, acts, targets[:2], keep, steps=0, seed=0)[1].validation
+    assert not match(block, acts, targets[:1], keep, steps=0, seed=0)[1].validation
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_matching_lowers_the_loss_and_keeps_every_zero(model: Path, notes: Path,
     assert torch.equal(zeros, matched["model.layers.0.mlp.up_proj.weight"] == 0)  # the first block's mask is the same
     assert torch.equal(plain["model.norm.weight"], matched["model.norm.weight"])
     matches = [block.match for block in report.blocks if block.match]
-    assert len(matches) == 3 and all(match["held_out"] for match in matches)
+    assert len(matches) == 3 and all(match["validation"] for match in matches)
     assert all(match["after"] <= match["before"] for match in matches)
     assert any(match["after"] < match["before"] for match in matches)
     assert report.sparsity == pytest.approx(0.6, abs=0.01)

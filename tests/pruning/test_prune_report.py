@@ -6,6 +6,8 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from llmsparse.pruning.report import BlockRecord, PrunedWeight, PruneReport
 
 
@@ -54,6 +56,57 @@ def test_the_hint_fits_the_pattern_and_the_method() -> None:
 
 def test_a_text_that_ran_short_is_said() -> None:
     assert report(note="3 of 128 used").warnings == ["calibration: 3 of 128 used"]
+
+
+def warnings(*rows: PrunedWeight, match: dict[str, Any] | None = None) -> list[str]:
+    made = report()
+    made.blocks, made.warnings = [BlockRecord("b.0", list(rows), match, {})], []
+    made.warn()
+    return made.warnings
+
+
+def row(method: str = "wanda", tokens: int = 100, **notes: Any) -> PrunedWeight:
+    return PrunedWeight("b.0.e", (8, 64), method, "unstructured", 0.5, 0.5, 0.1 if tokens else None, tokens, notes)
+
+
+def test_starved_experts_are_counted_and_what_they_fell_back_to_is_named() -> None:
+    (warning,) = warnings(
+        row(tokens=0, fallback="magnitude: no calibration tokens reached it, wanda wants 32"),
+        row("sparsegpt", 40, fallback="wanda: 40 calibration tokens reached it, sparsegpt wants 96"),
+        row(),
+    )
+    assert "2 weights of experts saw too few calibration tokens, 1 of them none at all" in warning
+    assert "by magnitude or wanda, b.0.e first" in warning and "--calibration-samples" in warning
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "alps"])
+def test_a_hessian_of_fewer_tokens_than_inputs_is_warned_of(method: str) -> None:
+    (warning,) = warnings(row(method, 63), row(method, 64))
+    assert warning.startswith("1 weights have more inputs than calibration has tokens") and "64 inputs, 63" in warning
+    assert not warnings(row("wanda", 63), row("dsnot", 63))
+
+
+def test_a_mask_that_had_not_settled_is_said() -> None:
+    (warning,) = warnings(row("alps", settled=False, iterations=3), row("alps", settled=True, iterations=30))
+    assert warning.startswith("the masks of 1 weights had not settled after 3 iterations, b.0.e first")
+
+
+def test_a_block_that_matching_did_not_improve_is_said() -> None:
+    better = {"before": 0.2, "after": 0.1, "steps": 3, "learning_rate": 0.1, "validation": True}
+    assert not warnings(row(), match=better)
+    (warning,) = warnings(row(), match=better | {"after": 0.2})
+    assert warning.startswith("matching improved 0 of 1 blocks; the others, b.0 first, stay as they were pruned")
+
+
+def test_zeros_that_came_back_are_counted() -> None:
+    assert not warnings(row(zeros_before=0.5, zeros_returned=0))
+    (warning,) = warnings(row(zeros_before=0.5, zeros_returned=3))
+    assert "3 of the 256 zeros" in warning and "--keep-zeros" in warning
+
+
+def test_a_perplexity_that_is_no_number_is_said() -> None:
+    (warning,) = report(10, float("nan")).warnings
+    assert "NaN" in warning and "--dtype float32" in warning
 
 
 def test_a_block_record_survives_the_journal() -> None:

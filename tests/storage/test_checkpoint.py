@@ -184,6 +184,14 @@ def test_copies_byte_for_byte_across_chunks(tmp_path: Path, monkeypatch: pytest.
     assert same(writer.read(tensors), tensors)
 
 
+def test_a_copy_may_have_another_name(tmp_path: Path) -> None:
+    tensors = {"a": some_tensor((5, 7), torch.bfloat16), "b": some_tensor((14,), torch.uint8)}
+    reader = CheckpointReader(write_single(tmp_path / "in", tensors))
+    writer = CheckpointWriter(tmp_path / "out", specs_of({"c": tensors["a"], "b": tensors["b"]}), 10**9)
+    writer.copy(reader, ["b", "c"], named={"c": "a"})
+    assert same(writer.read(["b", "c"]), {"b": tensors["b"], "c": tensors["a"]})
+
+
 def test_copies_any_size_in_constant_memory(tmp_path: Path) -> None:
     size = 128 << 20
     header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()

@@ -1,4 +1,4 @@
-"""Which parameters share a tensor on disk, and whether everything that the model needs is there."""
+"""Whether a checkpoint holds all that its config asks for, told from names and sizes alone."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def tied_on_disk(model: PreTrainedModel, naming: Naming, reader: CheckpointReader) -> dict[str, str]:
-    """Tied parameters that are not on disk → the one that is. Raises CheckpointError if any other is missing."""
+def check_complete(model: PreTrainedModel, naming: Naming, reader: CheckpointReader) -> dict[str, str]:
+    """Tied parameters that are not on disk → the one that is. CheckpointError if any other is missing, or of another
+    size than config.json asks for."""
     on_disk = {name for group in naming.groups.values() for name in group.targets}
     tied: dict[str, str] = {}
     for target, origin in model.all_tied_weights_keys.items():

@@ -67,5 +67,5 @@ def _written(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
     """The arguments that a function would write to."""
     name = getattr(func, "__name__", "")
     in_place = (name.endswith("_") and not name.endswith("__")) or name in WRITES or kwargs.get("inplace") is True
-    targets = pytree.tree_leaves((args[:1], kwargs.get("input"))) if in_place else []
+    targets = pytree.tree_leaves((args[:1], kwargs.get("input"), kwargs.get("tensor"))) if in_place else []
     return [*targets, *pytree.tree_leaves(kwargs.get("out"))]

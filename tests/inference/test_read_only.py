@@ -64,6 +64,9 @@ WRITES: list[Callable[[Tensor], object]] = [
     lambda w: torch.relu_(w),
     lambda w: functional.relu(w, inplace=True),
     lambda w: nn.init.normal_(w),
+    lambda w: nn.init.xavier_uniform_(w),
+    lambda w: nn.init.constant_(w, 3),
+    lambda w: torch._foreach_mul_([w], 2),
     lambda w: w.requires_grad_(),
 ]
 

@@ -55,15 +55,14 @@ def _activations(plan: PrunePlan) -> int:
     return (tokens * plan.model.hidden_size + rotary) * plan.dtype.itemsize
 
 
-def _table(plan: PrunePlan) -> int:
-    """The embedding or the head: what is stored, and its copy in the compute dtype. They are never there together."""
-    numel = plan.model.vocabulary * plan.model.hidden_size
-    stored = max((_stored_bytes(plan, [key]) for key in plan.model.outside_keys), default=0)
-    return numel * plan.dtype.itemsize + stored
-
-
 def _embedding(plan: PrunePlan) -> int:
-    return _table(plan)
+    """The embedding in the compute dtype, and what it is made of; dropped before the first block. The head is as large."""
+    stored = max((_stored_bytes(plan, [key]) for key in plan.model.outside_keys), default=0)
+    return _head(plan) + stored
+
+
+def _head(plan: PrunePlan) -> int:
+    return plan.model.vocabulary * plan.model.hidden_size * plan.dtype.itemsize
 
 
 def _logits(plan: PrunePlan) -> int:
@@ -72,7 +71,7 @@ def _logits(plan: PrunePlan) -> int:
         return 0
     tokens = plan.held_out[0].numel()
     numbers = min(max(LOGIT_ELEMENTS, plan.model.vocabulary), tokens * plan.model.vocabulary)
-    return _table(plan) + numbers * (_with_fp32(plan.dtype) + 4)
+    return _head(plan) + numbers * (_with_fp32(plan.dtype) + 4)
 
 
 def _stored_bytes(plan: PrunePlan, keys: Sequence[str]) -> int:
@@ -128,7 +127,7 @@ class _Block:
     def _targets(self) -> int:
         """What matching aims at: the dense block's outputs, a fourth stream."""
         numel = self.plan.windows.ids.numel() * self.plan.model.hidden_size
-        return numel * self.plan.dtype.itemsize if self.plan.match_steps else 0
+        return numel * self.plan.dtype.itemsize if self._matched else 0
 
     @cached_property
     def _entering(self) -> dict[tuple[Slot, int], type[Statistic] | None]:
@@ -173,7 +172,7 @@ class _Block:
     def _matching(self) -> int:
         """What Adam moves and remembers, masks of what it may move, and a step: the forward of a batch with all that its
         backward needs, or the temporaries of the update."""
-        if not self.plan.match_steps:
+        if not self._matched:
             return 0
         numbers, cast = self._tokens * HELD_BACKWARD * self._widest, self._chosen * self.plan.dtype.itemsize
         step = numbers * 4 + (cast if self.plan.dtype != torch.float32 else 0)
@@ -182,12 +181,20 @@ class _Block:
         return (MATCHED + 1) * self._chosen + max(step, update)
 
     @property
+    def _matched(self) -> bool:
+        """Nothing comes after the head that its output could be matched by."""
+        return bool(self.plan.match_steps) and self.choices[0].weight.kind != HEAD
+
+    @property
     def _tokens(self) -> int:
         """Of a batch."""
         return self.plan.batches[0].numel()
 
     @property
     def _widest(self) -> int:
-        """The most numbers that a token is made into at once; an expert sees few tokens."""
-        shapes = [choice.weight.shape for choice in self.choices if choice.weight.slot[1] is None]
+        """The most numbers that a token is made into at once. An expert sees few tokens, and logits are not made."""
+        linear = [
+            choice.weight for choice in self.choices if choice.weight.slot[1] is None and choice.weight.kind != HEAD
+        ]
+        shapes = [weight.shape for weight in linear]
         return max((size for shape in shapes for size in shape), default=self.plan.model.hidden_size)

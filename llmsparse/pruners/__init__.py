@@ -5,7 +5,7 @@ from __future__ import annotations
 from llmsparse.pruners.alps import ALPS
 from llmsparse.pruners.dsnot import DSnoT
 from llmsparse.pruners.magnitude import Magnitude
-from llmsparse.pruners.protocol import Pruned, Pruner
+from llmsparse.pruners.protocol import Pruned, Pruner, workspace_of
 from llmsparse.pruners.random import Random
 from llmsparse.pruners.sparsegpt import SparseGPT
 from llmsparse.pruners.wanda import Wanda
@@ -19,4 +19,4 @@ PRUNERS: dict[str, type[Pruner]] = {
     "random": Random,
 }
 
-__all__ = ["ALPS", "PRUNERS", "DSnoT", "Magnitude", "Pruned", "Pruner", "Random", "SparseGPT", "Wanda"]
+__all__ = ["ALPS", "PRUNERS", "DSnoT", "Magnitude", "Pruned", "Pruner", "Random", "SparseGPT", "Wanda", "workspace_of"]

@@ -28,6 +28,7 @@ from llmsparse.sparsity.patterns import Pattern, Scope
 from llmsparse.sparsity.stats import Gram, Statistic
 
 SHARED_WIDTH = 4096  # up to here inverses are kept for the next weight of this input: about a dozen of 64 MiB
+INVERSES = 12  # that dozen
 SOFTEST = 1e-4  # ρ at which a support that has not moved never will
 TOLERANCE = 1e-5  # of a row's residual, relative to its right-hand side
 
@@ -55,6 +56,14 @@ class ALPS:
     @property
     def needs(self) -> type[Statistic] | None:
         return Gram
+
+    def workspace(self, out: int, width: int) -> int:
+        """The scaled Hessian and the inverses that are kept, with two matrices more while the last is made, beside the seven
+        fp32 matrices of the weight's shape that ADMM holds; or without the two beside the eleven of conjugate gradients."""
+        square, numel = 4 * width * width, out * width
+        inverses = min(INVERSES, 1 + self.max_iterations // 3) if width <= SHARED_WIDTH else 0
+        making = 2 * square if inverses else 4 * square  # one that is not kept stands beside the one that follows
+        return (1 + inverses) * square + max(making + 30 * numel, 46 * numel)
 
     def __call__(self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator) -> Pruned:
         assert isinstance(stat, Gram)

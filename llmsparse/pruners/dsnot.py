@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from llmsparse.errors import RecipeError
-from llmsparse.pruners.protocol import Pruned, Pruner
+from llmsparse.pruners.protocol import Pruned, Pruner, workspace_of
 from llmsparse.pruners.wanda import Wanda
 from llmsparse.sparsity.patterns import Pattern, Scope
 from llmsparse.sparsity.stats import InputMoments, Statistic, combine
@@ -60,6 +60,14 @@ class DSnoT:
     @property
     def needs(self) -> type[Statistic] | None:
         return combine(self.initial.needs, InputMoments)
+
+    def workspace(self, out: int, width: int) -> int:
+        """What the initial method takes or, if more, swapping: seven fp32 matrices of the weight's shape and masks (eleven,
+        as published), or three and what is known of each row's candidates in fp64, with trials: 150 bytes a candidate."""
+        choosing = (34 if self.criterion == "expected" else 48) * out * width
+        candidates = 2 * min(CANDIDATES, width) if self.criterion == "expected" else 0
+        swapping = max(choosing, out * (14 * width + 150 * candidates))
+        return max(workspace_of(self.initial, out, width), swapping)
 
     def __call__(self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator) -> Pruned:
         assert isinstance(stat, InputMoments)

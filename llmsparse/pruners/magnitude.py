@@ -24,6 +24,10 @@ class Magnitude:
     def needs(self) -> type[Statistic] | None:
         return None
 
+    def workspace(self, out: int, width: int) -> int:
+        """fp32 scores, their partition and, where many are equal, the scores once more; two masks: 14 bytes a weight."""
+        return 14 * out * width
+
     def __call__(self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator) -> Pruned:
         keep = pattern.keep(weight.abs(), slice(0, weight.shape[1]), weight.shape[1])
         return Pruned.of(weight, keep)

@@ -24,6 +24,10 @@ class Random:
     def needs(self) -> type[Statistic] | None:
         return None
 
+    def workspace(self, out: int, width: int) -> int:
+        """Scores in fp64, their partition, and the mask: 17 bytes a weight."""
+        return 17 * out * width
+
     def __call__(self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator) -> Pruned:
         score = torch.rand(weight.shape, generator=generator, dtype=torch.float64).to(weight.device)
         keep = pattern.keep(score, slice(0, weight.shape[1]), weight.shape[1])

@@ -52,6 +52,12 @@ class SparseGPT:
     def needs(self) -> type[Statistic] | None:
         return Gram
 
+    def workspace(self, out: int, width: int) -> int:
+        """H, its Cholesky factor and M while they are made; then M alone beside W, z, their difference, the result with a
+        copy in its layout, and masks: 24 bytes a weight."""
+        square = 4 * width * width
+        return max(3 * square, square + 24 * out * width)
+
     def __call__(self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator) -> Pruned:
         assert isinstance(stat, Gram)
         refuse_nan(weight)  # once; the solve keeps what is finite finite, and `Pruned.of` looks at what came out

@@ -28,6 +28,10 @@ class Wanda:
     def needs(self) -> type[InputNorm]:
         return InputNorm
 
+    def workspace(self, out: int, width: int) -> int:
+        """fp32 scores, |W| or their partition beside them, masks and ranks: at most 12 bytes a weight."""
+        return 12 * out * width
+
     def __call__(self, weight: Tensor, stat: Statistic | None, pattern: Pattern, generator: torch.Generator) -> Pruned:
         assert isinstance(stat, InputNorm)
         score = weight.abs() * stat.norm  # |W_ij| · ‖X_j‖₂   (eq. 1)

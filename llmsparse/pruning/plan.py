@@ -19,6 +19,7 @@ from llmsparse.errors import RecipeError
 from llmsparse.formats.bitmask import stored_bytes
 from llmsparse.pruning.block import PruneOptions
 from llmsparse.pruning.matching import HELD_OUT_SHARE, LEARNING_RATES, batches_per_step, probe_steps
+from llmsparse.pruning.memory import peak_bytes
 from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.pruning.selection import Choice, choose_weights
 from llmsparse.runs.device import split_batches
@@ -95,25 +96,7 @@ class PrunePlan(RunPlan[PruneRecipe]):
         return super().fingerprint | {"match steps": self.match_steps}
 
     def memory_bytes(self) -> int:
-        """An estimate of the peak: the largest block, the calibration activations, the statistics of its inputs."""
-        itemsize = torch.empty((), dtype=self.dtype).element_size()
-        block = outside = statistics = 0
-        for index in range(len(self.model.block_names)):
-            numel = sum(torch.Size(self.tensors[key][0]).numel() for key in self.model.block_keys(index))
-            stored = sum(
-                self.reader.spec(key).end - self.reader.spec(key).begin for key in self.model.block_keys(index)
-            )
-            block = max(block, numel * itemsize + (stored if self.device.type == "cpu" else 0))
-        for key in self.model.outside_keys:
-            outside += torch.Size(self.tensors[key][0]).numel() * itemsize
-        for choices in self.choices.values():
-            widths = {(c.weight.slot, c.weight.shape[1]): c.pruner.needs for c in choices}
-            total = sum(needs.nbytes(width) for (_, width), needs in widths.items() if needs)
-            statistics = max(statistics, min(total, self.options.statistics_budget))
-        width = self.model.hidden_size
-        copies = 3 if self.match_steps else 2
-        activations = copies * (self.windows.ids.numel() + 2 * self.windows.held_out.numel()) * width * itemsize
-        return block * (4 if self.match_steps else 1) + outside + statistics + activations
+        return peak_bytes(self, self.options.statistics_budget)
 
     def to_json(self) -> dict[str, Any]:
         chosen = [choice for choices in self.choices.values() for choice in choices]

@@ -12,6 +12,8 @@ from typing import Self
 
 import torch
 
+LOADED_LATER = 24 * 2**20  # libraries that are loaded, and threads that start, only once a run is under way: measured
+
 
 def anonymous_bytes() -> int:
     """Anonymous resident memory of this process in bytes (RssAnon; all resident memory where the system lacks it)."""
@@ -44,10 +46,18 @@ def used_bytes(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
+def footprint_bytes(device: torch.device) -> int:
+    """What this process holds before a run has read a weight and will hold throughout: interpreter, libraries, a model
+    without weights. Nothing on a GPU, where only what torch allocates counts."""
+    return 0 if device.type == "cuda" else anonymous_bytes() + LOADED_LATER
+
+
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be taken: free GPU memory, or the smaller of free RAM and the cgroup's rest."""
+    """Memory that can still be taken: free GPU memory and what torch has reserved of it and lies idle, or the smaller of
+    free RAM and the cgroup's rest."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + idle
     try:
         with open("/proc/meminfo", encoding="ascii") as info:
             free = next(int(line.split()[1]) * 1024 for line in info if line.startswith("MemAvailable:"))

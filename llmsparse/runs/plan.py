@@ -17,6 +17,7 @@ from torch import Tensor
 from llmsparse.models.origin import Origin, config_fingerprint
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.runs.device import split_batches
+from llmsparse.runs.memory import footprint_bytes
 from llmsparse.runs.recipe import RunRecipe, from_arguments
 from llmsparse.runs.report import spell_protocol
 from llmsparse.runs.verbs import VERBS, verb_of
@@ -170,6 +171,11 @@ class RunPlan(ABC, Generic[Chosen]):
             **machine(self.device),
             "batch size": self.batches[0].shape[0],
         }
+
+    @cached_property
+    def footprint(self) -> int:
+        """Bytes that the process itself takes, as far as can be known when this is first asked for."""
+        return footprint_bytes(self.device)
 
     @abstractmethod
     def memory_bytes(self) -> int:

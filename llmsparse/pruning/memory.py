@@ -1,0 +1,200 @@
+"""What a pruning holds in memory at its peak, term by term.
+
+A run goes through phases that follow one another: the ids are embedded, block after block is calibrated, solved and
+matched, and at the end the logits are made. The peak is that of the largest phase, beside what is there throughout.
+On a CPU what is stored counts too; on a GPU only what is put there. What a method works with it says itself
+(`Pruner.workspace`). tests/pruning/test_memory_estimate.py holds the sum against real runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmsparse.models.likelihood import LOGIT_ELEMENTS
+from llmsparse.models.weight import Slot
+from llmsparse.pruners import workspace_of
+from llmsparse.pruning.inputs import EXPERT_ROWS, sample_rows
+from llmsparse.pruning.selection import HEAD, Choice
+from llmsparse.sparsity.stats import Statistic, combine
+
+if TYPE_CHECKING:
+    from llmsparse.pruning.plan import PrunePlan
+
+FREED = 2**27  # on a CPU: freed blocks of up to 32 MiB that glibc keeps on the heap of either thread, at most ...
+FREED_SHARE = 2  # ... and at most twice the bytes of a block: measured
+HELD_FORWARD = 4  # numbers of a token in a block's forward at once, in widest products (the FFN's): measured
+HELD_BACKWARD = 12  # the same of a forward whose backward is to come
+MATCHED = 24  # bytes a tuned weight: fp32 master, gradient, two moments, the best so far, and the start of a probe
+
+
+def peak_bytes(plan: PrunePlan, statistics_budget: int) -> int:
+    """An estimate of the most that `prune` will hold: of anonymous memory on a CPU, of allocated memory on a GPU."""
+    blocks = [
+        _Block(plan, plan.choices[name], plan.model.block_keys(index), statistics_budget)
+        for index, name in enumerate(plan.model.block_names)
+    ]
+    if head := plan.choices[HEAD]:
+        blocks.append(_Block(plan, head, sorted({choice.weight.key for choice in head}), statistics_budget))
+    stored = sorted(block.stored for block in blocks)
+    neighbours = sum(stored[-3:-1])  # the block that is read ahead, and the last one, which is being written
+    phases = [_embedding(plan), _logits(plan), *(neighbours + block.peak for block in blocks)]
+    heap = min(FREED, FREED_SHARE * stored[-1])
+    return plan.footprint + _activations(plan) + heap + max(phases)
+
+
+def _activations(plan: PrunePlan) -> int:
+    """Hidden states of the calibration windows, and of the held-out ones through the source and through what is made."""
+    tokens = plan.windows.ids.numel() + 2 * plan.windows.held_out.numel()
+    rotary = 2 * plan.windows.ids.shape[1] * plan.model.hidden_size  # call arguments: cos and sin, at most so wide
+    return (tokens * plan.model.hidden_size + rotary) * plan.dtype.itemsize
+
+
+def _embedding(plan: PrunePlan) -> int:
+    """The embedding in the compute dtype, and what it is made of; dropped before the first block. The head is as large."""
+    stored = max((_stored_bytes(plan, [key]) for key in plan.model.outside_keys), default=0)
+    return _head(plan) + stored
+
+
+def _head(plan: PrunePlan) -> int:
+    return plan.model.vocabulary * plan.model.hidden_size * plan.dtype.itemsize
+
+
+def _logits(plan: PrunePlan) -> int:
+    """The head, and a chunk of logits: as the model makes them, in fp32 if that is another, and their softmax."""
+    if not plan.held_out:
+        return 0
+    tokens = plan.held_out[0].numel()
+    numbers = min(max(LOGIT_ELEMENTS, plan.model.vocabulary), tokens * plan.model.vocabulary)
+    return _head(plan) + numbers * (_with_fp32(plan.dtype) + 4)
+
+
+def _stored_bytes(plan: PrunePlan, keys: Sequence[str]) -> int:
+    """Of tensors as they are on disk; nothing on a GPU, where they never are."""
+    specs = [plan.reader.spec(key) for key in keys]
+    return sum(spec.end - spec.begin for spec in specs) if plan.device.type == "cpu" else 0
+
+
+def _with_fp32(dtype: torch.dtype) -> int:
+    """Bytes a number of something in the compute dtype and its copy in fp32, which is itself where it is fp32."""
+    return dtype.itemsize if dtype == torch.float32 else dtype.itemsize + 4
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block while it is worked on."""
+
+    plan: PrunePlan
+    choices: list[Choice]
+    keys: list[str]
+    statistics_budget: int
+
+    @property
+    def stored(self) -> int:
+        return _stored_bytes(self.plan, self.keys)
+
+    @property
+    def peak(self) -> int:
+        """Beside its neighbours."""
+        if not self.choices:
+            return self._loaded
+        solving = max(self._solving(choice) for choice in self.choices)
+        measuring = self._statistics + self._samples + max(self._calibrating, solving)
+        return self._loaded + self._masks + self._targets + max(measuring, self._matching)
+
+    @property
+    def _loaded(self) -> int:
+        """The module in the compute dtype, and what it was made of."""
+        numel = sum(prod(self.plan.reader.spec(key).shape) for key in self.keys)
+        return numel * self.plan.dtype.itemsize + self.stored
+
+    @cached_property
+    def _chosen(self) -> int:
+        """Weights that are pruned."""
+        return sum(prod(choice.weight.shape) for choice in self.choices)
+
+    @property
+    def _masks(self) -> int:
+        """A byte a weight, on the CPU until the block is done."""
+        return self._chosen if self.plan.device.type == "cpu" else 0
+
+    @property
+    def _targets(self) -> int:
+        """What matching aims at: the dense block's outputs, a fourth stream."""
+        numel = self.plan.windows.ids.numel() * self.plan.model.hidden_size
+        return numel * self.plan.dtype.itemsize if self._matched else 0
+
+    @cached_property
+    def _entering(self) -> dict[tuple[Slot, int], type[Statistic] | None]:
+        """Inputs by where they enter and their width → what is measured of them. Weights that share one (q, k and v) are
+        known only once the block has run, so this is an upper bound."""
+        found: dict[tuple[Slot, int], type[Statistic] | None] = {}
+        for choice in self.choices:
+            place = (choice.weight.slot, choice.weight.shape[1])
+            found[place] = combine(found.get(place), choice.pruner.needs)
+        return found
+
+    @property
+    def _statistics(self) -> int:
+        """Those measured in one pass: as many as the budget allows, at least one, and just one if true-sequential."""
+        sizes = [needs.nbytes(width) for (_, width), needs in self._entering.items() if needs]
+        budget = 0 if self.plan.recipe.true_sequential else self.statistics_budget
+        return max(min(sum(sizes), budget), max(sizes, default=0))
+
+    @property
+    def _samples(self) -> int:
+        """Rows of every input, in the compute dtype, to measure output errors on."""
+        rows = sum(self._rows(slot) * width for slot, width in self._entering)
+        return rows * self.plan.dtype.itemsize
+
+    def _rows(self, slot: Slot) -> int:
+        return sample_rows(self.plan.windows.ids.numel()) if slot[1] is None else EXPERT_ROWS
+
+    @property
+    def _calibrating(self) -> int:
+        """The forward of a batch, and what a statistic makes of its widest input: a copy in fp32, and its square."""
+        measured = 2 * 4 * self._widest if any(self._entering.values()) else 0
+        return self._tokens * ((HELD_FORWARD * self._widest) * self.plan.dtype.itemsize + measured)
+
+    def _solving(self, choice: Choice) -> int:
+        """One weight in fp32, and what the method works with; or what it made, its difference, and the outputs of the
+        sampled rows through both, which are squared."""
+        (out, width), rows = choice.weight.shape, self._rows(choice.weight.slot)
+        compared = 9 * out * width + rows * (width * _with_fp32(self.plan.dtype) + 2 * 4 * out)
+        return 4 * out * width + max(workspace_of(choice.pruner, out, width), compared)
+
+    @property
+    def _matching(self) -> int:
+        """What Adam moves and remembers, masks of what it may move, and a step: the forward of a batch with all that its
+        backward needs, or the temporaries of the update."""
+        if not self._matched:
+            return 0
+        numbers, cast = self._tokens * HELD_BACKWARD * self._widest, self._chosen * self.plan.dtype.itemsize
+        step = numbers * 4 + (cast if self.plan.dtype != torch.float32 else 0)
+        largest = max(prod(choice.weight.shape) for choice in self.choices)
+        update = 4 * (largest if self.plan.device.type == "cpu" else self._chosen)
+        return (MATCHED + 1) * self._chosen + max(step, update)
+
+    @property
+    def _matched(self) -> bool:
+        """Nothing comes after the head that its output could be matched by."""
+        return bool(self.plan.match_steps) and self.choices[0].weight.kind != HEAD
+
+    @property
+    def _tokens(self) -> int:
+        """Of a batch."""
+        return self.plan.batches[0].numel()
+
+    @property
+    def _widest(self) -> int:
+        """The most numbers that a token is made into at once. An expert sees few tokens, and logits are not made."""
+        linear = [
+            choice.weight for choice in self.choices if choice.weight.slot[1] is None and choice.weight.kind != HEAD
+        ]
+        shapes = [weight.shape for weight in linear]
+        return max((size for shape in shapes for size in shape), default=self.plan.model.hidden_size)

@@ -21,42 +21,59 @@ class Detokenizer:
     def __init__(self, tokenizer: Any, prompt: Sequence[int], skip_special_tokens: bool = True) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._ids = list(prompt[-CONTEXT_TOKENS:])
-        self._context, self._out = 0, len(self._ids)  # from here on decoded; up to here given out
+        self._out = len(self._ids)  # up to here given out; what is before is context
 
     def take(self, tokens: Iterable[int]) -> str:
         """The text that these tokens add; empty while a character is not whole."""
         self._ids += tokens
-        piece = self._piece(len(self._ids))
-        if not piece.endswith(UNFINISHED):
-            return self._give(piece, len(self._ids))
-        if len(self._ids) - self._out < 2 * LONGEST_CHARACTER:
-            return ""
-        return self._give_what_is_past_mending()
+        return self._give(last=False)
 
     def end(self) -> str:
         """What was held back; no token comes any more."""
-        return self._give(self._piece(len(self._ids)), len(self._ids))
+        return self._give(last=True)
 
-    def _give_what_is_past_mending(self) -> str:
-        """All but the last tokens that can still become a character: bytes that are none must not pile up."""
-        cuts = [len(self._ids) - left for left in range(1, LONGEST_CHARACTER)]
-        whole = [cut for cut in cuts if not self._piece(cut).endswith(UNFINISHED)]
-        cut = whole[0] if whole else cuts[-1]
-        return self._give(self._piece(cut), cut)
-
-    def _give(self, piece: str, upto: int) -> str:
+    def _give(self, last: bool) -> str:
+        piece, upto = self._after(self._out, len(self._ids)), len(self._ids)
+        if UNFINISHED in piece:
+            piece, upto = self._mended(last)
         if piece:
-            self._context, self._out = self._out, upto
-            self._ids = self._ids[self._context :]
-            self._context, self._out = 0, upto - self._context
+            self._ids, self._out = self._ids[self._out :], upto - self._out
         return piece
 
-    def _piece(self, upto: int) -> str:
-        known = self._decode(self._ids[self._context : self._out])
-        text = self._decode(self._ids[self._context : upto])
-        if text.startswith(known):
-            return text[len(known) :]
-        return self._decode(self._ids[self._out : upto])  # a stray byte spoils the character before it, which is out
+    def _mended(self, last: bool) -> tuple[str, int]:
+        """Text with bytes in it that are no character, and up to which token. A decoder may spoil what stands beside
+        such a byte, so the tokens of each character are decoded by themselves, and a token that is part of none, too."""
+        piece, first = "", self._out
+        while first < len(self._ids):
+            ends = range(first + 1, min(first + LONGEST_CHARACTER, len(self._ids)) + 1)
+            whole = next((end for end in ends if _is_whole(self._alone(first, end))), None)
+            if whole is None and not last and self._may_become_whole(first):
+                break
+            end = whole or first + 1
+            piece += self._alone(first, end)
+            first = end
+        return piece, first
+
+    def _may_become_whole(self, first: int) -> bool:
+        """Whether all that has come from `first` on may be the beginning of one character."""
+        later = range(first + 1, len(self._ids))
+        return len(later) < LONGEST_CHARACTER - 1 and not any(_is_whole(self._alone(at, at + 1)) for at in later)
+
+    def _alone(self, first: int, end: int) -> str:
+        text = self._after(first, end)
+        if _is_whole(text):
+            return text
+        alone = self._decode(self._ids[first:end])
+        return alone if _is_whole(alone) or not text else text
+
+    def _after(self, first: int, end: int) -> str:
+        """What the tokens from `first` to `end` add to those before."""
+        known, text = self._decode(self._ids[:first]), self._decode(self._ids[:end])
+        return text[len(known) :] if text.startswith(known) else self._decode(self._ids[first:end])
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip))
+
+
+def _is_whole(text: str) -> bool:
+    return bool(text) and UNFINISHED not in text

@@ -139,5 +139,8 @@ class _Counted:
 
 
 def _mixed(seed: int, choice: int) -> int:
-    """A seed for each answer to one prompt; the first has the seed itself."""
-    return (seed + choice * 0x9E3779B97F4A7C15) % 2**64
+    """A seed for each answer to one prompt: splitmix64, folded, since a CPU's generator sees but 32 bits of it."""
+    mixed = (seed + (choice + 1) * 0x9E3779B97F4A7C15) % 2**64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ mixed >> shift) * factor % 2**64
+    return mixed ^ mixed >> 32

@@ -33,7 +33,7 @@ class Bench:
 
     def sequence(
         self, index: int, prompt: List[int], new: int, asked: Sampling = Sampling(), **options: Any
-    ) -> Sequence:  # noqa: B008
+    ) -> Sequence:
         chooses = options.pop("sampler", None) or self.rules.sampler(asked, len(prompt), new)
         alone = asked.seed is not None
         return Sequence(

@@ -130,7 +130,7 @@ def test_log_probabilities_of_an_answer_in_both_forms(server: Running, greedy: A
     )
     assert chat.choices[0].logprobs is not None and chat.choices[0].logprobs.content is not None
     for token in chat.choices[0].logprobs.content:
-        assert [best.token for best in token.top_logprobs][0] == token.token and len(token.top_logprobs) == 3
+        assert token.top_logprobs[0].token == token.token and len(token.top_logprobs) == 3
         assert token.bytes is None or bytes(token.bytes).decode() == token.token
     streamed = server.events(prompt="def main(", max_tokens=4, logprobs=0)
     tokens = [one for chunk in streamed for one in (chunk["choices"][0]["logprobs"] or {"tokens": []})["tokens"]]

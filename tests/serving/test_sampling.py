@@ -11,6 +11,7 @@ from architectures import random_model, tiny_config
 from llmsparse.errors import NumericalError
 from llmsparse.serving.sampling import Rules, Sampler, Sampling
 
+GREEDY = Sampling()
 IDS = torch.tensor([[3, 3, 5]])
 
 
@@ -21,7 +22,7 @@ def rules(**generation: Any) -> Rules:
     return Rules(model)
 
 
-def sampler(asked: Sampling = Sampling(), **generation: Any) -> Sampler:  # noqa: B008
+def sampler(asked: Sampling = GREEDY, **generation: Any) -> Sampler:
     return rules(**generation).sampler(asked, prompt_tokens=3, new=10)
 
 

@@ -22,6 +22,7 @@ class Detokenizer:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._ids = list(prompt[-CONTEXT_TOKENS:])
         self._out = len(self._ids)  # up to here given out; what is before is context
+        self._sound = list(self._ids)  # the last tokens without a spoiled character
 
     def take(self, tokens: Iterable[int]) -> str:
         """The text that these tokens add; empty while a character is not whole."""
@@ -36,8 +37,12 @@ class Detokenizer:
         piece, upto = self._after(self._out, len(self._ids)), len(self._ids)
         if UNFINISHED in piece:
             piece, upto = self._mended(last)
+        if _is_whole(piece):
+            self._sound = self._ids[self._out : upto]
         if piece:
             self._ids, self._out = self._ids[self._out :], upto - self._out
+        elif len(self._ids) - self._out > LONGEST_CHARACTER:
+            del self._ids[self._out :]  # tokens without text: they must not pile up
         return piece
 
     def _mended(self, last: bool) -> tuple[str, int]:
@@ -60,16 +65,20 @@ class Detokenizer:
         return len(later) < LONGEST_CHARACTER - 1 and not any(_is_whole(self._alone(at, at + 1)) for at in later)
 
     def _alone(self, first: int, end: int) -> str:
+        """The text of the tokens from `first` to `end`, whatever those just before them have spoiled."""
         text = self._after(first, end)
         if _is_whole(text):
             return text
-        alone = self._decode(self._ids[first:end])
+        alone = self._added(self._sound, self._ids[first:end])
         return alone if _is_whole(alone) or not text else text
 
     def _after(self, first: int, end: int) -> str:
-        """What the tokens from `first` to `end` add to those before."""
-        known, text = self._decode(self._ids[:first]), self._decode(self._ids[:end])
-        return text[len(known) :] if text.startswith(known) else self._decode(self._ids[first:end])
+        return self._added(self._ids[:first], self._ids[first:end])
+
+    def _added(self, before: list[int], ids: list[int]) -> str:
+        """What `ids` add to the text of those before."""
+        known, text = self._decode(before), self._decode(before + ids)
+        return text[len(known) :] if text.startswith(known) else self._decode(ids)
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip))

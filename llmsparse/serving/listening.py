@@ -1,11 +1,23 @@
-"""A socket of the server's own."""
+"""A socket of the server's own, and room for many clients at it."""
 
 from __future__ import annotations
 
 import errno
+import resource
 import socket
 
 from llmsparse.errors import MachineError, RecipeError
+
+
+MOST_FILES = 65536  # each client is one
+
+
+def allow_many_clients() -> None:
+    """As many connections as the machine lets a process have: those that only wait must not keep others out."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(MOST_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -18,7 +18,7 @@ from llmsparse.inference.load import load_model
 from llmsparse.models.origin import fetch_model, load_tokenizer
 from llmsparse.runs.device import choose_device
 from llmsparse.runs.memory import available_bytes
-from llmsparse.serving.listening import bind, cannot_listen
+from llmsparse.serving.listening import allow_many_clients, bind, cannot_listen
 
 EXTRA = ("fastapi", "uvicorn", "openai", "prometheus_client")
 LOOPBACK = ("127.", "::1")
@@ -88,6 +88,7 @@ def serve(
 
         gc.collect()
         gc.freeze()  # the model is no garbage; to look at it again and again would hold up answers
+        allow_many_clients()
         served.engine.start()
         try:
             _run(build(served, api_key, allow_origins), bound, ready, served.engine.stop)

@@ -6,23 +6,25 @@ from collections.abc import Sequence
 
 
 class Stop:
-    """Lets text through up to the first stop string. What may be the beginning of one waits for more."""
+    """Lets text through up to the string that is whole first; of two that are whole at once the longer one. What may be
+    the beginning of a string waits for more. Each letter costs the same, whatever the strings (Knuth, Morris, Pratt)."""
 
     def __init__(self, strings: Sequence[str]) -> None:
-        self._strings = strings
+        self._strings = [_Matched(string) for string in strings]
         self._held = ""
         self.found = False
 
     def take(self, piece: str) -> str:
         """What can be said now that `piece` has come; nothing more once a string was found."""
-        if self.found:
-            return ""
+        if self.found or not self._strings:
+            return "" if self.found else piece
         text = self._held + piece
-        ends = [end for end in (text.find(string) for string in self._strings) if end >= 0]
-        if ends:
-            self.found, self._held = True, ""
-            return text[: min(ends)]
-        held = max((_overlap(text, string) for string in self._strings), default=0)
+        for end in range(len(self._held), len(text)):
+            whole = [string.size for string in self._strings if string.take(text[end])]
+            if whole:
+                self.found, self._held = True, ""
+                return text[: end + 1 - max(whole)]
+        held = max(string.matched for string in self._strings)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
@@ -32,7 +34,22 @@ class Stop:
         return held
 
 
-def _overlap(text: str, string: str) -> int:
-    """The length of the longest end of `text` with which `string`, longer than that, begins."""
-    longest = min(len(text), len(string) - 1)
-    return next((size for size in range(longest, 0, -1) if text.endswith(string[:size])), 0)
+class _Matched:
+    """How many letters of a string the text so far ends with."""
+
+    def __init__(self, string: str) -> None:
+        self._string, self.size, self.matched = string, len(string), 0
+        self._shorter = [0] * (len(string) + 1)  # of so many matched letters, the next shorter beginning they end with
+        matched = 0
+        for at in range(1, len(string)):
+            while matched and string[at] != string[matched]:
+                matched = self._shorter[matched]
+            matched += string[at] == string[matched]
+            self._shorter[at + 1] = matched
+
+    def take(self, letter: str) -> bool:
+        """Whether the string is whole with this letter."""
+        while self.matched and letter != self._string[self.matched]:
+            self.matched = self._shorter[self.matched]
+        self.matched += letter == self._string[self.matched]
+        return self.matched == self.size

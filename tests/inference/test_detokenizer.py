@@ -82,6 +82,19 @@ def test_special_tokens_are_left_out_unless_they_are_wanted() -> None:
     assert wanted.take([2, 6]) == " upon</s>"
 
 
+def test_tokens_without_text_do_not_pile_up() -> None:
+    class Counting:
+        longest = 0
+
+        def decode(self, ids: list[int], **options: Any) -> str:
+            self.longest = max(self.longest, len(ids))
+            return str(BYTES.decode(ids, **options))
+
+    counting = Counting()
+    assert "".join(pieces(counting, [1], [2, *[6] * 500, 2, 3, 4])) == " upon upon b"
+    assert counting.longest < 20
+
+
 @pytest.mark.parametrize("written", ["日本語 – a b  c\n\n", "x = 'é€😀'\n", "   a"])
 def test_a_byte_level_vocabulary_says_the_same(tokenizer_folder: Path, written: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
 
-from llmsparse.serving.body import MOST_AT_ONCE, MOST_BYTES, MOST_VALUES, Bodies, parsed
+from llmsparse.serving.body import FEW_VALUES, MOST_AT_ONCE, MOST_BYTES, MOST_VALUES, Bodies, parsed
 from llmsparse.serving.refusal import RefusedError
 
 
@@ -59,7 +60,11 @@ def test_many_large_bodies_at_once_are_refused_until_some_are_done() -> None:
         (b"[" * 100_000, "not JSON"),
         (b"\xff\xfe", "not JSON"),
         (b"1" * 5000, "not JSON"),
-        (b"[" + b"[]," * MOST_VALUES + b"[]]", "more than"),
+        (b"9" * 401, "a number of 401 characters"),
+        (b"0." + b"1" * 400, "a number of 402 characters"),
+        (b"[" + b"0," * MOST_VALUES + b"0]", "more than"),
+        (b"[" + b"0," * FEW_VALUES + b"NaN]", "NaN is no number"),
+        (b"[" * FEW_VALUES * 2, "not JSON"),
     ],
     ids=lambda value: str(value)[:24],
 )
@@ -67,3 +72,9 @@ def test_what_is_not_json_is_refused_in_a_line(body: bytes, reason: str) -> None
     with pytest.raises(RefusedError, match=reason) as refused:
         parsed(body)
     assert len(str(refused.value)) < 300
+
+
+def test_many_values_are_read_as_few_are() -> None:
+    value = {"prompt": list(range(FEW_VALUES + 1)), "é": [1.5, -0.0, "\n", None, True, {"a": []}]}
+    assert parsed(json.dumps(value).encode()) == value
+    assert parsed(json.dumps(value, ensure_ascii=False).encode()) == value

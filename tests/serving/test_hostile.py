@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ def test_long_prompts_are_refused_while_health_is_told(trained: Running) -> None
         for path, body in (("completions", asked), ("completions", many), ("chat/completions", chat)):
             assert trained.send("POST", f"/v1/{path}", body)[0] == 400
         assert trained.send("POST", "/v1/completions", b" " * (9 * 2**20))[0] == 413
-        assert trained.send("POST", "/v1/completions", b'{"prompt": [' + b"[]," * 10**6 + b"[]]}")[0] == 413
+        assert trained.send("POST", "/v1/completions", b'{"prompt": [' + b"[]," * 10**6 + b"[]]}")[0] == 400
+        assert trained.send("POST", "/v1/completions", b"[" + b"0," * 3 * 10**6 + b"0]")[0] == 413
     assert waits and trained.ask(prompt="def ", max_tokens=1)[0] == 200
 
 
@@ -78,6 +79,14 @@ def test_a_body_that_never_ends_holds_nobody_up(trained: Running) -> None:
     with socket.create_connection(("127.0.0.1", trained.port)) as nonsense:
         nonsense.sendall(b"\x00\x01\x02\r\n\r\n")
     assert trained.ask(prompt="def ", max_tokens=1)[0] == 200
+
+
+def test_connections_that_only_wait_keep_nobody_out(trained: Running) -> None:
+    with ExitStack() as waiting:
+        for _ in range(500):
+            waiting.enter_context(socket.create_connection(("127.0.0.1", trained.port)))
+        assert trained.send("GET", "/health")[0] == 200
+        assert trained.ask(prompt="def ", max_tokens=1)[0] == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/%00", "/v1/models/%ff%fe", "/v1/models/../../etc", "/" + "x" * 5000])

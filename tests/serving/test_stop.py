@@ -12,11 +12,24 @@ def said(pieces: list[str], strings: list[str]) -> tuple[str, bool]:
     return "".join(stop.take(piece) for piece in pieces) + stop.end(), stop.found
 
 
-@given(st.lists(st.text("ab\n", max_size=4)), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
+def expected(text: str, strings: list[str]) -> tuple[str, bool]:
+    """Letter by letter: up to the longest of the strings that the text ends with first."""
+    for end in range(1, len(text) + 1):
+        whole = [len(string) for string in strings if text[:end].endswith(string)]
+        if whole:
+            return text[: end - max(whole)], True
+    return text, False
+
+
+@given(st.lists(st.text("ab\n", max_size=4)), st.lists(st.text("ab\n", min_size=1, max_size=6), max_size=3))
 def test_text_ends_before_the_first_stop_string_however_it_is_cut(pieces: list[str], strings: list[str]) -> None:
-    whole = "".join(pieces)
-    ends = [whole.find(string) for string in strings if string in whole]
-    assert said(pieces, strings) == (whole[: min(ends)] if ends else whole, bool(ends))
+    assert said(pieces, strings) == expected("".join(pieces), strings)
+
+
+def test_one_string_ends_the_text_where_it_is_found_first() -> None:
+    for string in ("aab", "abab", "aaa"):
+        text = "aaabababaaa"
+        assert said(list(text), [string]) == (text[: text.find(string)], True)
 
 
 @pytest.mark.parametrize("pieces", [["abc\n", "\nd"], ["abc", "\n\n", "d"], ["a", "b", "c", "\n", "\n", "d"]])

@@ -65,7 +65,7 @@ def serve(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Serve MODEL, dense, pruned or packed, as OpenAI's API: chat/completions, completions, models, health.
+    """Serve MODEL, dense, pruned or packed, as OpenAI's API: chat/completions, completions, models; health, metrics.
 
     llmsparse serve ./packed --port 8000
     """

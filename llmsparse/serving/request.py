@@ -52,6 +52,7 @@ MOST_CHOICES = 128  # answers to one request
 MOST_STOPS = 64
 MOST_LOGPROBS = 20
 LONGEST_STOP = 1024  # characters
+PENALTIES = (0.1, 10)  # by which logits are divided: less or more makes them infinite
 SEEDS = (-(2**63), 2**64 - 1)
 
 
@@ -152,15 +153,12 @@ def _out_of_range(key: str, value: Any, kind: str, least: float, most: float | N
 
 def _sampling(fields: _Fields) -> Sampling:
     top_k = fields.whole("top_k", -1, 2**31)
-    penalty = fields.number("repetition_penalty", 0, 10)
-    if penalty == 0:
-        raise RefusedError(400, "repetition_penalty: got 0, wanted a number above it; 1 is no penalty")
     return Sampling(
         temperature=fields.number("temperature", 0, 2),
         top_p=fields.number("top_p", 0, 1),
         top_k=None if top_k is None else max(top_k, 0),
         min_p=fields.number("min_p", 0, 1),
-        repetition_penalty=penalty,
+        repetition_penalty=fields.number("repetition_penalty", *PENALTIES),
         presence_penalty=fields.number("presence_penalty", -2, 2) or 0.0,
         frequency_penalty=fields.number("frequency_penalty", -2, 2) or 0.0,
         seed=fields.whole("seed", *SEEDS),

@@ -64,6 +64,7 @@ def test_each_way_of_sampling_is_taken_as_a_number() -> None:
         {"top_k": 1.5},
         {"min_p": 1.1},
         {"repetition_penalty": 0},
+        {"repetition_penalty": 1e-300},
         {"presence_penalty": 2.1},
         {"seed": 1.0},
         {"seed": 2**64},

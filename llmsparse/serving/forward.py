@@ -20,7 +20,6 @@ from transformers import AttentionInterface, DynamicCache
 from llmsparse.errors import CheckpointError
 from llmsparse.serving.cache import bytes_held, new_cache, of_attention
 
-TOGETHER = "llmsparse_together"  # the name of our attention function
 CHUNK = 512  # tokens of a prompt that are read at once, so that others need not wait for all of it
 PROBE = 8  # tokens of the two conversations that show whether this model can run many together
 TOLERANCE = 0.05  # of the largest logit, between together and alone: rounding in bf16 is a fifth of that
@@ -40,7 +39,8 @@ class Forward:
         self._keep = "logits_to_keep" in takes
         self._attend = _attention_of(model, self._config._attn_implementation)  # pyright: ignore[reportPrivateUsage]
         self._caches: Sequence[DynamicCache] = ()
-        AttentionInterface.register(TOGETHER, self._attend_together)
+        self._together = f"llmsparse_together_{id(self)}"  # the name of our attention function
+        AttentionInterface.register(self._together, self._attend_together)
         probe = self.cache(PROBE)
         self.in_parts = of_attention(probe)
         self.read(probe, list(range(PROBE)))
@@ -61,7 +61,7 @@ class Forward:
     def step_together(self, caches: Sequence[DynamicCache], tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Logits (conversations, vocabulary) after one more token of each; `lengths` are those before it."""
         own = self._config._attn_implementation  # pyright: ignore[reportPrivateUsage]
-        self._caches, self._config._attn_implementation = caches, TOGETHER
+        self._caches, self._config._attn_implementation = caches, self._together
         try:
             return self._model(
                 input_ids=torch.tensor(tokens, device=self._device)[:, None],

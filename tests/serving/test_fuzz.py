@@ -54,7 +54,7 @@ class Wire:
 @pytest.mark.slow
 def test_a_hundred_thousand_odd_requests_change_nothing(server: Running) -> None:
     before = server.complete(FIXED["prompt"], **{key: FIXED[key] for key in FIXED if key != "prompt"})
-    draw, seen, closed = Draw(seed=11), Counter[int](), 0
+    draw, seen = Draw(seed=11), Counter[int]()
     wire = Wire(server.port)
     for number in range(REQUESTS):
         asked = draw.request()
@@ -67,7 +67,7 @@ def test_a_hundred_thousand_odd_requests_change_nothing(server: Running) -> None
         if status == 200 and b"data: " in answer[:6]:
             assert answer.endswith(b"data: [DONE]\n\n") and b'"error"' not in answer, (number, asked)
     wire.close()
-    assert closed == 0 and seen[200] > REQUESTS // 20 and seen[400] > REQUESTS // 20, seen
+    assert seen[200] > REQUESTS // 20 and seen[400] > REQUESTS // 20, seen
     after = server.complete(FIXED["prompt"], **{key: FIXED[key] for key in FIXED if key != "prompt"})
     assert after == before
     assert server.send("GET", "/health") == (200, {"status": "ok", "running": 0})

@@ -18,7 +18,7 @@ PROMPT = "def __init__(self, "
 @pytest.mark.parametrize(
     "asked",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"repetition_penalty": 1.5},
         pytest.param({"no_repeat_ngram_size": 2, "min_new_tokens": 20}, marks=pytest.mark.slow),
         pytest.param({"do_sample": True, "temperature": 0.7, "min_p": 0.1, "top_k": 20}, marks=pytest.mark.slow),

@@ -8,7 +8,6 @@ import socket
 
 from llmsparse.errors import MachineError, RecipeError
 
-
 MOST_FILES = 65536  # each client is one
 
 

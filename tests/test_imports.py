@@ -20,7 +20,8 @@ USES_INTERNALS = {  # of transformers
     "llmsparse.inference.quantizer",
     "llmsparse.models.empty_model",
     "llmsparse.models.naming",
-    "llmsparse.serving.server",
+    "llmsparse.serving.template",
+    "llmsparse.serving.tool_calls",
 }
 STOREYS = [  # a room may import what stands on a storey above it in this list, and nothing else
     "errors version",

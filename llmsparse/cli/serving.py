@@ -34,6 +34,18 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    served_model_name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What the model is called; else MODEL as typed.", show_default=False),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Let web pages of this origin use the server (CORS), `*` for all; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     backend: Annotated[
         str,
         typer.Option(metavar="auto|NAME", help="What runs packed weights; a name packs a pruned MODEL as it loads."),
@@ -53,7 +65,7 @@ def serve(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Serve MODEL, dense, pruned or packed, as OpenAI's API: chat/completions, completions, models, health.
+    """Serve MODEL, dense, pruned or packed, as OpenAI's API: chat/completions, completions, models; health, metrics.
 
     llmsparse serve ./packed --port 8000
     """
@@ -65,6 +77,8 @@ def serve(
         host=host,
         port=port,
         api_key=api_key,
+        served_model_name=served_model_name,
+        allow_origins=allow_origin or (),
         backend=backend,
         device=device,
         dtype=dtype,

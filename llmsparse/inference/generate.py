@@ -18,6 +18,7 @@ from transformers import TextStreamer
 
 from llmsparse.backends.choice import AUTO
 from llmsparse.errors import RecipeError
+from llmsparse.inference.detokenizer import Detokenizer
 from llmsparse.inference.explain import explain
 from llmsparse.inference.load import load_model
 from llmsparse.models.origin import fetch_model, load_tokenizer, read_config
@@ -26,8 +27,6 @@ from llmsparse.runs.memory import PeakMemory, used_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-CONTEXT_TOKENS = 6  # of the prompt, decoded along with the first new one
 
 
 @dataclass(frozen=True)
@@ -119,6 +118,8 @@ def generate(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            num_beams=1,  # tokens are handed on as they come
+            tokenizer=tokenizer,  # for a generation_config with stop_strings
             streamer=clock,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
@@ -143,11 +144,7 @@ def generate(
 
 
 class Clock(TextStreamer):
-    """Hands the text on as it comes, and notes when each token did.
-
-    A token's text depends on those before it: a tokenizer drops the blank at the start of what it decodes, and some
-    characters are several tokens. So a few tokens that are already out are decoded along with the new ones.
-    """
+    """Hands the text on as it comes, and notes when each token did."""
 
     def __init__(
         self, tokenizer: Any, prompt: Sequence[int], device: torch.device, write: Callable[[str], None] | None
@@ -156,9 +153,7 @@ class Clock(TextStreamer):
         self.times: list[float] = []  # of the start, then of each token
         self.memory_bytes = 0
         self.text = ""  # what came after the prompt
-        self._tokenizer, self._device, self._write = tokenizer, device, write
-        self._ids = list(prompt)
-        self._context, self._out = max(0, len(prompt) - CONTEXT_TOKENS), len(prompt)  # where these begin and end
+        self._detokenizer, self._device, self._write = Detokenizer(tokenizer, prompt), device, write
 
     def put(self, value: Tensor) -> None:  # what TextStreamer would do loses blanks
         """The prompt (1, tokens), then token after token (1,)."""
@@ -168,26 +163,16 @@ class Clock(TextStreamer):
         if len(self.times) == 2:
             self.memory_bytes = used_bytes(self._device)
             self.times[-1] = time.perf_counter()
-        self._ids += value.tolist()
-        self._hand_on(last=False)
+        self._hand_on(self._detokenizer.take(value.tolist()))
 
     def end(self) -> None:
         """No token comes any more."""
-        self._hand_on(last=True)
+        self._hand_on(self._detokenizer.end())
 
-    def _hand_on(self, last: bool) -> None:
-        known = self._decode(self._ids[self._context : self._out])
-        text = self._decode(self._ids[self._context :])
-        if len(text) <= len(known) or (text.endswith("\ufffd") and not last):  # part of a character
-            return
-        piece = text[len(known) :]
-        self._context, self._out = self._out, len(self._ids)
+    def _hand_on(self, piece: str) -> None:
         self.text += piece
-        if self._write is not None:
+        if piece and self._write is not None:
             self._write(piece)
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def tokens_per_second(self) -> float | None:
         """After the first token."""

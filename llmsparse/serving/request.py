@@ -1,155 +1,212 @@
-"""What a request in OpenAI's format may ask of the server, checked before it reaches the model.
+"""What a request in OpenAI's format may ask of the server, checked before it costs anything.
 
-transformers' server ignores what it cannot do. Here such a request is refused with the reason: an answer that looks
-like what was asked for, and is not, is worse than none. Knows nothing of HTTP.
+What would change the answer and cannot be done is refused with the reason: an answer that looks like what was asked
+for, and is not, is worse than none. So is what is out of range, zeros included. Knows nothing of HTTP, and of tokens
+only their number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
+
+from llmsparse.serving.messages import read_messages
+from llmsparse.serving.refusal import RefusedError, shown
+from llmsparse.serving.sampling import Sampling
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 PROMPTS = {CHAT: "messages", COMPLETION: "prompt"}
-TAKEN = ("model", "max_tokens", "temperature", "top_p", "stream")  # and the prompt
-OF_CHAT = ("max_completion_tokens", "tools", "chat_template_kwargs")
-WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "stream_options", "parallel_tool_calls")
-ASKS_NOTHING: dict[str, Any] = {"n": 1, "best_of": 1, "response_format": {"type": "text"}, "tool_choice": "auto"}
-NEW_TOKENS = 1024  # where a request does not say, if there is room for as many
-GREEDY = 1e-8  # as a temperature: less than any difference of two logits, so that the largest is chosen
-
-
-class RefusedError(Exception):
-    """A request that cannot be answered: HTTP status, and why, for whoever sent it."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
+TAKEN = (
+    "model",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "stop",
+    "n",
+    "logprobs",
+    "stream",
+    "stream_options",
+)
+OF_PATH = {
+    CHAT: ("messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "chat_template_kwargs"),
+    COMPLETION: ("prompt", "echo", "best_of"),
+}
+WITHOUT_EFFECT = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "parallel_tool_calls",
+    "safety_identifier",
+    "prompt_cache_key",
+)
+ASKS_NOTHING: dict[str, Any] = {"response_format": {"type": "text"}, "logit_bias": {}, "suffix": "", "functions": []}
+MOST_CHOICES = 128  # answers to one request
+MOST_STOPS = 64
+MOST_LOGPROBS = 20
+LONGEST_STOP = 1024  # characters
+PENALTIES = (0.1, 10)  # by which logits are divided: less or more makes them infinite
+SEEDS = (-(2**63), 2**64 - 1)
 
 
 @dataclass(frozen=True)
-class Served:
-    """The model behind the server, as far as requests depend on it."""
+class Asked:
+    """A request that can be understood. Prompts are still as they came."""
 
-    name: str
-    context: int  # most tokens of a prompt and its answer together
-    vocabulary: int
-    count_chat: Callable[[Mapping[str, Any]], int]  # tokens of a chat request; raises what the chat template raises
-    count_text: Callable[[str], int]
-    chat: bool  # there is a chat template
-    sampling: Mapping[str, Any]  # what the model's generation_config says, if it samples; else empty
+    path: str
+    prompt: Any  # of COMPLETION: texts or token ids
+    messages: list[dict[str, Any]]  # of CHAT
+    tools: list[Any] | None
+    template_options: dict[str, Any]
+    new: int | None  # tokens at most
+    new_key: str  # under which it was asked
+    sampling: Sampling
+    choices: int  # answers to each prompt
+    stop: tuple[str, ...]
+    logprobs: int | None
+    echo: bool
+    stream: bool
+    usage: bool  # in a stream, in a chunk of its own
 
 
-@dataclass(frozen=True)
-class Request:
-    """What goes on to the model."""
-
-    body: dict[str, Any]
-    sampling: dict[str, Any]  # temperature, top_p and, where the model has one, top_k
-
-
-def checked(path: str, body: Any, served: Served) -> Request:
-    """The request that was sent to `path`, defaults filled in. Raises RefusedError."""
+def read(path: str, body: Any, names: Mapping[str, Any] | frozenset[str], name: str) -> Asked:
+    """The request that was sent to `path` of a server whose model has these `names`. Raises RefusedError."""
     if not isinstance(body, dict):
         raise RefusedError(400, "the body is no JSON object")
-    return _checked(path, cast(dict[str, Any], body), served)
+    fields = _Fields(cast(dict[str, Any], body))
+    fields.refuse_unknown((*TAKEN, *WITHOUT_EFFECT, *OF_PATH[path]))
+    asked = fields.get("model")
+    if asked is not None and not (isinstance(asked, str) and asked in names):
+        raise RefusedError(404, f"model {shown(asked)} is not served here; this server has {name!r}")
+    chat = path == CHAT
+    key = "max_completion_tokens" if fields.get("max_completion_tokens") is not None else "max_tokens"
+    stream = fields.flag("stream")
+    return Asked(
+        path=path,
+        prompt=fields.get("prompt"),
+        messages=read_messages(fields.get("messages")) if chat else [],
+        tools=_tools(fields),
+        template_options=fields.mapping("chat_template_kwargs"),
+        new=fields.whole(key, 1 if chat else 0, None),
+        new_key=key,
+        sampling=_sampling(fields),
+        choices=_choices(fields),
+        stop=_stop(fields.get("stop")),
+        logprobs=_chat_logprobs(fields) if chat else _completion_logprobs(fields),
+        echo=fields.flag("echo"),
+        stream=stream,
+        usage=_usage(fields, stream),
+    )
 
 
-def _checked(path: str, body: dict[str, Any], served: Served) -> Request:
-    _check_fields(path, body)
-    asked = body.get("model")
-    if asked is not None and asked != served.name:
-        raise RefusedError(404, f"model {asked!r} is not served here; this server has {served.name!r}")
-    tokens = _count(path, body, served)
-    limit = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-    new = _number(body, limit, int, 1, None)
-    if tokens >= served.context:
-        raise RefusedError(400, f"the prompt has {tokens} tokens; prompt and answer together fit {served.context}")
-    if new is not None and tokens + new > served.context:
-        raise RefusedError(
-            400,
-            f"the prompt has {tokens} tokens and {limit} is {new}; together they fit {served.context}: "
-            f"ask for {served.context - tokens} at most",
-        )
-    passed_on = {
-        key: body[key]
-        for key in (PROMPTS[path], "stream", "tools", "chat_template_kwargs")
-        if body.get(key) is not None
-    }
-    passed_on |= {"model": served.name, "max_tokens": new or min(NEW_TOKENS, served.context - tokens)}
-    return Request(passed_on, _sampling(body, served))
+@dataclass(frozen=True)
+class _Fields:
+    body: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def get(self, key: str) -> Any:
+        return self.body.get(key)
+
+    def refuse_unknown(self, known: tuple[str, ...]) -> None:
+        """Refuse a field that would change the answer and cannot be honoured. null is as if it were not there."""
+        for key, value in self.body.items():
+            if key not in known and value is not None and not (key in ASKS_NOTHING and value == ASKS_NOTHING[key]):
+                raise RefusedError(400, f"{shown(key)[1:-1]}: not supported by this server; leave it out")
+
+    def flag(self, key: str) -> bool:
+        value = self.get(key)
+        if type(value) not in (bool, type(None)):
+            raise RefusedError(400, f"{key}: got {shown(value)}, wanted true or false")
+        return bool(value)
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        value = self.get(key)
+        if not isinstance(value, dict | None):
+            raise RefusedError(400, f"{key}: got {shown(value)}, wanted an object")
+        return cast(dict[str, Any], value or {})
+
+    def whole(self, key: str, least: int, most: int | None) -> int | None:
+        value = self.get(key)
+        if value is not None and (type(value) is not int or value < least or (most is not None and value > most)):
+            raise _out_of_range(key, value, "a whole number", least, most)
+        return value
+
+    def number(self, key: str, least: float, most: float) -> float | None:
+        value = self.get(key)
+        if value is None:
+            return None
+        if type(value) not in (int, float) or not least <= value <= most:
+            raise _out_of_range(key, value, "a number", least, most)
+        return float(value)
 
 
-def _check_fields(path: str, body: Mapping[str, Any]) -> None:
-    """Refuse a field that would change the answer and cannot be honoured."""
-    known = (*TAKEN, *WITHOUT_EFFECT, PROMPTS[path], *(OF_CHAT if path == CHAT else ()))
-    for key, value in body.items():
-        if key not in known and value and value != ASKS_NOTHING.get(key):
-            raise RefusedError(400, f"{key}: not supported by this server; leave it out")
-    if type(body.get("stream", False)) not in (bool, type(None)):
-        raise RefusedError(400, f"stream: got {body['stream']!r}, wanted true or false")
+def _out_of_range(key: str, value: Any, kind: str, least: float, most: float | None) -> RefusedError:
+    upto = " up" if most is None else f" to {most}"
+    return RefusedError(400, f"{key}: got {shown(value)}, wanted {kind} from {least}{upto}")
 
 
-def _count(path: str, body: dict[str, Any], served: Served) -> int:
-    """Tokens of the prompt. RefusedError for one that cannot be read."""
-    key = PROMPTS[path]
-    prompt: Any = body.get(key)
-    if path == COMPLETION:
-        if isinstance(prompt, list) and len(cast(list[Any], prompt)) == 1:
-            body[key] = prompt = cast(list[Any], prompt)[0]
-        if not isinstance(prompt, str):
-            raise RefusedError(400, "prompt: wanted one text; several at once, or token ids, are not supported")
-        tokens = served.count_text(prompt)
-        if not tokens:
-            raise RefusedError(400, "prompt: has no tokens; send some text")
-        return tokens
-    if not served.chat:
-        raise RefusedError(400, f"model {served.name!r} has no chat template; use {COMPLETION}, with a prompt")
-    messages = cast(list[Any], prompt) if isinstance(prompt, list) else []
-    if not messages or not all(isinstance(_get(message, "role"), str) for message in messages):
-        raise RefusedError(400, "messages: wanted a list of objects, each with a role and its content")
-    for message in messages:
-        content = _get(message, "content")
-        parts = cast(list[Any], content) if isinstance(content, list) else []
-        if not all(_get(part, "type") == "text" for part in parts):
-            raise RefusedError(400, "messages: only text can be read; leave out images, sound and files")
-    try:
-        return served.count_chat(body)
-    except Exception as error:  # a template raises what it likes, for roles or an order that it does not know
-        raise RefusedError(
-            400, f"messages: the chat template cannot take them: {' '.join(str(error).split())}"
-        ) from error
+def _sampling(fields: _Fields) -> Sampling:
+    top_k = fields.whole("top_k", -1, 2**31)
+    return Sampling(
+        temperature=fields.number("temperature", 0, 2),
+        top_p=fields.number("top_p", 0, 1),
+        top_k=None if top_k is None else max(top_k, 0),
+        min_p=fields.number("min_p", 0, 1),
+        repetition_penalty=fields.number("repetition_penalty", *PENALTIES),
+        presence_penalty=fields.number("presence_penalty", -2, 2) or 0.0,
+        frequency_penalty=fields.number("frequency_penalty", -2, 2) or 0.0,
+        seed=fields.whole("seed", *SEEDS),
+    )
 
 
-def _get(thing: Any, key: str) -> Any:
-    return cast(dict[str, Any], thing).get(key) if isinstance(thing, dict) else None
+def _choices(fields: _Fields) -> int:
+    choices = fields.whole("n", 1, MOST_CHOICES) or 1
+    best_of = fields.whole("best_of", 1, MOST_CHOICES)
+    if best_of not in (None, choices):
+        raise RefusedError(400, f"best_of: got {best_of}, and n is {choices}; choosing among answers is not supported")
+    return choices
 
 
-def _sampling(body: Mapping[str, Any], served: Served) -> dict[str, Any]:
-    """As asked; else as the model's generation_config says; else greedy."""
-    own = served.sampling
-    temperature = _number(body, "temperature", float, 0, 2)
-    top_p = _number(body, "top_p", float, 0, 1)
-    if temperature is None:
-        temperature = own.get("temperature", 1.0) if own else 0.0
-    greedy = temperature == 0
-    chosen = {
-        "temperature": float(temperature or GREEDY),
-        "top_p": 1.0 if greedy else float(own.get("top_p", 1.0) if top_p is None else top_p),
-    }
-    if own.get("top_k"):
-        chosen["top_k"] = 1 if greedy else min(int(own["top_k"]), served.vocabulary)
-    return chosen
+def _stop(value: Any) -> tuple[str, ...]:
+    strings = cast(list[Any], [value] if isinstance(value, str) else [] if value is None else value)
+    if not isinstance(value, str | list | None) or not all(isinstance(text, str) and text for text in strings):
+        raise RefusedError(400, f"stop: got {shown(value)}, wanted a text, or a list of texts, none of them empty")
+    if len(strings) > MOST_STOPS or any(len(text) > LONGEST_STOP for text in strings):
+        raise RefusedError(400, f"stop: wanted at most {MOST_STOPS} texts of at most {LONGEST_STOP} characters")
+    return tuple(strings)
 
 
-def _number(body: Mapping[str, Any], key: str, kind: type, least: float, most: float | None) -> Any:
-    """body[key] as a number from `least` to `most`, or None if it is not given."""
-    value = body.get(key)
-    if value is None:
+def _completion_logprobs(fields: _Fields) -> int | None:
+    if fields.get("logprobs") is False:  # of the chat's kind; asks for nothing
         return None
-    number = type(value) is int or (kind is float and type(value) is float)
-    if not number or not value >= least or (most is not None and value > most):
-        unit = "a whole number" if kind is int else "a number"
-        raise RefusedError(400, f"{key}: got {value!r}, wanted {unit} from {least}{f' to {most}' if most else ' up'}")
-    return value
+    return fields.whole("logprobs", 0, MOST_LOGPROBS)
+
+
+def _chat_logprobs(fields: _Fields) -> int | None:
+    likeliest = fields.whole("top_logprobs", 0, MOST_LOGPROBS)
+    if fields.flag("logprobs"):
+        return likeliest or 0
+    if likeliest:
+        raise RefusedError(400, f"top_logprobs: got {likeliest} without logprobs; set logprobs to true")
+    return None
+
+
+def _usage(fields: _Fields, stream: bool) -> bool:
+    options = _Fields(fields.mapping("stream_options"))
+    options.refuse_unknown(("include_usage", "include_obfuscation"))
+    return options.flag("include_usage") and stream
+
+
+def _tools(fields: _Fields) -> list[Any] | None:
+    tools, choice = fields.get("tools"), fields.get("tool_choice")
+    if choice not in (None, "none", "auto"):
+        raise RefusedError(400, f"tool_choice: got {shown(choice)}, wanted none or auto; the model chooses its tools")
+    if not isinstance(tools, list | None) or not all(isinstance(tool, dict) for tool in cast(list[Any], tools or [])):
+        raise RefusedError(400, "tools: wanted a list of objects")
+    return None if choice == "none" else cast(list[Any], tools) or None

@@ -2,78 +2,21 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import os
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from serving_process import SECONDS, Running
 
-import llmsparse
 from llmsparse.cli.app import main
-
-KEY = "correct-horse"
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-    "{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
-)
-SECONDS = 120  # that nothing here should take
-
-
-@dataclass
-class Running:
-    """A server, and how to reach it."""
-
-    process: subprocess.Popen[str]
-    model: str
-    port: int
-    clients: list[openai.OpenAI] = field(default_factory=list[openai.OpenAI])  # to be closed with it
-
-    def client(self, key: str = KEY) -> openai.OpenAI:
-        address = f"http://127.0.0.1:{self.port}/v1"
-        self.clients.append(openai.OpenAI(base_url=address, api_key=key, timeout=SECONDS, max_retries=0))
-        return self.clients[-1]
-
-    def close(self) -> None:
-        for client in self.clients:
-            client.close()
-        self.process.kill()
-        self.process.communicate()
-
-    def send(self, method: str, path: str, body: str | None = None, key: str = KEY) -> tuple[int, Any]:
-        """Status and answer of a request as it stands there."""
-        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)) as connection:
-            connection.request(method, path, body, {"Authorization": f"Bearer {key}"})
-            answer = connection.getresponse()
-            return answer.status, json.loads(answer.read())
-
-
-def start(model: str, *arguments: str) -> Running:
-    environment = {**os.environ, "PYTHONPATH": str(Path(llmsparse.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llmsparse", "serve", model, "--port", "0", *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if "serving" not in line:
-        process.kill()
-        pytest.fail(f"no server: {line}{process.communicate()[1]}")
-    return Running(process, model, int(line.rpartition(":")[2].partition("/")[0]))
 
 
 def end(server: Running, number: int) -> tuple[int, str, str]:
@@ -81,57 +24,6 @@ def end(server: Running, number: int) -> tuple[int, str, str]:
     server.process.send_signal(number)
     out, err = server.process.communicate(timeout=SECONDS)
     return server.process.returncode, out, err
-
-
-@pytest.fixture
-def started() -> Iterator[Callable[..., Running]]:
-    """`start`, and an end to whatever it started."""
-    servers: list[Running] = []
-
-    def starting(*arguments: str) -> Running:
-        servers.append(start(*arguments))
-        return servers[-1]
-
-    yield starting
-    for server in servers:
-        server.close()
-
-
-@pytest.fixture(scope="module")
-def packed(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pruned and packed model of 128 positions, with a chat template."""
-    folder = tmp_path_factory.mktemp("serve")
-    (tiny_llama(folder / "dense") / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    run: dict[str, Any] = {"method": "magnitude", "sparsity": 0.7, "calibration": "builtin", "match_steps": 0}
-    llmsparse.prune(
-        model=str(folder / "dense"), output=str(folder / "pruned"), calibration_samples=2, seq_len=32, **run
-    )
-    llmsparse.pack(str(folder / "pruned"), str(folder / "packed"))
-    return folder / "packed"
-
-
-@pytest.fixture(scope="module")
-def server(packed: Path) -> Iterator[Running]:
-    """One for the tests that leave it as it was."""
-    running = start(str(packed), "--api-key", KEY)
-    yield running
-    running.close()
-
-
-@pytest.fixture(scope="module")
-def greedy(packed: Path) -> Callable[[str, int], str]:
-    """What `generate` says after a text."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(packed)
-    tokenizer = AutoTokenizer.from_pretrained(packed)
-
-    def after(text: str, tokens: int) -> str:
-        ids = tokenizer(text, return_tensors="pt")
-        out = model.generate(**ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-        return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-
-    return after
 
 
 def test_it_answers_chats_and_completions_as_generate_does(server: Running, greedy: Any) -> None:
@@ -191,14 +83,22 @@ def test_a_wrong_key_or_none_is_401_on_every_path(server: Running) -> None:
     [
         ("completions", '{"prompt": ', 400, "not JSON"),
         ("completions", "[1]", 400, "no JSON object"),
-        ("completions", '{"prompt": ["a", "b"]}', 400, "several at once"),
-        ("completions", '{"prompt": "x", "max_tokens": 0}', 400, "max_tokens: got 0"),
-        ("completions", '{"prompt": "x", "stop": ["."]}', 400, "stop: not supported"),
+        ("completions", '{"prompt": ["a", 1]}', 400, "a text, token ids, or a list of either"),
+        ("completions", '{"prompt": [[5, 384]]}', 400, "token 384 is none of the model's, which are 0 to 383"),
+        ("completions", '{"prompt": [-1]}', 400, "token -1 is none"),
+        ("completions", '{"prompt": "\\ud800"}', 400, "half of a surrogate pair"),
+        ("completions", '{"prompt": "x", "temperature": NaN}', 400, "NaN is no number of JSON"),
+        ("completions", '{"prompt": "x", "max_tokens": -1}', 400, "max_tokens: got -1"),
+        ("completions", '{"prompt": "x", "n": 0}', 400, "n: got 0"),
+        ("completions", '{"prompt": "x", "best_of": 2}', 400, "best_of: got 2, and n is 1"),
+        ("completions", '{"prompt": "x", "logit_bias": {"5": 1}}', 400, "logit_bias: not supported"),
         ("completions", '{"prompt": "x", "model": "gpt-9"}', 404, "'gpt-9' is not served here"),
         ("completions", json.dumps({"prompt": "x = 1\n" * 200}), 400, "together fit 128"),
         ("completions", '{"prompt": "x", "max_tokens": 500}', 400, "at most"),
         ("chat/completions", '{"messages": [{"content": "x"}]}', 400, "each with a role"),
         ("chat/completions", '{"messages": [{"role": "tool", "content": "x"}]}', 400, "no tools here"),
+        ("chat/completions", '{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}', 400, "knows no tools"),
+        ("chat/completions", '{"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}', 400, "from 1 up"),
         ("responses", "{}", 404, "no such path"),
     ],
 )
@@ -284,6 +184,6 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], packed: Path)
 def test_without_the_extra_it_says_how_to_install_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, packed: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
     code, err = failed(capsys, str(packed))
     assert code == 3 and "pip install 'llmsparse[serve]'" in err

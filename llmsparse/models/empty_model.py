@@ -105,6 +105,18 @@ def replaced(
             del block.forward
 
 
+def returning(value: Any) -> Callable[[int, Callable[..., Any]], Callable[..., Any]]:
+    """For `replaced`: a forward that returns `value`, whatever it is called with."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return value
+
+    def replace(index: int, own: Callable[..., Any]) -> Callable[..., Any]:
+        return forward
+
+    return replace
+
+
 @contextmanager
 def quiet() -> Generator[None]:
     """Within it, transformers keeps its advice to itself: it is meant for whoever wrote the model call."""

@@ -21,7 +21,7 @@ from llmsparse.errors import CheckpointError
 from llmsparse.models.activations import Activations, Recorder
 from llmsparse.models.block import Block, Head
 from llmsparse.models.complete import check_complete
-from llmsparse.models.empty_model import assign, build_empty, find_blocks, quiet, replaced
+from llmsparse.models.empty_model import assign, build_empty, find_blocks, quiet, replaced, returning
 from llmsparse.models.meta_run import run_on_meta
 from llmsparse.models.naming import Group, Naming, in_block
 from llmsparse.models.origin import load_config
@@ -220,7 +220,7 @@ class StreamedModel:
         blank = torch.zeros(*hidden.shape[:2], width, dtype=hidden.dtype, device=self._device)
         final = self._outline.wrap(hidden)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self._device)
-        with quiet(), replaced([self._embedding], _returning(blank)), replaced(self._blocks, _returning(final)):
+        with quiet(), replaced([self._embedding], returning(blank)), replaced(self._blocks, returning(final)):
             return self._model(ids, use_cache=False)
 
     def _entering_head(self, hidden: Tensor) -> Tensor:
@@ -294,15 +294,3 @@ class StreamedModel:
 
 class _Recorded(Exception):
     """Ends a forward whose rest is not wanted."""
-
-
-def _returning(value: Any) -> Callable[[int, Callable[..., Any]], Callable[..., Any]]:
-    """For `replaced`: a forward that returns `value`, whatever it is called with."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return value
-
-    def replace(index: int, own: Callable[..., Any]) -> Callable[..., Any]:
-        return forward
-
-    return replace

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from llmsparse.pruners import PRUNERS
 from llmsparse.runs.report import LARGE_LOSS, SCHEMA_VERSION, RunReport, card_metadata, perplexity_line, spell_protocol
+from llmsparse.sparsity.stats import Gram
 
 if TYPE_CHECKING:
     from llmsparse.packing.report import Packing
@@ -34,9 +36,6 @@ class PrunedWeight:
 
 def _solved_from_few(row: PrunedWeight) -> bool:
     """Whether a Hessian of fewer tokens than inputs decided."""
-    from llmsparse.pruners import PRUNERS
-    from llmsparse.sparsity.stats import Gram
-
     return PRUNERS[row.method]().needs is Gram and 0 < row.tokens < row.shape[1]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +33,7 @@ class Input:
 
     slots: tuple[Slot, ...]  # where it enters, in call order
     weights: tuple[Weight, ...]  # the weights it is multiplied with
+    calls: int | None = None  # how often one batch brings it; None for experts, where that depends on the batch
     tokens: int = 0  # rows seen
     statistic: Statistic | None = None
     rows: list[Tensor] = field(default_factory=list[Tensor])  # a seeded sample of its rows, each (some, in)
@@ -73,7 +75,11 @@ def learn_inputs(block: Block, acts: Activations, weights: Sequence[Weight]) -> 
     groups = [slots for slots in shared if slots]
     # by itself: what is used several times, on other inputs each, and experts that the first batch did not visit
     groups += [(slot,) for slot in by_slot if times[slot] != 1]
-    return [Input(slots, tuple(weight for slot in slots for weight in by_slot[slot])) for slots in groups]
+    inputs = [Input(slots, tuple(weight for slot in slots for weight in by_slot[slot])) for slots in groups]
+    for entry in inputs:
+        if not any(weight.expert is not None or weight.kind == "expert" for weight in entry.weights):
+            entry.calls = sum(times[slot] for slot in entry.slots)
+    return inputs
 
 
 def calibrate(
@@ -90,8 +96,10 @@ def calibrate(
     """Fill `statistic`, `rows` and `tokens` of each input from one pass of all batches through the block.
 
     Returns the block's outputs, one (batch, tokens, width) a batch, when `keep_output`; the block is still dense, so
-    these are what block matching aims at.
+    these are what block matching aims at. Otherwise a batch ends with the last input that is wanted: what follows, in most
+    blocks the product that is nearly a third of the FFN, is not computed.
     """
+    inputs = list(inputs)
     lead: dict[Slot, Input] = {}
     followers: dict[Slot, Input] = {}
     for entry in inputs:
@@ -100,9 +108,19 @@ def calibrate(
         lead[entry.slots[0]] = entry
         followers.update(dict.fromkeys(entry.slots[1:], entry))
     current: dict[int, Tensor] = {}
+    calls = [entry.calls for entry in inputs]
+    enough = None if keep_output or None in calls else sum(filter(None, calls))
+    seen = 0
     wanted = sample_rows(sum(hidden.shape[0] * hidden.shape[1] for hidden in acts.hidden))
 
     def update(slot: Slot, x: Tensor) -> None:  # x: (tokens, in)
+        nonlocal seen
+        note(slot, x)
+        seen += slot in lead or slot in followers
+        if seen == enough:
+            raise _AllSeen
+
+    def note(slot: Slot, x: Tensor) -> None:
         if x.numel() == 0:
             return
         if slot in followers:
@@ -125,11 +143,12 @@ def calibrate(
 
     outputs: list[Tensor] = []
     for batch in range(len(acts.hidden)):
-        with torch.no_grad(), Tap(block, update):
+        seen = 0
+        with suppress(_AllSeen), torch.no_grad(), Tap(block, update):
             output = block.call(acts, batch)
+            if keep_output:
+                outputs.append(output)
         current.clear()
-        if keep_output:
-            outputs.append(output)
         advance()
     for entry in lead.values():
         if any(not torch.isfinite(rows).all() for rows in entry.rows):
@@ -137,6 +156,10 @@ def calibrate(
                 f"the activations that enter {entry.weights[0].name} are NaN or Inf; try --dtype float32, or check the model"
             )
     return outputs
+
+
+class _AllSeen(Exception):
+    """All that was wanted of a batch is known; the rest of the block need not run."""
 
 
 def _name_of(entry: Input, slot: Slot) -> str:

@@ -38,9 +38,10 @@ def prune(
     plan = make_plan(from_arguments(PruneRecipe, recipe, keys), resume=resume, overwrite=overwrite)
     with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
         run.copy_the_rest()
-        streams = Streams(plan.model, plan.batches, plan.held_out)
+        to_head = bool(plan.choices[HEAD])
+        streams = Streams(plan.model, plan.batches, plan.held_out, to_head=to_head)
         report = PruneReport(**plan.described(), total_parameters=plan.total_parameters)
-        for block in run.blocks(head=bool(plan.choices[HEAD])):
+        for block in run.blocks(head=to_head):
             streams.through_source(block)
             report.blocks.append(finish_block(block, streams.calibration, plan.choices[block.name], plan.options, run))
             streams.through_made(block)

@@ -23,7 +23,8 @@ class Streams:
     where there is no window to hold out.
 
     `batches` and `held_out`: (batch, tokens) ids. `made` is the model that results where it is another than the source
-    with other weights: its blocks may be called with other arguments.
+    with other weights: its blocks may be called with other arguments. `to_head`: calibration windows are wanted behind the
+    last block, too.
     """
 
     def __init__(
@@ -32,6 +33,8 @@ class Streams:
         batches: Sequence[Tensor],
         held_out: Sequence[Tensor],
         made: StreamedModel | None = None,
+        *,
+        to_head: bool = False,
     ) -> None:
         self._source, self._made, self._windows = source, made or source, held_out
         self.calibration = source.embed(batches)
@@ -41,6 +44,7 @@ class Streams:
         if self.held_out:
             self._enter_made.append(self._as_made(self.held_out, held_out))
         self._before: float | None = None
+        self._last = None if to_head else source.block_names[-1]
 
     @torch.no_grad()
     def through_source(self, block: Block) -> None:
@@ -52,8 +56,10 @@ class Streams:
 
     @torch.no_grad()
     def through_made(self, block: Block) -> None:
-        """Take all windows through a block as it was made."""
-        for stream in self._enter_made if not isinstance(block, Head) else ():
+        """Take all windows through a block as it was made; of the last one only what is still wanted."""
+        if isinstance(block, Head):
+            return
+        for stream in self._enter_made[block.name == self._last :]:
             block.run(stream, into=stream)
 
     def _measure_source(self) -> None:

@@ -13,7 +13,7 @@ import numpy
 import pytest
 import torch
 
-from llmsparse.runs.memory import PeakMemory, anonymous_bytes
+from llmsparse.runs.memory import PeakMemory, anonymous_bytes, available_bytes
 
 MIB = 2**20
 
@@ -26,6 +26,18 @@ def test_the_peak_counts_what_was_allocated_and_freed_again() -> None:
         del block
     assert held - start > 100 * MIB
     assert memory.bytes >= held
+
+
+@pytest.mark.gpu
+def test_what_torch_has_reserved_on_a_gpu_and_lies_idle_can_still_be_taken() -> None:
+    device = torch.device("cuda:0")
+    torch.cuda.empty_cache()
+    before = available_bytes(device)
+    block = torch.empty(256 * MIB, dtype=torch.uint8, device=device)
+    assert before - available_bytes(device) >= 256 * MIB
+    del block
+    assert torch.cuda.memory_reserved(device) >= 256 * MIB
+    assert before - available_bytes(device) < 64 * MIB
 
 
 PRUNE = """

@@ -21,6 +21,7 @@ from llmsparse.factorization.refit import HELD_BACK, JUDGES
 from llmsparse.factorization.router import NUMBERS_AT_ONCE
 from llmsparse.factorization.split import Layout
 from llmsparse.models.streamed import StreamedModel
+from llmsparse.runs.memory import freed_bytes
 from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
 from llmsparse.runs.plan import RunPlan
@@ -103,7 +104,8 @@ class FactorizePlan(RunPlan[FactorizeRecipe]):
         judges = 4 * min(tokens // HELD_BACK, JUDGES) * (neurons + width) if self.recipe.refit else 0
         neighbours = stored + made  # the next block is read, and the last one written, meanwhile
         fitting = ffn + outputs + equations + judges + drawn + made
-        return self.footprint + streams + inputs + block + stored + neighbours + fitting
+        heap = freed_bytes(self.device, stored)
+        return self.footprint + heap + streams + inputs + block + stored + neighbours + fitting
 
     def to_json(self) -> dict[str, Any]:
         return super().to_json() | {

@@ -13,13 +13,16 @@ from torch import Tensor
 
 from llmsparse.errors import CalibrationError, CheckpointError
 from llmsparse.factorization import containers, export
-from llmsparse.factorization.block import FactorizeOptions, Target
+from llmsparse.factorization.block import ROUTER_TOKENS, FactorizeOptions, Target
 from llmsparse.factorization.containers import Container, Shape
 from llmsparse.factorization.export import Spec
 from llmsparse.factorization.recipe import FactorizeRecipe
+from llmsparse.factorization.refit import HELD_BACK, JUDGES
+from llmsparse.factorization.router import NUMBERS_AT_ONCE
 from llmsparse.factorization.split import Layout
 from llmsparse.models.prunable import refuse_stored
 from llmsparse.models.streamed import StreamedModel
+from llmsparse.runs.memory import freed_bytes
 from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
 from llmsparse.runs.plan import RunPlan
@@ -92,13 +95,25 @@ class FactorizePlan(RunPlan[FactorizeRecipe]):
         return find_ffn(self.model, self.reader, index)
 
     def memory_bytes(self) -> int:
-        """An estimate of the peak: a block, its FFN in fp32, the equations of the refit, and the activations."""
-        itemsize = torch.empty((), dtype=self.dtype).element_size()
-        neurons, width = self.layout.neurons, self.model.hidden_size
-        block = sum(torch.Size(self.reader.spec(key).shape).numel() for key in self.model.block_keys(0))
+        """An estimate of the peak: what is there throughout, a block and what is read and written meanwhile, its FFN in
+        fp32, the equations of the refit, and what a few tokens are made into."""
+        neurons, width, itemsize = self.layout.neurons, self.model.hidden_size, self.dtype.itemsize
+        tokens, on_cpu = self.windows.ids.numel(), self.device.type == "cpu"
+        specs = [self.reader.spec(key) for key in self.model.block_keys(0)]
+        stored = sum(spec.end - spec.begin for spec in specs) if on_cpu else 0
+        block = sum(torch.Size(spec.shape).numel() for spec in specs) * itemsize
+        made = 3 * neurons * width * (specs[0].dtype.itemsize if on_cpu else 0)  # experts, as they will be stored
+        streams = (tokens + 2 * self.windows.held_out.numel()) * width * itemsize
+        inputs = tokens * width * itemsize  # what enters the FFN
+        drawn = 4 * min(tokens, ROUTER_TOKENS) * width * 3  # that the router is trained on; standardised; profiled
+        ffn = 9 * 4 * neurons * width  # three matrices, the same by expert, and three of down projections
+        outputs = 4 * min(tokens * (neurons + self.layout.routed * width), NUMBERS_AT_ONCE)
         equations = 4 * neurons * (3 * neurons + 2 * width) if self.recipe.refit else 0
-        activations = (3 * self.windows.ids.numel() + 4 * self.windows.held_out.numel()) * width * itemsize
-        return 2 * block * itemsize + 9 * 4 * neurons * width + equations + activations + 2**29
+        judges = 4 * min(tokens // HELD_BACK, JUDGES) * (neurons + width) if self.recipe.refit else 0
+        neighbours = stored + made  # the next block is read, and the last one written, meanwhile
+        fitting = ffn + outputs + equations + judges + drawn + made
+        heap = freed_bytes(self.device, stored)
+        return self.footprint + heap + streams + inputs + block + stored + neighbours + fitting
 
     def to_json(self) -> dict[str, Any]:
         return super().to_json() | {

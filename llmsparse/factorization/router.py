@@ -27,6 +27,7 @@ SPREAD = 2.0**-11  # of the scores that are stored: weights then stay within 0.1
 HALF_RMS = 2.0**-12  # least size of a router's weights in float16, which has 12 bits left there
 BATCH = 4096  # tokens in a training step
 LEARNING_RATE = 1e-2
+NUMBERS_AT_ONCE = 2**26  # of expert outputs: 256 MB
 
 
 class Scores(NamedTuple):
@@ -167,8 +168,8 @@ def _per_token(task: RouterTask, value: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def tokens_at_once(ffn: FFN, split: Split) -> int:
-    """Tokens whose expert outputs take about 256 MB."""
-    return max(1, 2**26 // (ffn.neurons + len(split.routed) * ffn.down.shape[0]))
+    """Tokens whose expert outputs have room."""
+    return max(1, NUMBERS_AT_ONCE // (ffn.neurons + len(split.routed) * ffn.down.shape[0]))
 
 
 def _train(task: RouterTask, loss: Callable[[Tensor, Tensor], Tensor]) -> Scores:

@@ -21,13 +21,12 @@ from llmsparse.models.weight import Slot
 from llmsparse.pruners import workspace_of
 from llmsparse.pruning.inputs import EXPERT_ROWS, sample_rows
 from llmsparse.pruning.selection import HEAD, Choice
+from llmsparse.runs.memory import freed_bytes
 from llmsparse.sparsity.stats import Statistic, combine
 
 if TYPE_CHECKING:
     from llmsparse.pruning.plan import PrunePlan
 
-FREED = 2**27  # on a CPU: freed blocks of up to 32 MiB that glibc keeps on the heap of either thread, at most ...
-FREED_SHARE = 2  # ... and at most twice the bytes of a block: measured
 HELD_FORWARD = 4  # numbers of a token in a block's forward at once, in widest products (the FFN's): measured
 HELD_BACKWARD = 12  # the same of a forward whose backward is to come
 MATCHED = 24  # bytes a tuned weight: fp32 master, gradient, two moments, the best so far, and the start of a probe
@@ -44,8 +43,7 @@ def peak_bytes(plan: PrunePlan, statistics_budget: int) -> int:
     stored = sorted(block.stored for block in blocks)
     neighbours = sum(stored[-3:-1])  # the block that is read ahead, and the last one, which is being written
     phases = [_embedding(plan), _logits(plan), *(neighbours + block.peak for block in blocks)]
-    heap = min(FREED, FREED_SHARE * stored[-1])
-    return plan.footprint + _activations(plan) + heap + max(phases)
+    return plan.footprint + _activations(plan) + freed_bytes(plan.device, stored[-1]) + max(phases)
 
 
 def _activations(plan: PrunePlan) -> int:

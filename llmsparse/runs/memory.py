@@ -13,6 +13,8 @@ from typing import Self
 import torch
 
 LOADED_LATER = 24 * 2**20  # libraries that are loaded, and threads that start, only once a run is under way: measured
+FREED = 2**27  # freed blocks of up to 32 MiB that glibc keeps on the heaps of a run's threads, at most ...
+FREED_SHARE = 2  # ... and at most twice the bytes of a block: measured
 
 
 def anonymous_bytes() -> int:
@@ -50,6 +52,12 @@ def footprint_bytes(device: torch.device) -> int:
     """What this process holds before a run has read a weight and will hold throughout: interpreter, libraries, a model
     without weights. Nothing on a GPU, where only what torch allocates counts."""
     return 0 if device.type == "cuda" else anonymous_bytes() + LOADED_LATER
+
+
+def freed_bytes(device: torch.device, block: int) -> int:
+    """What a run on a CPU holds though it has been freed, for the next block of so many bytes as it is stored: holes in
+    the heap, given back only between blocks (storage/heap.py)."""
+    return min(FREED, FREED_SHARE * block) if device.type == "cpu" else 0
 
 
 def available_bytes(device: torch.device) -> int:

@@ -142,8 +142,8 @@ class TunePlan(RunPlan[TuneRecipe]):
         return super().bytes_to_download + self.teacher_origin.bytes_to_download
 
     def memory_bytes(self) -> int:
-        """An estimate of the peak: both models, gradients and two moments of what is trained, and a forward with what
-        its backward needs: logits several times over, and of every block the inputs of its products."""
+        """An estimate of the peak: the process itself, both models, gradients and two moments of what is trained, and a
+        forward with what its backward needs: logits several times over, and of every block the inputs of its products."""
         student = 4 * sum(torch.Size(shape).numel() for shape, _ in self.tensors.values())
         teacher = sum(
             torch.Size(self.teacher_reader.spec(key).shape).numel() for key in self.teacher_reader.keys()
@@ -151,7 +151,7 @@ class TunePlan(RunPlan[TuneRecipe]):
         tokens = self.windows_at_once * self.seq_len
         logits = LOGITS_KEPT * 4 * tokens * self.model.vocabulary
         kept = KEPT_OF_A_BLOCK * 4 * tokens * len(self.model.block_names) * self.model.hidden_size
-        return student + teacher + 3 * 4 * self.state_numbers + logits + kept
+        return self.footprint + student + teacher + 3 * 4 * self.state_numbers + logits + kept
 
     @property
     def versions(self) -> dict[str, str]:

@@ -31,6 +31,18 @@ def test_the_peak_counts_what_was_allocated_and_freed_again() -> None:
     assert memory.bytes >= held
 
 
+@pytest.mark.gpu
+def test_what_torch_has_reserved_on_a_gpu_and_lies_idle_can_still_be_taken() -> None:
+    device = torch.device("cuda:0")
+    torch.cuda.empty_cache()
+    before = available_bytes(device)
+    block = torch.empty(256 * MIB, dtype=torch.uint8, device=device)
+    assert before - available_bytes(device) >= 256 * MIB
+    del block
+    assert torch.cuda.memory_reserved(device) >= 256 * MIB
+    assert before - available_bytes(device) < 64 * MIB
+
+
 PRUNE = """
 import json, sys, torch, llmsparse
 torch.set_num_threads(1)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Conv1D
 
-from llmsparse.inference.linear import SparseLinear
+from llmsparse.inference.linear import PackedLayer
 from llmsparse.inference.packed_experts import SparseExperts
 
 
 def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Put dense layers in the place of packed ones, one by one; weights keep their dtype unless one is given."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, SparseLinear):
+        if isinstance(module, PackedLayer):
             model.set_submodule(name, _linear(module, dtype))
         elif isinstance(module, SparseExperts):
             _restore_experts(module, dtype)
@@ -24,7 +24,7 @@ def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         model.to(dtype)
 
 
-def _linear(packed: SparseLinear, dtype: torch.dtype | None) -> nn.Module:
+def _linear(packed: PackedLayer, dtype: torch.dtype | None) -> nn.Module:
     assert packed.matrix is not None
     weight = packed.matrix.dense()
     out, width = weight.shape

@@ -86,12 +86,14 @@ def wants_gradient(x: Tensor, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
-class SparseLinear(nn.Linear):
+class PackedLayer(nn.Module):
     """A linear layer, or transformers' Conv1D, whose weight is packed.
 
-    `weight` stays readable: models that use the matrix itself get it unpacked. It is an `nn.Linear` to whoever looks for
-    one to put an adapter on, but has no parameter `weight`.
+    `weight` stays readable: models that use the matrix itself get it unpacked. To whoever looks for layers to put an
+    adapter on it is of the kind that it replaces, but it has no parameter `weight`.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(self, described: Mapping[str, Any], bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -108,11 +110,11 @@ class SparseLinear(nn.Linear):
         choice = chosen(name, packed, transposed=transposed, backend=backend, optimize=optimize)
         self.matrix = PackedMatrix(packed, choice, transposed)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input (..., in) → (..., out)."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) → (..., out)."""
         assert self.matrix is not None
         run = product if self.matrix.backend.compiles else uncompiled_product
-        return run(self.matrix, input, self.bias)
+        return run(self.matrix, x, self.bias)
 
     def __getattr__(self, name: str) -> Any:
         matrix = self.__dict__.get("matrix")
@@ -125,7 +127,7 @@ class SparseLinear(nn.Linear):
             raise RecipeError(f"{self.matrix.choice.weight if self.matrix else name} is {LOST}")
         super().__setattr__(name, value)
 
-    def requires_grad_(self, requires_grad: bool = True) -> SparseLinear:
+    def requires_grad_(self, requires_grad: bool = True) -> PackedLayer:
         if requires_grad and self.matrix is not None:
             raise RecipeError(
                 f"{self.matrix.choice.weight} is packed, and packed weights are not trained; put an adapter on the layer, "
@@ -134,7 +136,7 @@ class SparseLinear(nn.Linear):
         super().requires_grad_(requires_grad)
         return self
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         super()._apply(fn, recurse)
         if self.matrix is not None:
             self.matrix = carried(self.matrix, fn)
@@ -153,6 +155,10 @@ class SparseLinear(nn.Linear):
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return shape if self.matrix is None else f"{shape}, backend={self.matrix.choice.backend}"
+
+
+class SparseLinear(PackedLayer, nn.Linear):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """An `nn.Linear` whose weight is packed."""
 
 
 def product(matrix: PackedMatrix, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from llmsparse.backends.choice import AUTO, Choice
 from llmsparse.errors import RecipeError
 from llmsparse.formats.bitmask import Bitmask
 from llmsparse.formats.slicing import joined, rows_of
-from llmsparse.inference.linear import PackedMatrix, SparseLinear, carried, chosen, reloaded, take
+from llmsparse.inference.linear import PackedLayer, PackedMatrix, carried, chosen, reloaded, take
 from llmsparse.inference.read_only import LOST, read_only
 
 
@@ -154,7 +154,7 @@ def _sparse(kind: type[nn.Module]) -> type[nn.Module]:
 def packed_weights(model: nn.Module) -> Iterator[tuple[str, PackedMatrix | PackedStack]]:
     """Every packed weight of a loaded model, under the name that it is saved with."""
     for name, module in model.named_modules():
-        if isinstance(module, SparseLinear) and module.matrix is not None:
+        if isinstance(module, PackedLayer) and module.matrix is not None:
             yield f"{name}.weight", module.matrix
         elif isinstance(module, SparseExperts):
             for leaf, stack in module.stacks.items():

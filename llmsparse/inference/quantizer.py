@@ -35,7 +35,7 @@ from llmsparse.formats.slicing import moved
 from llmsparse.inference.counting import count_dense, count_packed
 from llmsparse.inference.dequantize import make_dense
 from llmsparse.inference.experts_interface import llmsparse_experts
-from llmsparse.inference.linear import SparseLinear, fill, place
+from llmsparse.inference.linear import PackedLayer, SparseLinear, fill, place
 from llmsparse.inference.mapped import let_go_of_files
 from llmsparse.inference.packed_experts import PackedStack, packed_weights, prepare_experts
 from llmsparse.inference.read_ahead import read_ahead
@@ -134,7 +134,8 @@ class SparseQuantizer(HfQuantizer):
             raise CheckpointError(f"{name}: packed as {shape}, the model has {wanted}; they do not belong together")
         assert module is not None
         if type(module).forward in (nn.Linear.forward, Conv1D.forward):
-            model.set_submodule(path, SparseLinear(described, module.bias, parameter.dtype))
+            kind = SparseConv1D if isinstance(module, Conv1D) else SparseLinear
+            model.set_submodule(path, kind(described, module.bias, parameter.dtype))
         elif isinstance(module, nn.Linear) or parameter.dim() == 3:
             place(module, leaf, described, parameter.dtype)
         else:
@@ -162,7 +163,7 @@ class SparseQuantizer(HfQuantizer):
             module = model.get_submodule(path)
             if any(module.get_parameter(leaf).is_meta for leaf in leaves):
                 raise RecipeError(f"device_map offloads {path}: packed weights stay on one device; give it more room")
-            if isinstance(module, SparseLinear):
+            if isinstance(module, PackedLayer):
                 module.prepare(f"{path}.weight", leaves["weight"], **options)
             else:
                 prepare_experts(module, path, leaves, **options)
@@ -212,6 +213,14 @@ class SparseQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return self.compiles
+
+
+class SparseConv1D(PackedLayer, Conv1D):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """transformers' Conv1D, a linear layer that is laid out (in, out), with its weight packed."""
+
+    def __init__(self, described: Mapping[str, Any], bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        super().__init__(described, bias, dtype)
+        self.nf, self.nx = self.out_features, self.in_features
 
 
 class PackWhileLoading(ConversionOps):

@@ -26,15 +26,17 @@ from llmsparse.storage.checkpoint import CheckpointReader
 
 RESULTS = Path(__file__).parent / "results" / "overlap.csv"
 SHAPE = replace(
-    SHAPES["cpu"], name="synthetic", hidden=512, ffn=2048, heads=8, kv_heads=4, blocks=40, windows=4, tokens=256
+    SHAPES["cpu"], name="synthetic", hidden=512, ffn=2048, heads=8, kv_heads=4, blocks=40, windows=2, tokens=64
 )
 
 
-def throttled(bytes_per_second: float) -> Callable[[CheckpointReader, Iterable[str]], dict[str, Tensor]]:
-    """CheckpointReader.read as from a disk of this speed."""
+def throttled(folder: Path, bytes_per_second: float) -> Callable[[CheckpointReader, Iterable[str]], dict[str, Tensor]]:
+    """CheckpointReader.read as if `folder` lay on a disk of this speed; what a run has written is in the page cache."""
     read = CheckpointReader.read
 
     def slowly(self: CheckpointReader, keys: Iterable[str]) -> dict[str, Tensor]:
+        if self.folder != folder:
+            return read(self, keys)
         started, tensors = time.perf_counter(), read(self, keys)
         needed = sum(tensor.nbytes for tensor in tensors.values()) / bytes_per_second
         time.sleep(max(0.0, needed - (time.perf_counter() - started)))
@@ -70,7 +72,7 @@ def main() -> None:
             for key in reader:
                 reader.read([key])
 
-        slow = mock.patch.object(CheckpointReader, "read", throttled(arguments.megabytes * 1e6))
+        slow = mock.patch.object(CheckpointReader, "read", throttled(model, arguments.megabytes * 1e6))
         prune()
         rows: list[tuple[float, float, float]] = []
         for _ in range(arguments.repeats):

@@ -151,17 +151,19 @@ def inspect(model: str, *, revision: str | None = None, verify: bool = False) ->
     return Inspection(str(model), weights, *totals, verified=verify, note=note if layout.unknown else None)
 
 
-def _info(key: str, tensor: Tensor, layout: _Layout) -> WeightInfo:
+def _info(key: str, stored: Tensor, layout: _Layout) -> WeightInfo:
+    coded = stored.is_floating_point() and stored.dtype.itemsize == 1
+    tensor = stored.float() if coded else stored  # torch counts nothing in 8-bit floats
     sparsity = (tensor.numel() - int(torch.count_nonzero(tensor))) / max(1, tensor.numel())
     pattern = layout.pattern(key, tensor, sparsity) if tensor.dim() >= 2 else "dense"
     return WeightInfo(
         key.removesuffix(".weight"),
         tuple(tensor.shape),
-        str(tensor.dtype).removeprefix("torch."),
-        tensor.nbytes,
+        str(stored.dtype).removeprefix("torch."),
+        stored.nbytes,
         sparsity,
         pattern,
-        tensor.nbytes,
+        stored.nbytes,
     )
 
 

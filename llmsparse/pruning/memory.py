@@ -118,8 +118,8 @@ class _Block:
 
     @property
     def _masks(self) -> int:
-        """A byte a weight, on the CPU until the block is done."""
-        return self._chosen if self.plan.device.type == "cpu" else 0
+        """A byte a weight, on the CPU until matching is done."""
+        return self._chosen if self._matched and self.plan.device.type == "cpu" else 0
 
     @property
     def _targets(self) -> int:

@@ -98,3 +98,20 @@ def test_totals_count_every_tensor_with_and_without_embeddings(tiny_llama: Calla
     assert found.sparsity_without_embeddings == pytest.approx(zeros / (total - embedding))
     row = next(row for row in found.to_json()["weights"] if row["name"] == key.removesuffix(".weight"))
     assert row["sparsity"] == 0.5 and row["pattern"] == "1:2" and row["shape"] == (64, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_8_bits_are_counted_as_they_are(
+    dtype: torch.dtype, tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_llama(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    key = "model.layers.0.mlp.up_proj.weight"
+    tensors[key][:, ::2] = 0.0
+    coded = tensors | {key: tensors[key].to(dtype)}
+    save_file(coded, folder / "model.safetensors", metadata={"format": "pt"})
+    (info,) = (
+        weight for weight in llmsparse.inspect(str(folder)).weights if weight.name == key.removesuffix(".weight")
+    )
+    assert info.dtype == str(dtype).removeprefix("torch.") and info.bytes == coded[key].numel()
+    assert info.sparsity == pytest.approx((coded[key].float() == 0).float().mean().item()) and info.sparsity >= 0.5

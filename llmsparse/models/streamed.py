@@ -9,7 +9,7 @@ model's own forward is used for everything, with blocks replaced by recorders (`
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ class StreamedModel:
         self._drop(self._input)
         return Activations(recorder.hidden, recorder.calls)
 
-    def blocks(self, names: Container[str] | None = None) -> Iterator[Block]:
+    def blocks(self, names: Container[str] | None = None) -> Generator[Block]:
         """Every block, or those named, one after the other: loaded here, and evicted when the next one is asked for,
         which is read meanwhile by a thread."""
         wanted = [index for index, name in enumerate(self.block_names) if names is None or name in names]

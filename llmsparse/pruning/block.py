@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -73,6 +73,7 @@ def prune_block(
     rows: list[PrunedWeight] = []
     seconds: dict[str, float] = {}
     keep: dict[str, Tensor] = {}
+    zeros_at: dict[str, Tensor] = {}  # of weights that were sparse already
     targets: list[Tensor] = []
     matching = options.match_steps > 0 and block.name != HEAD
 
@@ -97,10 +98,12 @@ def prune_block(
         for entry in group:
             for weight in entry.weights:
                 begun = time.perf_counter()
-                row, mask = prune_weight(block, choices[weight.name], entry, options)
+                row, mask, zeros = prune_weight(block, choices[weight.name], entry, options)
                 rows.append(row)
                 if matching:
                     keep[weight.name] = mask.cpu()
+                if matching and "zeros_before" in row.notes:
+                    zeros_at[weight.name] = zeros.cpu()
                 seconds[weight.name] = time.perf_counter() - begun
             entry.statistic = None
             entry.rows.clear()
@@ -108,6 +111,8 @@ def prune_block(
     result: Match | None = None
     if matching:
         result = match_block(block, acts, targets, choices, keep, options, progress)
+        if result.improved:
+            rows = [as_matched(row, block.view(choices[row.name].weight), zeros_at.get(row.name)) for row in rows]
     order = list(choices)
     rows.sort(key=lambda row: order.index(row.name))
     seconds[block.name] = time.perf_counter() - started
@@ -131,8 +136,11 @@ def groups(
     yield held
 
 
-def prune_weight(block: Block, choice: Choice, entry: Input, options: PruneOptions) -> tuple[PrunedWeight, Tensor]:
-    """Prune one weight in `block.stored`; returns its report row and its keep-mask, (out, in) where it was made."""
+def prune_weight(
+    block: Block, choice: Choice, entry: Input, options: PruneOptions
+) -> tuple[PrunedWeight, Tensor, Tensor]:
+    """Prune one weight in `block.stored`; returns its report row, its keep-mask and where it was 0 before, (out, in)
+    where they were made."""
     weight, pattern = choice.weight, choice.pattern
     stored = block.view(weight)  # (out, in), stored dtype
     pruner, fallback = pruner_that_fits(choice, entry, options.calibration_tokens)
@@ -145,7 +153,7 @@ def prune_weight(block: Block, choice: Choice, entry: Input, options: PruneOptio
     pruned = pruner(dense, entry.statistic, pattern, generator_for(weight.name, options.seed))
     if options.keep_zeros:  # whatever a method makes of the mask
         pruned = Pruned.of(pruned.weight, pruned.keep & ~zeros, **pruned.notes)
-    notes |= pruned.notes | zeros_before(zeros, pruned.keep if options.match_steps else pruned.weight != 0)
+    notes |= pruned.notes | zeros_before(zeros, pruned.weight != 0)
     left = block.store(weight, pruned.weight)
     row = PrunedWeight(
         name=weight.name,
@@ -158,7 +166,13 @@ def prune_weight(block: Block, choice: Choice, entry: Input, options: PruneOptio
         tokens=entry.tokens,
         notes=notes,
     )
-    return row, pruned.keep
+    return row, pruned.keep, zeros
+
+
+def as_matched(row: PrunedWeight, stored: Tensor, zeros: Tensor | None) -> PrunedWeight:
+    """The row of a weight whose survivors matching has moved, zeros of the source that the method kept among them."""
+    notes = row.notes | (zeros_before(zeros, stored != 0) if zeros is not None else {})
+    return replace(row, sparsity=1 - int(stored.count_nonzero()) / stored.numel(), notes=notes)
 
 
 def zeros_before(zeros: Tensor, moved: Tensor) -> dict[str, Any]:

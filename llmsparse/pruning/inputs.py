@@ -1,4 +1,4 @@
-"""Pass 1 over a block: run the calibration batches through it and keep a statistic of every input.
+"""Calibration of a block: run the calibration batches through it and keep a statistic of every input.
 
 A statistic belongs to an *input*, not to a weight: q, k and v share one, gate and up share one. Who shares is learned
 on the first batch by the identity of the input tensors, while they are held (addresses are reused once a tensor is
@@ -24,6 +24,7 @@ from llmsparse.sparsity.stats import Statistic
 SAMPLE_ROWS = 4096  # calibration rows kept of each input, at most, to measure output errors on
 SAMPLE_SHARE = 32  # and at most one of so many, so that measuring costs little beside calibrating ...
 LEAST_ROWS = 256  # ... but not fewer, which would tell nothing
+ROUTED = ("router", "expert")  # kinds of weights in whose blocks tokens decide what runs
 EXPERT_ROWS = 256  # the same for one of many experts, whose samples add up
 
 
@@ -33,7 +34,7 @@ class Input:
 
     slots: tuple[Slot, ...]  # where it enters, in call order
     weights: tuple[Weight, ...]  # the weights it is multiplied with
-    calls: int | None = None  # how often one batch brings it; None for experts, where that depends on the batch
+    calls: int | None = None  # how often every batch brings it; None where a router decides
     tokens: int = 0  # rows seen
     statistic: Statistic | None = None
     rows: list[Tensor] = field(default_factory=list[Tensor])  # a seeded sample of its rows, each (some, in)
@@ -59,8 +60,10 @@ def learn_inputs(block: Block, acts: Activations, weights: Sequence[Weight]) -> 
 
     seen: dict[tuple[object, ...], list[Slot]] = {}
     held: list[Tensor] = []
+    products = Counter[Slot]()
 
     def note(slot: Slot, x: Tensor) -> None:
+        products[slot] += 1
         if x.numel() == 0:
             return
         held.append(x)
@@ -76,9 +79,9 @@ def learn_inputs(block: Block, acts: Activations, weights: Sequence[Weight]) -> 
     # by itself: what is used several times, on other inputs each, and experts that the first batch did not visit
     groups += [(slot,) for slot in by_slot if times[slot] != 1]
     inputs = [Input(slots, tuple(weight for slot in slots for weight in by_slot[slot])) for slots in groups]
-    for entry in inputs:
-        if not any(weight.expert is not None or weight.kind == "expert" for weight in entry.weights):
-            entry.calls = sum(times[slot] for slot in entry.slots)
+    if not any(weight.kind in ROUTED for weight in block.weights):
+        for entry in inputs:
+            entry.calls = sum(products[slot] for slot in entry.slots)
     return inputs
 
 
@@ -109,7 +112,7 @@ def calibrate(
         followers.update(dict.fromkeys(entry.slots[1:], entry))
     current: dict[int, Tensor] = {}
     calls = [entry.calls for entry in inputs]
-    enough = None if keep_output or None in calls else sum(filter(None, calls))
+    enough = None if keep_output or None in calls or 0 in calls else sum(filter(None, calls))
     seen = 0
     wanted = sample_rows(sum(hidden.shape[0] * hidden.shape[1] for hidden in acts.hidden))
 

@@ -1,7 +1,7 @@
 """The pipeline: one block at a time is loaded, measured, pruned, matched, run again, written and dropped.
 
-Read this first. Peak memory is that of two blocks (the next one is read meanwhile), of the calibration activations and
-of the statistics of the block's inputs, whatever the depth of the model.
+Read this first. Peak memory is that of two or three blocks (the next one is read, the last one written meanwhile), of the
+calibration activations and of the statistics of the block's inputs, whatever the depth of the model.
 """
 
 from __future__ import annotations

@@ -233,7 +233,8 @@ class RunPlan(ABC, Generic[Chosen]):
 def plan(
     recipe: RunRecipe | str | Path | None = None, *, resume: bool = False, overwrite: bool = False, **keys: Any
 ) -> RunPlan[Any]:
-    """What running a recipe would do, or `prune` with these keys; nothing is written, and no weights are downloaded."""
+    """What running a recipe of any verb would do, or `prune` of a model with these keys: `plan("model", sparsity=0.7)`. Nothing
+    is written, and no weights are downloaded."""
     verb = verb_of(recipe) if isinstance(recipe, RunRecipe) else VERBS["prune"]
     chosen = from_arguments(verb.load_recipe(), recipe, keys)
     return verb.load_make_plan()(chosen, resume=resume, overwrite=overwrite, download=False)

@@ -75,17 +75,17 @@ class Run:
         self._behind = ThreadPoolExecutor(1, "llmsparse-write-behind")
         self._writing: Future[None] | None = None
         self._stack = ExitStack()
-        self._partial = PartialOutput(
-            plan.output, source=plan.folder, fingerprint=plan.fingerprint, resume=resume, overwrite=overwrite
-        )
+        self._how = {"resume": resume, "overwrite": overwrite}
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            stack.enter_context(self._partial)
+            plan = self.plan
+            partial = PartialOutput(plan.output, source=plan.folder, fingerprint=plan.fingerprint, **self._how)
+            self._partial = stack.enter_context(partial)
             stack.enter_context(full_float32())
             stack.enter_context(self._memory)
             stack.enter_context(self.progress)
-            stack.callback(self._behind.shutdown, wait=True)  # a block that is being written will be in the journal
+            stack.callback(self._end_writing)
             self._make_folder()
             copy_side_files(self.plan.folder, self.folder)
             self._write_config()
@@ -101,7 +101,18 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        writing = self._writing
         self._stack.__exit__(kind, error, trace)
+        if error is not None and writing is not None and (lost := writing.exception()) is not None:
+            error.add_note(f"beside it, the block before could not be written: {lost}")
+
+    def _end_writing(self) -> None:
+        """A block that is being written will be in the journal; until then the lock stays, however often Ctrl-C comes."""
+        while True:
+            try:
+                return self._behind.shutdown(wait=True)
+            except KeyboardInterrupt:
+                continue
 
     @property
     def folder(self) -> Path:
@@ -120,6 +131,7 @@ class Run:
 
     def copy_the_rest(self) -> None:
         """Copy what the verb does not make from the source, byte for byte; once, whatever the number of resumes."""
+        self.settle()
         if not self.has(OUTSIDE):
             self._writer.copy(self.plan.reader, self.plan.copied)
             self._writer.copy(self.plan.reader, self.plan.renamed, named=self.plan.renamed)
@@ -132,7 +144,9 @@ class Run:
         evicted when the next one is asked for."""
         model = self.plan.model
         self.progress.start(len(model.block_names) + head)
-        for block in model.blocks():
+        blocks = model.blocks()
+        self._stack.callback(blocks.close)  # also where the loop is left by an error
+        for block in blocks:
             self.progress.block(block.name)
             yield block
         if head and (last := model.head()) is not None:
@@ -143,6 +157,8 @@ class Run:
         """A block: made now, and written behind; or read back from an interrupted run, held against its checksums."""
         if self.has(name):
             return self._recall(name, kind)
+        if self._writing is not None and self._writing.done():
+            self.settle()  # a disk that failed ends the run before more is made
         made = make()
         self.settle()
         self._writing = self._behind.submit(self._store, name, made)
@@ -150,6 +166,7 @@ class Run:
 
     def fact(self, name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Something that was found once and is noted in the journal, so that a resumed run goes on with it."""
+        self.settle()
         if not self.has(name):
             self._partial.journal(name, find())
         return self._partial.finished[name]
@@ -161,7 +178,7 @@ class Run:
             writing.result()
 
     def publish(self, report: Reported, convert: Callable[[Path, Path], None] | None = None) -> Reported:
-        """Finish the report, write the side files, check everything, and give the folder its name. Returns the report.
+        """Finish the report, write the side files, check what was made and that all is there, and give the folder its name.
 
         `convert(folder, target)` makes the result out of what lies in the staging folder, where the plan has one.
         """

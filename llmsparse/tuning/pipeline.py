@@ -1,6 +1,6 @@
 """Tune a factorized checkpoint to the dense model it came from: load both, train, write.
 
-Unlike in other verbs both models are held whole, and the trained weights three times over in fp32.
+Unlike in other verbs both models are held whole, and the trained weights four times over in fp32: masters, gradients, two moments.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def tune(
         models = {"teacher": distillation.teacher, "before": distillation.student}
         before = run.fact(BEFORE, lambda: held_out_losses(plan, models))
         distillation.sharpen(plan.windows.ids[plan.schedule[0][: plan.windows_at_once]].to(plan.device))
-        recipe = plan.recipe
-        trainable = Trainable(distillation.student, distillation.mixtures, recipe.train, recipe.lora_rank, recipe.seed)
+        how = (plan.recipe.train, plan.recipe.lora_rank, plan.recipe.seed)
+        trainable = Trainable(distillation.student, distillation.mixtures, *how)
         training = Training(distillation, trainable, plan, run.state / STATE_FILE)
         training.resume()
         training.run(run.progress)

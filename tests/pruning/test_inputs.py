@@ -119,3 +119,31 @@ def test_a_weight_that_is_used_twice_has_one_input_made_of_both_uses(
     assert isinstance(once.statistic, Gram) and isinstance(twice.statistic, Gram)
     assert twice.tokens == 2 * once.tokens
     torch.testing.assert_close(twice.statistic.xtx, 10 * once.statistic.xtx, rtol=1e-5, atol=1e-3)
+
+
+def test_a_batch_ends_with_the_last_input_that_is_wanted_and_every_statistic_is_the_same(
+    loaded: tuple[Block, Activations],
+) -> None:
+    block, acts = loaded
+    ran: list[str] = []
+    for name, part in block.module.named_modules():
+        if isinstance(part, torch.nn.Linear):
+            part.register_forward_hook(lambda *_, name=name: ran.append(name.rpartition(".")[2]))
+    early, whole = (learn_inputs(block, acts, block.weights) for _ in range(2))
+    ran.clear()
+    calibrate(block, acts, early, lambda entry: Gram, device=CPU, seed=0)
+    assert ran.count("up_proj") == 32 and "down_proj" not in ran, "what enters it is known, what leaves it nobody wants"
+    calibrate(block, acts, whole, lambda entry: Gram, device=CPU, seed=0, keep_output=True)
+    assert ran.count("down_proj") == 32
+    for one, other in zip(early, whole, strict=True):
+        assert one.tokens == other.tokens and torch.equal(one.sample, other.sample)
+        assert isinstance(one.statistic, Gram) and isinstance(other.statistic, Gram)
+        assert torch.equal(one.statistic.xtx, other.statistic.xtx)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_no_batch_ends_early_where_a_router_decides_what_runs(kind: str, tmp_path: Path) -> None:
+    model = stream(save_random(tiny_config(kind), tmp_path))
+    block, acts = model.block(0), model.embed(windows(*[(1, 4)] * 12))
+    for weights in ([w for w in block.weights if w.kind == "linear"], [w for w in block.weights if w.kind == "expert"]):
+        assert all(entry.calls is None for entry in learn_inputs(block, acts, weights))

@@ -17,6 +17,7 @@ ROOT = Path(llmsparse.__file__).parent
 HEAVY = ("torch", "yaml", "transformers", "datasets", "safetensors", "huggingface_hub", "numpy")
 USES_INTERNALS = {  # of transformers
     "llmsparse.inference.experts_interface",
+    "llmsparse.inference.places",
     "llmsparse.inference.quantizer",
     "llmsparse.models.empty_model",
     "llmsparse.models.naming",

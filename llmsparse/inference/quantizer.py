@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ from llmsparse.inference.experts_interface import llmsparse_experts
 from llmsparse.inference.linear import PackedLayer, SparseLinear, fill, place
 from llmsparse.inference.mapped import let_go_of_files
 from llmsparse.inference.packed_experts import PackedStack, packed_weights, prepare_experts
+from llmsparse.inference.places import matrices, name_in, place_of
 from llmsparse.inference.read_ahead import read_ahead
 from llmsparse.models.origin import PACKED
 from llmsparse.packing.folder import quantization_config, read_layers, refuse_undescribed
@@ -256,40 +257,6 @@ class PackWhileLoading(ConversionOps):
 
 auto.register_quantizer(PACKED)(SparseQuantizer)
 ExpertsInterface.register(PACKED, llmsparse_experts)
-
-
-def matrices(model: nn.Module) -> Iterator[tuple[str, bool]]:
-    """Every weight that can be packed while it loads: its name, and whether it is laid out (in, out).
-
-    Of experts, those that transformers runs through its experts interface: the others do not say how they are laid out.
-    """
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
-            yield f"{path}.weight", isinstance(module, Conv1D)
-        elif hasattr(module, "is_transposed"):
-            for leaf, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3:
-                    yield f"{path}.{leaf}", bool(module.is_transposed)
-
-
-def place_of(model: nn.Module, name: str) -> tuple[Any, nn.Parameter | None]:
-    """A module and its parameter; None for what there is not."""
-    path, _, leaf = name.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        return None, None
-    return module, module._parameters.get(leaf)
-
-
-def name_in(model: PreTrainedModel, name: str) -> str | None:
-    """What a weight of the packed folder is called in this model, which may be the folder's without its head, or with
-    one that the folder lacks. None for a weight of the head that is not there."""
-    prefix = f"{model.base_model_prefix}."
-    for own in (name, name.removeprefix(prefix), prefix + name):
-        if place_of(model, own)[1] is not None:
-            return own
-    return None if model.base_model is model and not name.startswith(prefix) else name
 
 
 def check_headers(layers: Mapping[str, Mapping[str, Any]], files: Sequence[str]) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmsparse.factorization.block import LayerRecord
-from llmsparse.runs.report import LARGE_LOSS, SCHEMA_VERSION, RunReport, card_metadata, perplexity_line, spell_protocol
+from llmsparse.runs.report import (
+    SCHEMA_VERSION,
+    RunReport,
+    card_metadata,
+    loss_warning,
+    perplexity_line,
+    spell_protocol,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -108,18 +114,11 @@ class FactorizeReport(RunReport):
             self.warnings.append(f"{len(dead)} blocks have experts that no {self.blocks[0].measured_on} token chose")
         if "note" in self.protocol:
             self.warnings.append(f"calibration: {self.protocol['note']}")
-        if not self.perplexity:
-            return
-        before, after = self.perplexity["before"], self.perplexity["after"]
-        if not math.isfinite(after):
-            self.warnings.append(
-                "perplexity is NaN: the logits of the factorized model are no numbers; try --dtype float32"
-            )
-        elif not after < LARGE_LOSS * before:
-            self.warnings.append(
-                f"perplexity rose {after / before:.1f}-fold with {self.active_share:.0%} of the FFN active; use more "
-                "active experts, more calibration text, or tune the result before using it"
-            )
+        advice = (
+            f" with {self.active_share:.0%} of the FFN active; use more active experts, more calibration text, or tune the "
+            "result before using it"
+        )
+        self.warnings += loss_warning(self.perplexity, "the factorized model", advice)
 
     def card(self) -> str:
         """The model card, README.md of the output folder."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmsparse.pruners import PRUNERS
-from llmsparse.runs.report import LARGE_LOSS, SCHEMA_VERSION, RunReport, card_metadata, perplexity_line, spell_protocol
+from llmsparse.runs.report import (
+    SCHEMA_VERSION,
+    RunReport,
+    card_metadata,
+    loss_warning,
+    perplexity_line,
+    spell_protocol,
+)
 from llmsparse.sparsity.stats import Gram
 
 if TYPE_CHECKING:
@@ -135,23 +141,19 @@ class PruneReport(RunReport):
         self.warnings += [*self._starved(), *self._unsettled(), *self._unmatched(), *self._sparse_before()]
         if "note" in self.protocol:
             self.warnings.append(f"calibration: {self.protocol['note']}")
-        if not self.perplexity:
-            return
-        before, after = self.perplexity["before"], self.perplexity["after"]
-        if not math.isfinite(after):
-            self.warnings.append(
-                "perplexity is NaN: the logits of the pruned model are no numbers; try --dtype float32"
-            )
-        elif not after < LARGE_LOSS * before:
-            hints = [self._milder()]
-            if {row.method for row in self.rows} != {"alps"}:
-                hints.append("--method alps")
-            if not self.matched:
-                hints.append("--match-steps 300")
-            self.warnings.append(
-                f"perplexity rose {after / before:.1f}-fold; this model may be of little use at "
-                f"{self.sparsity:.0%} sparsity: try {', or '.join(hints)}, or more calibration text"
-            )
+        self.warnings += loss_warning(self.perplexity, "the pruned model", self._advice())
+
+    def _advice(self) -> str:
+        """How to lose less."""
+        hints = [self._milder()]
+        if {row.method for row in self.rows} != {"alps"}:
+            hints.append("--method alps")
+        if not self.matched:
+            hints.append("--match-steps 300")
+        return (
+            f"; this model may be of little use at {self.sparsity:.0%} sparsity: try {', or '.join(hints)}, or more "
+            "calibration text"
+        )
 
     def _starved(self) -> Iterator[str]:
         """Experts that fell back to another method, and weights that a Hessian of few tokens was solved for."""

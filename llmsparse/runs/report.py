@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -78,6 +79,16 @@ def perplexity_line(perplexity: dict[str, Any]) -> tuple[str, str]:
         f"{perplexity['before']:.4g} → {perplexity['after']:.4g} on {perplexity['windows']} held-out windows of "
         f"{perplexity['seq_len']} tokens, per token",
     )
+
+
+def loss_warning(perplexity: dict[str, Any] | None, model: str, advice: str) -> list[str]:
+    """What to say where perplexity rose much, or is no number; `model` as in "the pruned model"."""
+    if not perplexity:
+        return []
+    before, after = perplexity["before"], perplexity["after"]
+    if not math.isfinite(after):
+        return [f"perplexity is NaN: the logits of {model} are no numbers; try --dtype float32"]
+    return [] if after < LARGE_LOSS * before else [f"perplexity rose {after / before:.1f}-fold{advice}"]
 
 
 def card_metadata(tags: Sequence[str], base_model: str | None = None) -> str:

@@ -80,7 +80,9 @@ class StopAfter(Silent):
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 2])
-def test_it_is_resumed_to_the_same_bytes(given: dict[str, Any], tmp_path: Path, blocks: int) -> None:
+def test_it_is_resumed_to_the_same_bytes(
+    given: dict[str, Any], tmp_path: Path, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, parted = (sign_verb.SignRecipe(output=str(tmp_path / name), **given) for name in ("whole", "parted"))
     sign_verb.sign(whole)
     with pytest.raises(KeyboardInterrupt):
@@ -90,8 +92,10 @@ def test_it_is_resumed_to_the_same_bytes(given: dict[str, Any], tmp_path: Path, 
     assert len(journal) == 1 + blocks, "what was finished before the interruption is noted, and nothing else"
     with pytest.raises(LlmsparseError, match="--resume"):
         sign_verb.sign(parted)
-    watched = StopAfter(99)
+    watched, made, own = StopAfter(99), list[str](), sign_verb.signed
+    monkeypatch.setattr(sign_verb, "signed", lambda block: made.append(block.name) or own(block))
     sign_verb.sign(parted, resume=True, progress=watched)
+    assert made == [f"model.layers.{n}" for n in range(blocks, 3)], "what was finished is read back, not made again"
     assert watched.seen == [f"model.layers.{n}" for n in range(3)]
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parted"))
     assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)

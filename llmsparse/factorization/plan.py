@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmsparse.calibration.least_squares import HELD_BACK, JUDGES
 from llmsparse.errors import CalibrationError, CheckpointError
 from llmsparse.factorization import containers, export
 from llmsparse.factorization.block import ROUTER_TOKENS, FactorizeOptions, Target
 from llmsparse.factorization.containers import Container, Shape
 from llmsparse.factorization.export import Spec
 from llmsparse.factorization.recipe import FactorizeRecipe
-from llmsparse.factorization.refit import HELD_BACK, JUDGES
 from llmsparse.factorization.router import NUMBERS_AT_ONCE
 from llmsparse.factorization.split import Layout
 from llmsparse.models.prunable import refuse_stored

@@ -2,8 +2,7 @@
 
 With gates g(x) the FFN computes ŷ = W̃ (g ⊙ h). `fit_scales` finds one factor per expert, `refit` the whole of W̃:
 argmin Σ ‖y − W̃ (g ⊙ h)‖² + λ‖W̃ − W‖², from normal equations that are summed up over tokens, so that calibration can
-be as long as it likes. How strongly W̃ is held to W is decided on tokens held back: where text is short and neurons are
-many, fitting closely is worse than not fitting at all.
+be as long as it likes (calibration/least_squares).
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -15,15 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmsparse.calibration.least_squares import DAMPS, HELD_BACK, JUDGES, fit
 from llmsparse.errors import NumericalError
 from llmsparse.factorization.ffn import FFN
 from llmsparse.factorization.router import Router, expert_outputs, tokens_at_once
 from llmsparse.factorization.split import Split
 
 SCALE_DAMP = 0.01  # λ of the scales, as a fraction of the mean of the diagonal
-DAMPS = (0.001, 0.01, 0.1, 1.0)  # the same of the refit, in the order tried until one is worse than the one before
-HELD_BACK = 8  # of so many tokens one judges them …
-JUDGES = 2**14  # … up to this number
 
 
 def routed_hidden(ffn: FFN, split: Split, router: Router, x: Tensor) -> Tensor:
@@ -97,24 +94,14 @@ def refit(dense: FFN, start: FFN, split: Split, router: Router, inputs: Iterable
 
     if not gram.any():
         return start, {"refit": "no neuron that runs says anything on the calibration text"}
-    first = start.down[:, order]
-    best, least = start, _error(first, judges)
-    solved, notes = 0, {"refit": "no fit is better on the tokens held back"}
-    for damp in DAMPS:
-        down = solve(gram, targets, first, damp)
-        if down is None:
-            continue
-        solved += 1
-        error = _error(down, judges)
-        if error < least:
-            best, least, notes = FFN(start.gate, start.up, down[:, back]), error, {"damp": damp}
-        elif "damp" in notes:
-            break
-    if not solved:
+    fitted = fit(gram, targets, start.down[:, order], judges)
+    if not fitted.solved:
         raise NumericalError(
             f"the equations of the refit are not positive definite, even with a damping of {DAMPS[-1]:g}; use --no-refit"
         )
-    return best, notes
+    if fitted.damp is None:
+        return start, {"refit": "no fit is better on the tokens held back"}
+    return FFN(start.gate, start.up, fitted.weight[:, back]), {"damp": fitted.damp}
 
 
 class Equations:
@@ -154,25 +141,6 @@ class Equations:
         shared = self._shared
         self._gram[:shared, shared:] = self._gram[shared:, :shared].T
         return self._gram
-
-
-def solve(gram: Tensor, targets: Tensor, down: Tensor, damp: float) -> Tensor | None:
-    """argmin ‖Y − H W̃ᵀ‖² + λ‖W̃ − W‖² for gram HᵀH, targets HᵀY and `down` W (width, neurons); None if singular.
-
-    λ is `damp` times the mean of the diagonal of the gram matrix.
-    """
-    damping = damp * gram.diagonal().mean()
-    regular = gram.clone()
-    regular.diagonal().add_(damping)
-    factor, failed = torch.linalg.cholesky_ex(regular)
-    if failed or not torch.isfinite(factor.diagonal()).all():
-        return None
-    return torch.cholesky_solve(targets + damping * down.T, factor).T.contiguous()
-
-
-def _error(down: Tensor, judges: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Σ ‖y − W̃ (g ⊙ h)‖² over tokens, given as (g ⊙ h, y), for `down` W̃ in the same order of neurons."""
-    return sum((target - hidden @ down.T).square().sum().item() for hidden, target in judges)
 
 
 def _chunks(ffn: FFN, split: Split, inputs: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmsparse.calibration.inputs import Input, calibrate, learn_inputs
+from llmsparse.calibration.matching import Match, autocast_dtype, match
 from llmsparse.models.streamed import HEAD, Activations, Block
 from llmsparse.pruners import Pruned
-from llmsparse.pruning.inputs import Input, calibrate, learn_inputs
-from llmsparse.pruning.matching import Match, autocast_dtype, match
 from llmsparse.pruning.report import BlockRecord, PrunedWeight
 from llmsparse.pruning.selection import Choice
 from llmsparse.pruning.starved import pruner_that_fits

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llmsparse.calibration.inputs import EXPERT_ROWS, sample_rows
 from llmsparse.models.likelihood import LOGIT_ELEMENTS
 from llmsparse.models.weight import Slot
 from llmsparse.pruners import workspace_of
-from llmsparse.pruning.inputs import EXPERT_ROWS, sample_rows
 from llmsparse.pruning.selection import HEAD, Choice
 from llmsparse.runs.memory import freed_bytes
 from llmsparse.sparsity.stats import Statistic, combine

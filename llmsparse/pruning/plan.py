@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmsparse.calibration.matching import HELD_OUT_SHARE, LEARNING_RATES, batches_per_step, probe_steps
 from llmsparse.errors import RecipeError
 from llmsparse.formats.bitmask import stored_bytes
 from llmsparse.pruning.block import PruneOptions
-from llmsparse.pruning.matching import HELD_OUT_SHARE, LEARNING_RATES, batches_per_step, probe_steps
 from llmsparse.pruning.memory import peak_bytes
 from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.pruning.selection import Choice, choose_weights

@@ -7,9 +7,9 @@ falls back, and the report says so.
 
 from __future__ import annotations
 
+from llmsparse.calibration.inputs import Input
 from llmsparse.errors import LlmsparseError
 from llmsparse.pruners import Magnitude, Pruner, Wanda
-from llmsparse.pruning.inputs import Input
 from llmsparse.pruning.selection import Choice
 
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llmsparse.calibration.least_squares import solve
 from llmsparse.errors import NumericalError
 from llmsparse.factorization.ffn import FFN
-from llmsparse.factorization.refit import SCALES, fit_scales, refit, routed_hidden, scaled, solve
+from llmsparse.factorization.refit import SCALES, fit_scales, refit, routed_hidden, scaled
 from llmsparse.factorization.router import Router
 from llmsparse.factorization.split import Split
 

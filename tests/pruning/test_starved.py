@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 import llmsparse
+from llmsparse.calibration.inputs import Input
 from llmsparse.errors import LlmsparseError
 from llmsparse.models.streamed import Weight
 from llmsparse.pruners import PRUNERS, DSnoT, Magnitude, Pruner, SparseGPT, Wanda
-from llmsparse.pruning.inputs import Input
 from llmsparse.pruning.selection import Choice
 from llmsparse.pruning.starved import pruner_that_fits
 from llmsparse.sparsity.patterns import Unstructured

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from llmsparse.calibration.inputs import calibrate, learn_inputs, sample_rows
 from llmsparse.errors import CheckpointError, NumericalError
 from llmsparse.models.streamed import Activations, Block, StreamedModel
-from llmsparse.pruning.inputs import calibrate, learn_inputs, sample_rows
 from llmsparse.sparsity.stats import Gram
 from llmsparse.storage.checkpoint import CheckpointReader
 from tests.architectures import save_random, stream, tiny_config, windows

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmsparse.calibration.matching import autocast_dtype, batches_per_step, match
 from llmsparse.models.streamed import Activations, Block, StreamedModel
-from llmsparse.pruning.matching import autocast_dtype, batches_per_step, match
 from llmsparse.storage.checkpoint import CheckpointReader
 
 

@@ -1,0 +1,1 @@
+"""What calibration text says about a block: statistics of its inputs, outputs to match, equations to solve."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from llmsparse.backends import BACKENDS, WeightSpec, cpu
+from llmsparse.backends.cpu import pages
 from llmsparse.backends.table import SHIPPED, cpu_info, device_kinds, read, shipped, user_file
 from llmsparse.inference.fused_experts import kernel_name, most_tokens, unusable
 from llmsparse.version import __version__
@@ -111,11 +112,13 @@ def _fused(device: torch.device) -> Usable:
 def _cpu() -> Device:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     names = (line.partition(":")[2].strip() for line in cpu_info() if line.startswith("model name"))
+    plain = pages.why_not()
+    lie = "weights on 2 MB pages" if plain is None else f"weights on plain pages: {plain}"
     return Device(
         next(names, platform.processor() or platform.machine()),
         device_kinds(CPU),
         memory,
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {lie}",
     )
 
 

@@ -16,6 +16,7 @@ from llmsparse.encodings import mxfp4, packed_integers, scaled
 from llmsparse.encodings.protocol import Finder
 from llmsparse.errors import CheckpointError
 from llmsparse.storage.checkpoint import CheckpointReader, read_tensor
+from llmsparse.storage.pickled import PickledReader, is_pickled
 from llmsparse.storage.shard import Header, TensorSpec
 
 FINDERS: dict[str, Finder] = {  # quant_method, and format where it has several
@@ -45,7 +46,10 @@ def without_encoding(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_checkpoint(folder: Path, absent: Mapping[str, Header] | None = None) -> CheckpointReader:
-    """The checkpoint in `folder`, decoded while it is read where its config says how it is encoded."""
+    """The checkpoint in `folder`, decoded while it is read where its config says how it is encoded; pickled weights where
+    there are no safetensors."""
+    if not absent and is_pickled(Path(folder)):
+        return PickledReader(folder)
     try:
         config: Any = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):  # said, better, by whoever reads the config

@@ -63,7 +63,7 @@ class Origin:
 
 
 def fetch_model(model: str, revision: str | None = None) -> Path:
-    """The folder of `model`: a local one, `builtin` for the embedded one, else a hub id, downloaded or cached (safetensors only).
+    """The folder of `model`: a local one, `builtin` for the embedded one, else a hub id, downloaded or cached.
 
     Raises CheckpointError where there is no such model or leave to read it, MachineError without a network.
     """

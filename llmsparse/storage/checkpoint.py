@@ -1,7 +1,7 @@
 """Safetensors checkpoints as a stream: tensors read one by one, and written in place at offsets planned from headers.
 
 Memory is the tensors asked for and nothing else; nothing stays mapped. What lies inside one file is `shard.py`'s
-business, here shards become a checkpoint. Pickled weights (`.bin`) are not read.
+business, here shards become a checkpoint. Pickled weights (`.bin`) are `pickled.py`'s.
 """
 
 # pyright: reportUnknownVariableType=false

@@ -26,7 +26,6 @@ from llmsparse.shrinking.recipe import ShrinkRecipe
 from llmsparse.shrinking.reduction import Reduction, Source, Specs
 from llmsparse.shrinking.reductions import plan_reductions
 from llmsparse.shrinking.verified import check_made
-from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.disk import check_room, parse_size
 
 if TYPE_CHECKING:

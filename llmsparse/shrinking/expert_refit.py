@@ -84,7 +84,9 @@ def fold(made: Block, mixture: Mixture, factors: Tensor) -> None:
     experts = dict(made.module.get_submodule(name).named_parameters(recurse=False))
     scaled = {f"{name}.{one}": value for one, value in experts.items() if one == leaf or _is_bias_of(one, leaf)}
     matrices = {weight.key: weight.slot[0] for weight in made.weights}
-    stored = made.in_module({key: value for key, value in made.stored.items() if matrices.get(key, name) in (name, mixture.down)})
+    stored = made.in_module(
+        {key: value for key, value in made.stored.items() if matrices.get(key, name) in (name, mixture.down)}
+    )
     changed: dict[str, Tensor] = {}
     for parameter in scaled:
         value = stored[parameter].float()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -13,28 +13,28 @@ from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.models.prunable import refuse_stored
 from llmsparse.models.streamed import Activations, Block
 from llmsparse.runs.seeding import generator_for
-from llmsparse.scoring.mixture import Call, Mixture, find_mixture, intercepted
+from llmsparse.scoring.file import ScoresFile
+from llmsparse.scoring.mixture import Mixture
+from llmsparse.scoring.plan import find_mixtures
 from llmsparse.scoring.scores import Chosen, choose
 from llmsparse.scoring.statistics import ExpertStatistics, blend
+from llmsparse.scoring.watcher import Watcher
 from llmsparse.shrinking.expert_count import ACTIVE, GROUPS, GROUPS_ACTIVE, number, with_experts
 from llmsparse.shrinking.expert_keys import Op, Ops, beside, cut_specs, cut_tensors, expert_keys, expert_sizes
 from llmsparse.shrinking.expert_refit import refit_experts
 from llmsparse.shrinking.recipe import ShrinkRecipe, amount_of, refuse_amount
 from llmsparse.shrinking.reduction import Cut, Reduction, Rows, Source, Specs
 
-DOMAIN = "calibration"
+if TYPE_CHECKING:
+    from llmsparse.runs.run import Run
+    from llmsparse.shrinking.plan import ShrinkPlan
 
 
 def plan(recipe: ShrinkRecipe, source: Source) -> Reduction:
     """RecipeError for a number of experts that cannot be, CheckpointError for a model that has none to take out."""
     model, config = source.model, source.model.config
-    blocks = range(len(model.block_names))
-    mixtures = {index: mixture for index in blocks if (mixture := find_mixture(model, index)) is not None}
-    if not mixtures:
-        raise CheckpointError(
-            f"{source.where}: {config.model_type} has no routed experts, so --experts takes nothing out; "
-            "make it a mixture with `llmsparse factorize`, or give --ffn 75%"
-        )
+    instead = "--experts takes nothing out: make it a mixture with `llmsparse factorize`, or give --ffn 75%"
+    mixtures = find_mixtures(model, source.where, instead)
     counts = sorted({mixture.experts for mixture in mixtures.values()})
     if len(counts) > 1:
         raise CheckpointError(
@@ -50,9 +50,12 @@ def plan(recipe: ShrinkRecipe, source: Source) -> Reduction:
     names = [f"{model.block_names[index]}.{name}" for index, mixture in mixtures.items() for name in mixture.parameters]
     fields, shapes = with_experts(source, experts, kept, names)
     ops = {index: expert_keys(model, source.reader, index, shapes, experts) for index in mixtures}
+    scores = None if recipe.scores is None else ScoresFile(recipe.scores)
+    if scores is not None:
+        scores.check_model(model, mixtures)
     last = max(mixtures)
     more = beside(model, ops[last], model.block_keys(last))
-    return Experts(recipe, mixtures, experts, kept, groups, fields, ops, more, source.where)
+    return Experts(recipe, mixtures, experts, kept, groups, fields, ops, more, scores)
 
 
 def _refuse_too_few(asked: str, kept: int, config: Any, groups: int) -> None:
@@ -92,7 +95,23 @@ class Experts(Reduction):
     fields: Mapping[str, Any]  # of config.json
     ops: Mapping[int, Ops]
     more: Sequence[Ops]  # of blocks beside the model's own
-    where: str
+    scores: ScoresFile | None  # what was measured before
+    texts: Sequence[Sequence[str]] = ()  # batch by batch the text of every window
+    weights: Mapping[str, float] | None = None  # of the texts, in the blend that decides
+
+    @property
+    def watches(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.scores is None or self.recipe.refit
+
+    def survey(self, plan: ShrinkPlan, run: Run) -> Experts:
+        """Which windows are of which text; and that scores measured before are of this very model."""
+        if self.scores is None:
+            return replace(self, texts=plan.texts_of_batches, weights=plan.texts)
+        self.scores.check_weights(plan.model, plan.reader, self.mixtures)
+        return replace(self, texts=plan.texts_of_batches, weights=self.scores.blend(self.recipe.blend))
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {} if self.scores is None else {"scores": self.scores.fingerprint}
 
     def change(self, raw: dict[str, Any]) -> None:
         raw.update(self.fields)
@@ -172,35 +191,21 @@ class ExpertCut(Cut):
     """Experts of one block."""
 
     def __init__(self, plan: Experts, block: Block, mixture: Mixture, ops: Ops) -> None:
-        self._plan, self._block, self._mixture, self._ops = plan, block, mixture, ops
-        self.watches = True
-        self._statistics: dict[str, ExpertStatistics] = {}
-        self._outputs: list[Tensor] = []  # (tokens, width) of every batch: what all experts gave
+        self._plan, self._name, self._mixture, self._ops = plan, block.name, mixture, ops
+        self._watcher = Watcher(block, mixture, plan.texts, plan.recipe.refit)
+        self.watches = plan.watches
         self._chosen: Chosen | None = None
         self._refit: dict[str, Any] = {}
 
     def watching(self, batch: int) -> AbstractContextManager[None]:
-        return self._watching()
-
-    @contextmanager
-    def _watching(self) -> Iterator[None]:
-        def observe(call: Call) -> Tensor:
-            seen = call.observe()
-            device = seen.index.device
-            statistics = self._statistics.setdefault(DOMAIN, ExpertStatistics.empty(self._mixture.experts, device))
-            statistics.add(seen.index, seen.gates, seen.norms)
-            if self._plan.recipe.refit:
-                self._outputs.append(seen.output)
-            return seen.returned
-
-        with intercepted(self._block, self._mixture, observe):
-            yield
+        return self._watcher.watching(batch) if self.watches else nullcontext()
 
     def cut(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         plan = self._plan
-        statistics = blend({name: sums.cpu() for name, sums in self._statistics.items()})
+        measured = {text: sums.cpu() for text, sums in self._watcher.statistics.items()}
+        statistics = blend(measured if plan.scores is None else plan.scores.statistics(self._name), plan.weights)
         sizes = expert_sizes(self._ops, tensors, plan.experts) if bool((statistics.tokens == 0).any()) else None
-        generator = generator_for(self._block.name, plan.recipe.seed)
+        generator = generator_for(self._name, plan.recipe.seed)
         self._chosen = choose(
             statistics, plan.recipe.expert_score, plan.kept, groups=plan.groups, sizes=sizes, generator=generator
         )
@@ -208,8 +213,8 @@ class ExpertCut(Cut):
 
     def refit(self, made: Block, acts: Activations) -> None:
         mixture = Mixture(self._mixture.path, self._plan.kept, self._mixture.parameters, self._mixture.weighs_inputs)
-        self._refit = refit_experts(made, acts, mixture, self._outputs)
-        self._outputs.clear()
+        self._refit = refit_experts(made, acts, mixture, self._watcher.outputs)
+        self._watcher.outputs.clear()
 
     def row(self) -> dict[str, Any]:
         chosen = self._chosen

@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from llmsparse.pruning.recipe import Rule as Rule
     from llmsparse.pruning.report import PruneReport as PruneReport
     from llmsparse.runs.plan import plan as plan
+    from llmsparse.shrinking.pipeline import shrink as shrink
+    from llmsparse.shrinking.recipe import ShrinkRecipe as ShrinkRecipe
+    from llmsparse.shrinking.report import ShrinkReport as ShrinkReport
     from llmsparse.tuning.pipeline import tune as tune
     from llmsparse.tuning.recipe import TuneRecipe as TuneRecipe
     from llmsparse.tuning.report import TuneReport as TuneReport
@@ -73,6 +76,8 @@ _LAZY = {  # name → the module it stands in
     "PruneRecipe": "pruning.recipe",
     "PruneReport": "pruning.report",
     "Rule": "pruning.recipe",
+    "ShrinkRecipe": "shrinking.recipe",
+    "ShrinkReport": "shrinking.report",
     "SparseConfig": "inference.quantizer",
     "TuneRecipe": "tuning.recipe",
     "TuneReport": "tuning.report",
@@ -87,6 +92,7 @@ _LAZY = {  # name → the module it stands in
     "perplexity": "evaluation.perplexity",
     "plan": "runs.plan",
     "prune": "pruning.pipeline",
+    "shrink": "shrinking.pipeline",
     "tune": "tuning.pipeline",
     "unpack": "packing.unpack",
 }

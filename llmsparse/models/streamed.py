@@ -81,6 +81,11 @@ class StreamedModel:
         return self._reader.spec(weight.key).dtype
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every parameter and saved buffer of the module, by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
+
+    @property
     def parts(self) -> list[str]:
         """Parameters of two dimensions that are multiplied with part by part, as experts of a flat tensor are."""
         return sorted(name for name in self._outline.parts if in_block(name, self.blocks_path) is not None)

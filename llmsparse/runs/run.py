@@ -67,9 +67,18 @@ class Run:
     """Everything about a run that is not the verb's own. A context manager; what is not published stays to be resumed."""
 
     def __init__(
-        self, plan: RunPlan[Any], progress: Progress | None = None, *, resume: bool = False, overwrite: bool = False
+        self,
+        plan: RunPlan[Any],
+        progress: Progress | None = None,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        survey: Callable[[Run], RunPlan[Any]] | None = None,
     ) -> None:
+        """`survey` finds out, before a file is made, what the shape of the result depends on: the plan that it returns is
+        carried out. What it found it notes as a `fact`."""
         self.plan = plan
+        self._survey = survey
         self.progress = progress or Silent()
         self._memory = PeakMemory(plan.device)
         self._behind = ThreadPoolExecutor(1, "llmsparse-write-behind")
@@ -79,13 +88,15 @@ class Run:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            plan = self.plan
+            plan, self._stack = self.plan, stack
             partial = PartialOutput(plan.output, source=plan.folder, fingerprint=plan.fingerprint, **self._how)
             self._partial = stack.enter_context(partial)
             stack.enter_context(full_float32())
             stack.enter_context(self._memory)
             stack.enter_context(self.progress)
             stack.callback(self._end_writing)
+            if self._survey is not None:
+                self.plan = self._survey(self)
             self._make_folder()
             copy_side_files(self.plan.folder, self.folder)
             self._write_config()

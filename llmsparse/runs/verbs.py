@@ -66,6 +66,13 @@ VERBS: dict[str, Verb] = {
         "llmsparse.factorization.pipeline:factorize",
         shipped="factorize",
     ),
+    "shrink": Verb(
+        "llmsparse.shrinking.keys",
+        "llmsparse.shrinking.recipe:ShrinkRecipe",
+        "llmsparse.shrinking.plan:make_plan",
+        "llmsparse.shrinking.pipeline:shrink",
+        shipped="shrink",
+    ),
     "tune": Verb(
         "llmsparse.tuning.keys",
         "llmsparse.tuning.recipe:TuneRecipe",

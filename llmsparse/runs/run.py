@@ -104,7 +104,7 @@ class Run:
                 self.folder,
                 self.plan.tensors,
                 parse_size(self.plan.recipe.max_shard_size),
-                resuming=bool(self._partial.finished),
+                resuming=self.has(OUTSIDE),
             )
             self._stack = stack.pop_all()
         return self

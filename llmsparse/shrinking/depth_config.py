@@ -11,37 +11,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llmsparse.errors import CheckpointError
-from llmsparse.models.variant import BlockOutline, field_name, outline, with_fields
+from torch import nn
+
+from llmsparse.errors import CheckpointError, one_line
+from llmsparse.models.empty_model import find_blocks
+from llmsparse.shrinking.new_config import empty_model
+from llmsparse.shrinking.reduction import Source
+from llmsparse.shrinking.shapes import BROKEN, config_field
 
 DEPTH = "num_hidden_layers"
+PLACE = "layer_idx"  # a block's number; its cache wants it, and nothing else
+
+Outline = dict[str, Any]  # of a block: its parameters' shapes; each class, number, text and flag that its modules hold
 
 
-def depth_config(config: Any, kept: Sequence[int], trust_remote_code: bool = False) -> Any:
-    """`config` for the blocks numbered `kept`, ascending. CheckpointError where the ones that are left would be others."""
-    depth = len(outline_of := outline(config, trust_remote_code).blocks)
-    wanted = [outline_of[index] for index in kept]
-    fields: dict[str, Any] = {field_name(config, DEPTH): len(kept)}
-    readings: dict[str, list[Any]] = {}
-    for name, value in config.to_dict().items():
-        if name not in fields and (found := _readings(name, value, kept, depth)):
-            readings[name] = found
-    fields |= {name: found[0] for name, found in readings.items() if isinstance(found[0], list)}
+def fields_for_blocks(source: Source, kept: Sequence[int]) -> dict[str, Any]:
+    """The fields of config.json that are others when only the blocks numbered `kept`, ascending, are there.
 
-    best, least = _try(config, fields, wanted, trust_remote_code)
-    for name, found in readings.items():
-        for value in found:
-            if not least:
-                break
-            if fields.get(name, config.to_dict()[name]) != value:
-                tried, differing = _try(config, fields | {name: value}, wanted, trust_remote_code)
-                if len(differing) < len(least):
-                    fields, best, least = fields | {name: value}, tried, differing
-    if least or best is None:
+    CheckpointError where what is left would be other blocks.
+    """
+    known: dict[str, Any] = source.model.config.to_dict()
+    whole = _blocks(source, {})
+    wanted = [whole[index] for index in kept]
+    fields: dict[str, Any] = {config_field(source, DEPTH): len(kept)}
+    readings = {name: _readings(name, value, kept, len(whole)) for name, value in known.items() if name not in fields}
+    fields |= {name: found[0] for name, found in readings.items() if found and isinstance(found[0], list)}
+
+    least = _differences(source, fields, wanted)
+    for name, value in ((name, value) for name, found in readings.items() for value in found):
+        if least and fields.get(name, known[name]) != value:
+            differing = _differences(source, fields | {name: value}, wanted)
+            if len(differing) < len(least):
+                fields, least = fields | {name: value}, differing
+    if least:
         raise CheckpointError(
-            f"{config.model_type} cannot be made of the blocks {', '.join(map(str, kept))} alone: {least[0]}"
+            f"{source.where}: {source.model.config.model_type} cannot be made of {len(kept)} of its {len(whole)} blocks: "
+            f"{least[0]}"
         )
-    return best
+    return fields
 
 
 def _readings(name: str, value: Any, kept: Sequence[int], depth: int) -> list[Any]:
@@ -58,25 +65,33 @@ def _readings(name: str, value: Any, kept: Sequence[int], depth: int) -> list[An
     return found
 
 
-def _try(
-    config: Any, fields: dict[str, Any], wanted: Sequence[BlockOutline], trust_remote_code: bool
-) -> tuple[Any, list[str]]:
-    """The config with these fields, and how its blocks differ from the wanted ones."""
+def _differences(source: Source, fields: dict[str, Any], wanted: Sequence[Outline]) -> list[str]:
+    """How the blocks of a model with these fields differ from the wanted ones; the more, the worse."""
     try:
-        changed = with_fields(config, fields)
-        made = outline(changed, trust_remote_code).blocks
-    except CheckpointError as error:
-        return None, [str(error)] * (len(wanted) + 1)
+        made = _blocks(source, fields)
+    except (CheckpointError, *BROKEN) as error:
+        return [one_line(error)] * (len(wanted) + 1)
     if len(made) != len(wanted):
-        return None, [f"{len(made)} blocks instead of {len(wanted)}"] * (len(wanted) + 1)
-    found = [(index, _difference(one, other)) for index, (one, other) in enumerate(zip(made, wanted, strict=True))]
-    return changed, [f"block {index} would be another one in {where}" for index, where in found if where]
+        return [f"it has {len(made)} blocks then, not {len(wanted)}"] * (len(wanted) + 1)
+    found: list[str] = []
+    for index, (one, other) in enumerate(zip(made, wanted, strict=True)):
+        where = next((name for name in one | other if one.get(name) != other.get(name)), None)
+        if where is not None:
+            found.append(f"block {index} would be another one, in {where}")
+    return found
 
 
-def _difference(one: BlockOutline, other: BlockOutline) -> str | None:
-    """The first thing in which two blocks differ."""
-    for of_one, of_other in ((one.shapes, other.shapes), (one.settings, other.settings)):
-        for name in of_one | of_other:
-            if of_one.get(name) != of_other.get(name):
-                return name
-    return None
+def _blocks(source: Source, fields: dict[str, Any]) -> list[Outline]:
+    model = empty_model(source.model.config, source.raw | fields, source.trust_remote_code)
+    return [_outline(block) for block in find_blocks(model)[1]]
+
+
+def _outline(block: nn.Module) -> Outline:
+    found: Outline = {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
+    for path, module in block.named_modules():
+        found[f"{path}."] = type(module).__name__
+        for name, value in vars(module).items():
+            plain = value is None or isinstance(value, bool | int | float | str)
+            if plain and name not in (PLACE, "training") and not name.startswith("_"):
+                found[f"{path}.{name}"] = value
+    return found

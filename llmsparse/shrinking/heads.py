@@ -13,7 +13,7 @@ from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.shrinking.narrowing import Axis, UnfitError, Unit, reader
 from llmsparse.shrinking.recipe import ShrinkRecipe, refuse_amount
 from llmsparse.shrinking.reduction import Reduction, Source
-from llmsparse.shrinking.shapes import block_shapes, config_field, narrower_blocks
+from llmsparse.shrinking.shapes import block_shapes, check_runs, config_field, narrower_blocks
 from llmsparse.shrinking.width import Narrower, laid_out
 
 HEADS, GROUPS, HEAD_DIM = "num_attention_heads", "num_key_value_heads", "head_dim"
@@ -50,6 +50,7 @@ def plan(recipe: ShrinkRecipe, source: Source) -> Reduction:
                 raise
             fields[HEAD_DIM] = source.model.hidden_size // heads
             units = _units(source, fields, heads, groups, kept)
+        check_runs(source, fields)
     except UnfitError as error:
         raise CheckpointError(f"{source.where}: the attention of {kind} cannot be made narrower: {error}") from error
     if known.get(HEAD_DIM) and HEAD_DIM not in source.raw:

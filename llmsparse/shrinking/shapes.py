@@ -6,12 +6,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from llmsparse.errors import one_line
+from llmsparse.errors import CheckpointError, one_line
+from llmsparse.models.empty_model import find_blocks
+from llmsparse.models.meta_run import run_on_meta
 from llmsparse.models.naming import in_block
 from llmsparse.shrinking.narrowing import Axis, Shape, UnfitError, shorter_axes
-from llmsparse.shrinking.new_config import module_shapes
+from llmsparse.shrinking.new_config import empty_model, module_shapes
 from llmsparse.shrinking.reduction import Source
 
 BROKEN = (
@@ -44,6 +47,16 @@ def narrower_blocks(source: Source, fields: Mapping[str, Any]) -> list[list[Axis
     if not any(found):
         raise UnfitError("no matrix gets narrower with it")
     return found
+
+
+def check_runs(source: Source, fields: Mapping[str, Any]) -> None:
+    """UnfitError where the model with these fields can be built, but does not run."""
+    model = empty_model(source.model.config, source.raw | dict(fields), source.trust_remote_code)
+    try:
+        run_on_meta(model, find_blocks(model)[1], torch.device("cpu"))
+    except CheckpointError as error:
+        changed = ", ".join(f"{name} {value}" for name, value in fields.items())
+        raise UnfitError(f"with {changed} its matrices do not fit each other") from error
 
 
 def block_shapes(source: Source, index: int) -> dict[str, Shape]:

@@ -112,6 +112,10 @@ class StreamedModel:
         """On-disk keys of a block, in file order."""
         return self._block_keys[index]
 
+    def module(self, index: int, path: str) -> nn.Module:
+        """A module inside a block, without its weights unless the block is loaded."""
+        return self._blocks[index].get_submodule(path)
+
     def weights(self, index: int) -> list[Weight]:
         """Every matrix that a block multiplies activations with. Reads nothing."""
         prefix = self.block_names[index] + "."

@@ -136,6 +136,16 @@ class RunPlan(ABC, Generic[Chosen]):
         return None
 
     @property
+    def single_file(self) -> bool:
+        """The result is one file of tensors, no folder; `output` is its name."""
+        return False
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """In the header of every file of tensors."""
+        return {"format": "pt"}
+
+    @property
     def versions(self) -> dict[str, str]:
         return versions()
 

@@ -33,7 +33,7 @@ from llmsparse.runs.partial import PartialOutput
 from llmsparse.runs.plan import RunPlan
 from llmsparse.runs.progress import Progress, Silent
 from llmsparse.runs.report import RunReport
-from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter
+from llmsparse.storage.checkpoint import SINGLE, CheckpointReader, CheckpointWriter
 from llmsparse.storage.checksum import checksums, read_checked
 from llmsparse.storage.disk import disk_error, parse_size
 from llmsparse.storage.heap import release_freed
@@ -98,13 +98,15 @@ class Run:
             if self._survey is not None:
                 self.plan = self._survey(self)
             self._make_folder()
-            copy_side_files(self.plan.folder, self.folder)
+            if not self.plan.single_file:
+                copy_side_files(self.plan.folder, self.folder)
             self._write_config()
             self._writer = CheckpointWriter(
                 self.folder,
                 self.plan.tensors,
                 parse_size(self.plan.recipe.max_shard_size),
                 resuming=self.has(OUTSIDE),
+                metadata=self.plan.metadata,
             )
             self._stack = stack.pop_all()
         return self
@@ -197,15 +199,19 @@ class Run:
         self._writer.finish()
         report.warn()
         self._measure(report)
-        notes = {"threads": torch.get_num_threads(), f"{self.plan.text_key} sha256": self.plan.windows.fingerprint}
-        text = self.plan.resolved.dump(self.plan.versions | notes, self.plan.output)
-        write_side_files(self.folder, recipe=text, report=report.stored(), card=report.card())
+        if not self.plan.single_file:
+            self._write_side_files(report)
         self._check_written()
         if convert is not None:
             convert(self.folder, self._partial.folder)
             self._measure(report)
-        self._partial.publish()
+        self._partial.publish(SINGLE if self.plan.single_file else None)
         return report
+
+    def _write_side_files(self, report: RunReport) -> None:
+        notes = {"threads": torch.get_num_threads(), f"{self.plan.text_key} sha256": self.plan.windows.fingerprint}
+        text = self.plan.resolved.dump(self.plan.versions | notes, self.plan.output)
+        write_side_files(self.folder, recipe=text, report=report.stored(), card=report.card())
 
     def _measure(self, report: RunReport) -> None:
         report.seconds = time.perf_counter() - self.plan.started

@@ -73,6 +73,13 @@ VERBS: dict[str, Verb] = {
         "llmsparse.shrinking.pipeline:shrink",
         shipped="shrink",
     ),
+    "scores": Verb(
+        "llmsparse.scoring.keys",
+        "llmsparse.scoring.recipe:ScoresRecipe",
+        "llmsparse.scoring.plan:make_plan",
+        "llmsparse.scoring.pipeline:scores",
+        shipped="scores",
+    ),
     "tune": Verb(
         "llmsparse.tuning.keys",
         "llmsparse.tuning.recipe:TuneRecipe",

@@ -25,6 +25,9 @@ KEYS = {  # of every key but model, by group
             list,
         ),
         "scores": Key("What `llmsparse scores` wrote about this model's experts, instead of measuring.", None, "FILE"),
+        "blend": Key(
+            "Weight of a text of --scores, NAME@2; as measured if not given. Repeatable.", None, "NAME@W", list
+        ),
         "one_pass": Key("Measure experts behind dense blocks, not behind shrunk ones.", kind=bool),
         "refit": Key("Fit what stays to the output of the whole layer, where that helps.", "refit", kind=bool),
         "match_steps": Key("Steps that tune a shrunk block to the output of the whole one; 0: off.", "0", "N"),

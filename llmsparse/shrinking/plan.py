@@ -26,7 +26,6 @@ from llmsparse.shrinking.recipe import ShrinkRecipe
 from llmsparse.shrinking.reduction import Reduction, Source, Specs
 from llmsparse.shrinking.reductions import plan_reductions
 from llmsparse.shrinking.verified import check_made
-from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.disk import check_room, parse_size
 
 if TYPE_CHECKING:
@@ -75,6 +74,16 @@ class ShrinkPlan(RunPlan[ShrinkRecipe]):
         """What the work on a block is told."""
         recipe = self.recipe
         return ShrinkOptions(self.reductions, recipe.refit, recipe.match_steps, recipe.seed, self.device, self.dtype)
+
+    @property
+    def texts(self) -> dict[str, float]:
+        """Name of each calibration text → its weight."""
+        return {self.recipe.calibration: 1.0}
+
+    @cached_property
+    def texts_of_batches(self) -> list[list[str]]:
+        """Batch by batch the text of every window."""
+        return [[self.recipe.calibration] * len(ids) for ids in self.batches]
 
     def target(self, index: int) -> int | None:
         """The block of the made model that block `index` becomes; None where it goes."""

@@ -67,6 +67,7 @@ class ShrinkRecipe(RunRecipe):
     heads: Amount | None = None
     score: Annotated[tuple[ExpertScore | BlockScore, ...], BeforeValidator(_scores)] = ()
     scores: PathText | None = None
+    blend: Annotated[tuple[str, ...], BeforeValidator(_scores)] = ()
     one_pass: bool = False
     refit: bool = True
     match_steps: Whole = 0
@@ -126,6 +127,14 @@ class ShrinkRecipe(RunRecipe):
             if getattr(self, key) and "experts" not in self.amounts:
                 flag = f"--{key.replace('_', '-')}"
                 raise OptionError((key,), f"is about experts, which are not shrunk; add --experts, or leave out {flag}")
+        if self.scores is not None and self.one_pass:
+            raise OptionError(
+                ("one_pass",), "says how experts are measured, and --scores brings what was; leave one out"
+            )
+        if self.blend and self.scores is None:
+            raise OptionError(
+                ("blend",), "blends texts of --scores, which is not given; weights of --calibration go behind an @"
+            )
         return self
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmsparse.errors import CheckpointError
 from llmsparse.storage.disk import disk_error, fsync, replace_file, reserve, write_all
-from llmsparse.storage.shard import Header, TensorSpec, bytes_of, lay_out, read_header, read_into
+from llmsparse.storage.shard import PLAIN, Header, TensorSpec, bytes_of, lay_out, read_header, read_into
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -103,7 +103,15 @@ class CheckpointWriter:
     one that is missing or differs is a CheckpointError.
     """
 
-    def __init__(self, folder: Path, specs: Planned, max_shard_bytes: int, *, resuming: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        specs: Planned,
+        max_shard_bytes: int,
+        *,
+        resuming: bool = False,
+        metadata: Mapping[str, str] = PLAIN,
+    ) -> None:
         from huggingface_hub import split_state_dict_into_shards_factory
 
         self.folder = Path(folder)
@@ -118,7 +126,7 @@ class CheckpointWriter:
         headers: dict[Path, bytes] = {}
         for name, keys in (split.filename_to_tensors or {SINGLE: []}).items():
             file = self.folder / name
-            headers[file], placed = lay_out(file, {key: specs[key] for key in keys})
+            headers[file], placed = lay_out(file, {key: specs[key] for key in keys}, metadata)
             self._specs |= placed
         self._index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         self._sharded = len(headers) > 1

@@ -27,32 +27,36 @@ class Channels(Narrower):
 def plan(recipe: ShrinkRecipe, source: Source) -> Reduction:
     """The FFNs of a model with as many channels as the recipe says. RecipeError or CheckpointError where that cannot be."""
     assert recipe.ffn is not None
-    amount, kind = recipe.ffn, source.model.config.model_type
-    matrices = laid_out(source)
-    widths = _widths(source)
-    fields: dict[str, int] = {}
-    units: list[list[Unit]] = [[] for _ in source.model.block_names]
-    reasons: list[str] = []
-    for name, width in widths.items():
-        kept = amount_of(amount, width, step_of(width))
-        if kept >= width and amount.endswith("%"):
-            reasons.append(f"{amount} of {width} channels, rounded to a multiple of {step_of(width)}, are all of them")
-            continue
-        refuse_amount("ffn", amount, kept, width)
-        try:
-            found = find_units(source, narrower_blocks(source, {name: kept}), matrices)
-        except UnfitError as error:
-            reasons.append(f"{name}: {error}")
-            continue
-        fields[name] = kept
-        units = [one + other for one, other in zip(units, found, strict=True)]
-    if not fields:
-        why = f": {reasons[0]}" if reasons else ", since no number in its config.json says how wide they are"
-        raise CheckpointError(f"{source.where}: the FFNs of {kind} cannot be made narrower{why}")
-    if len({widths[name] for name in fields}) > 1 and not amount.endswith("%"):
-        spelled = ", ".join(f"{name} {widths[name]}" for name in fields)
+    amount, widths = recipe.ffn, find_widths(source)
+    if len(set(widths.values())) > 1 and not amount.endswith("%"):
+        spelled = ", ".join(f"{name} {width}" for name, width in widths.items())
         raise RecipeError(f"--ffn {amount}: there are FFNs of several widths ({spelled}); give a share such as 75%")
+    kept = {name: amount_of(amount, width, step_of(width)) for name, width in widths.items()}
+    fields = {name: count for name, count in kept.items() if count < widths[name]}
+    if not fields:
+        name, width = max(widths.items(), key=lambda item: item[1])
+        refuse_amount("ffn", amount, kept[name], width)
+    units = find_units(source, narrower_blocks(source, fields))
     return Channels(source.model, fields, units, recipe.refit)
+
+
+def find_widths(source: Source) -> dict[str, int]:
+    """The numbers in the config that are widths of FFNs. CheckpointError where there is none."""
+    found: dict[str, int] = {}
+    why = "no number in its config.json says how wide they are"
+    for name, width in _candidates(source).items():
+        try:
+            find_units(
+                source, narrower_blocks(source, {name: width - 1 if width < 2 * SMALL_STEP else width - SMALL_STEP})
+            )
+            found[name] = width
+        except UnfitError as error:
+            why = f"{name}: {error}"
+    if not found:
+        raise CheckpointError(
+            f"{source.where}: the FFNs of {source.model.config.model_type} cannot be made narrower: {why}"
+        )
+    return found
 
 
 def step_of(width: int) -> int:
@@ -60,7 +64,7 @@ def step_of(width: int) -> int:
     return STEP if width >= SMALL and width % STEP == 0 else SMALL_STEP
 
 
-def _widths(source: Source) -> dict[str, int]:
+def _candidates(source: Source) -> dict[str, int]:
     """Numbers in the config that are the inputs of some matrix that gives a hidden state."""
     hidden = source.model.hidden_size
     inputs = {
@@ -73,9 +77,10 @@ def _widths(source: Source) -> dict[str, int]:
     return {name: value for name, value in fields.items() if type(value) is int and value in inputs}
 
 
-def find_units(source: Source, blocks: list[list[Axis]], matrices: dict[str, bool]) -> list[list[Unit]]:
+def find_units(source: Source, blocks: list[list[Axis]]) -> list[list[Unit]]:
     """The FFNs of every block, of the axes that get shorter in it. UnfitError where these are no FFNs."""
     found: list[list[Unit]] = []
+    matrices = laid_out(source)
     for index, axes in enumerate(blocks):
         prefix, shapes = source.model.block_names[index] + ".", block_shapes(source, index)
         inside = {name.removeprefix(prefix): flag for name, flag in matrices.items() if name.startswith(prefix)}

@@ -80,10 +80,8 @@ def energies(weight: Tensor, seen: Seen) -> Tensor:
 
 def loudest(weight: Tensor, seen: Seen, count: int) -> Tensor:
     """The numbers of the `count` pieces of the highest energy, ascending; by the weight alone where no token was seen."""
-    if not seen.tokens:
-        energy = weight.view(len(weight), seen.pieces, -1).square().sum((0, 2))
-    else:
-        energy = energies(weight, seen)
+    alone = weight.view(len(weight), seen.pieces, -1).square().sum((0, 2))
+    energy = energies(weight, seen) if seen.tokens else alone
     return energy.argsort(descending=True, stable=True)[:count].sort().values
 
 

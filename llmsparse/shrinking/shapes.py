@@ -35,7 +35,7 @@ def narrower_blocks(source: Source, fields: Mapping[str, Any]) -> list[list[Axis
     try:
         after = module_shapes(source.model.config, source.raw | dict(fields), source.trust_remote_code)
     except BROKEN as error:
-        raise UnfitError(one_line(error)) from error
+        raise UnfitError(one_line(error.__cause__ or error)) from error
     path = source.model.blocks_path
     count = len(source.model.block_names)
     found: list[list[Axis]] = [[] for _ in range(count)]

@@ -81,7 +81,6 @@ class NarrowerCut(Cut):
     def __init__(self, plan: Narrower, block: Block, units: Sequence[Unit]) -> None:
         self._plan, self._block, self._units = plan, block, units
         self._seen: dict[Slot, Seen] = {}
-        self._first: dict[Slot, Tensor] = {}  # what entered the projections in the first batch
         self._call: tuple[Any, Any] | None = None  # of the first batch
         self._rows: list[dict[str, Any]] = []
         self._unit = {unit.into.name: unit for unit in units}
@@ -98,8 +97,6 @@ class NarrowerCut(Cut):
                 judges = JUDGES // (unit.experts or 1)
                 self._seen[slot] = Seen(x.shape[-1], unit.pieces, x.device, self._plan.fits, judges)
             self._seen[slot].update(x)
-            if first:
-                self._first[slot] = x.clone()
 
         def keep(module: Any, args: Any, kwargs: Any) -> None:
             self._call = (args, kwargs)
@@ -126,7 +123,6 @@ class NarrowerCut(Cut):
             fitted[unit.into.name] = [weight for _, weight in found]
         layouts = [self._layout(unit, one) for unit, one in zip(self._units, kept, strict=True)]
         self._call = None
-        self._first.clear()
         self._seen.clear()
         return narrow(self._plan.model, self._block.index, tensors, self._units, layouts, kept, fitted)
 
@@ -174,25 +170,17 @@ class NarrowerCut(Cut):
     @torch.no_grad()
     def _unchanged(self, unit: Unit, layout: int, kept: Sequence[Tensor]) -> bool:
         """Whether what stays is the same with all that computes the rest set to zero."""
-        assert self._call is not None
         module = self._block.module
         before = {axis.name: module.get_parameter(axis.name).data for axis in unit.out}
-        met: dict[Slot, Tensor] = {}
+        wanted = self._entering(unit)
         try:
             for axis in unit.out:
                 module.get_parameter(axis.name).data = zeroed(before[axis.name], unit, axis.name, layout, kept)
-            args, kwargs = self._call
-            with Tap(
-                self._block, lambda slot, x: met.__setitem__(slot, x.clone()) if slot[0] == unit.into.name else None
-            ):
-                module(*args, **kwargs)
+            met = self._entering(unit)
         finally:
             for name, tensor in before.items():
                 module.get_parameter(name).data = tensor
-        wanted = {slot: x for slot, x in self._first.items() if slot[0] == unit.into.name}
-        if not wanted or {slot: x.shape for slot, x in met.items() if len(x)} != {
-            slot: x.shape for slot, x in wanted.items()
-        }:
+        if not wanted or {slot: x.shape for slot, x in met.items()} != {slot: x.shape for slot, x in wanted.items()}:
             return False
         for slot, x in wanted.items():
             columns = positions(unit.into, 0, unit.pieces, kept[slot[1] or 0]).to(x.device)
@@ -200,6 +188,20 @@ class NarrowerCut(Cut):
             if not bool((one - other).norm() <= SAME * one.norm()):
                 return False
         return True
+
+    def _entering(self, unit: Unit) -> dict[Slot, Tensor]:
+        """What enters the projections of a unit in the first batch."""
+        assert self._call is not None
+        args, kwargs = self._call
+        found: dict[Slot, Tensor] = {}
+
+        def note(slot: Slot, x: Tensor) -> None:
+            if slot[0] == unit.into.name and len(x):
+                found[slot] = x.clone()
+
+        with Tap(self._block, note):
+            self._block.module(*args, **kwargs)
+        return found
 
     def row(self) -> dict[str, Any]:
         return {"units": self._rows}

@@ -22,8 +22,11 @@ from llmsparse.runs.device import choose_device, choose_dtype, window_length
 from llmsparse.runs.partial import check_output
 from llmsparse.runs.plan import Chosen, RunPlan
 from llmsparse.storage.checkpoint import CheckpointReader
+from llmsparse.text.kinds import is_token_file
+from llmsparse.text.mix import load_mix
+from llmsparse.text.shares import split_shares
 from llmsparse.text.sources import Purpose
-from llmsparse.text.windows import Windows, is_token_file, load_windows
+from llmsparse.text.windows import Windows
 
 HELD_OUT_TOKENS = 16384  # for the perplexity in the summary
 
@@ -108,8 +111,8 @@ def read_windows(
     """
     recipe, text = opened.recipe, opened.recipe.text_source
     length = length or window_length(opened.config, recipe.seq_len, text)
-    stored_tokens = is_token_file(text)
-    windows = load_windows(
+    stored_tokens = all(is_token_file(share.source) for share in split_shares(text))
+    windows = load_mix(
         text,
         None if stored_tokens else load_tokenizer(opened.origin.folder, opened.trust_remote_code),
         seq_len=length,

@@ -144,7 +144,8 @@ class _WeighedOutputs(Call):
         """Every expert that some token is sent to, which tokens these are, and in which place they have it."""
         for expert in index.unique().tolist():
             if expert < self._experts:
-                yield expert, *torch.where(index == expert)
+                place, token = torch.where((index == expert).T)  # in the order in which transformers' own loop has them
+                yield expert, token, place
 
     def _alone(self, x: Tensor, expert: int) -> Tensor:
         """f of one expert for tokens (some, width): its own forward with that expert alone, at a gate of 1."""

@@ -42,16 +42,6 @@ class ScoresPlan(RunPlan[ScoresRecipe]):
     def single_file(self) -> bool:
         return True
 
-    @cached_property
-    def texts(self) -> dict[str, float]:
-        """Name of each text → its weight."""
-        return {self.recipe.calibration: 1.0}
-
-    @cached_property
-    def texts_of_batches(self) -> list[list[str]]:
-        """Batch by batch the text of every window."""
-        return [[self.recipe.calibration] * len(ids) for ids in self.batches]
-
     @property
     def metadata(self) -> dict[str, str]:
         names = self.model.block_names

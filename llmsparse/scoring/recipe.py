@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from llmsparse.runs.recipe import Count, Device, Dtype, Length, PathText, RunRecipe, Seed, Source
+from llmsparse.runs.recipe import Count, Device, Dtype, Length, PathText, RunRecipe, Seed, Source, Texts
+from llmsparse.text.shares import Sources
 
 
 class ScoresRecipe(RunRecipe):
@@ -15,7 +16,7 @@ class ScoresRecipe(RunRecipe):
 
     model: Source
     output: PathText | None = None
-    calibration: Source = "c4"
+    calibration: Texts = "c4"
     text_field: str | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None
@@ -27,7 +28,7 @@ class ScoresRecipe(RunRecipe):
     trust_remote_code: bool = False
 
     @property
-    def text_source(self) -> str:
+    def text_source(self) -> Sources:
         return self.calibration
 
     @property

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmsparse.scoring.hope import least_loss, loss
+from llmsparse.scoring.hope import least_loss
 from llmsparse.scoring.statistics import ExpertStatistics
 
 SUPER = 10.0  # times the median of the largest outputs of a block's experts
@@ -78,7 +78,7 @@ def choose(
         gone |= set(sorted(tight, key=lambda expert: float(statistics.peak[expert]))[:spare])
         left.append((free, count - spare))
     if score == "hope":
-        gone |= set(least_loss(statistics.pairs, left).tolist())
+        gone |= set(least_loss(statistics.pairs, left))
     else:
         value = SCORES[score](statistics)
         for free, count in left:
@@ -97,6 +97,5 @@ def super_experts(statistics: ExpertStatistics) -> list[int]:
 
 def _lost(statistics: ExpertStatistics, gone: set[int]) -> float | None:
     total = float(statistics.pairs.sum())
-    p = torch.zeros(statistics.experts, dtype=torch.bool)
-    p[list(gone)] = True
-    return loss(statistics.pairs, p) / total if total > 0 else None
+    out = torch.tensor(sorted(gone))
+    return float(statistics.pairs[out][:, out].sum()) / total if total > 0 else None

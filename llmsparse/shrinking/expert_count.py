@@ -5,12 +5,13 @@ is changed. Asked of transformers by building the model; names only say what is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
 
 from llmsparse.errors import CheckpointError
-from llmsparse.shrinking.new_config import Shapes, module_shapes
+from llmsparse.shrinking.new_config import Shapes, module_shapes, text_part
 from llmsparse.shrinking.reduction import Source
 
 COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -32,7 +33,7 @@ REFUSALS = (
 class Count(NamedTuple):
     """How a model with fewer experts is asked for."""
 
-    fields: dict[str, Any]  # of config.json, with their new values
+    fields: dict[str, Any]  # of what describes the language model in config.json, with their new values
     shapes: Shapes  # of what transformers builds then
 
 
@@ -42,9 +43,11 @@ def with_experts(source: Source, experts: int, kept: int, parameters: Iterable[s
     CheckpointError where no field does that and nothing else.
     """
     config, old, wanted = source.model.config, source.model.shapes, set(parameters)
-    for fields in _candidates(config, source.raw, experts, kept):
+    for fields in _candidates(config.get_text_config(decoder=True), text_part(config, source.raw), experts, kept):
+        raw = deepcopy(source.raw)
+        text_part(config, raw).update(fields)
         try:
-            new = module_shapes(config, source.raw | fields, source.trust_remote_code)
+            new = module_shapes(config, raw, source.trust_remote_code)
         except REFUSALS:  # whatever a config makes of a number that it does not expect
             continue
         differing = {name for name, shape in old.items() if new.get(name) != shape}

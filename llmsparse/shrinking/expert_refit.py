@@ -22,6 +22,8 @@ from llmsparse.scoring.mixture import Call, Mixture, intercepted
 
 NUMBERS_AT_ONCE = 2**24  # of what experts give to some tokens
 DAMPS = (0.01, 0.1, 1.0)
+LEAST_GAIN = 0.01  # of the error: less is not worth rounding weights anew
+NOISE = 1e-6  # an error that is nothing but rounding, in float32
 
 
 class Equations(NamedTuple):
@@ -70,7 +72,7 @@ def refit_experts(made: Block, acts: Activations, mixture: Mixture, targets: Seq
     tried = [fit_factors(fitted.products, fitted.targets, damp) for damp in DAMPS]
     factors = min(tried, key=judge.error)
     after = judge.error(factors)
-    helps = after < before
+    helps = before > max(NOISE, 4 * torch.finfo(targets[0].dtype).eps ** 2) and after < (1 - LEAST_GAIN) * before
     if helps:
         fold(made, mixture, factors)
     return {"kept": helps, "error_before": before, "error_after": after} | (

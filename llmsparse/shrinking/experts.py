@@ -22,6 +22,7 @@ from llmsparse.scoring.watcher import Watcher
 from llmsparse.shrinking.expert_count import ACTIVE, GROUPS, GROUPS_ACTIVE, number, with_experts
 from llmsparse.shrinking.expert_keys import Op, Ops, beside, cut_specs, cut_tensors, expert_keys, expert_sizes
 from llmsparse.shrinking.expert_refit import refit_experts
+from llmsparse.shrinking.new_config import text_part
 from llmsparse.shrinking.recipe import ShrinkRecipe, amount_of, refuse_amount
 from llmsparse.shrinking.reduction import Cut, Reduction, Rows, Source, Specs
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 def plan(recipe: ShrinkRecipe, source: Source) -> Reduction:
     """RecipeError for a number of experts that cannot be, CheckpointError for a model that has none to take out."""
-    model, config = source.model, source.model.config
+    model, config = source.model, source.model.config.get_text_config(decoder=True)
     instead = "--experts takes nothing out: make it a mixture with `llmsparse factorize`, or give --ffn 75%"
     mixtures = find_mixtures(model, source.where, instead)
     counts = sorted({mixture.experts for mixture in mixtures.values()})
@@ -55,7 +56,7 @@ def plan(recipe: ShrinkRecipe, source: Source) -> Reduction:
         scores.check_model(model, mixtures)
     last = max(mixtures)
     more = beside(model, ops[last], model.block_keys(last))
-    return Experts(recipe, mixtures, experts, kept, groups, fields, ops, more, scores)
+    return Experts(recipe, mixtures, experts, kept, groups, model.config, fields, ops, more, scores)
 
 
 def _refuse_too_few(asked: str, kept: int, config: Any, groups: int) -> None:
@@ -92,7 +93,8 @@ class Experts(Reduction):
     experts: int
     kept: int
     groups: int  # of experts in a row, of which each loses as many
-    fields: Mapping[str, Any]  # of config.json
+    config: Any  # of the source
+    fields: Mapping[str, Any]  # of it, with their new values
     ops: Mapping[int, Ops]
     more: Sequence[Ops]  # of blocks beside the model's own
     scores: ScoresFile | None  # what was measured before
@@ -114,7 +116,7 @@ class Experts(Reduction):
         return {} if self.scores is None else {"scores": self.scores.fingerprint}
 
     def change(self, raw: dict[str, Any]) -> None:
-        raw.update(self.fields)
+        text_part(self.config, raw).update(self.fields)
 
     def resized(self, index: int, specs: Specs) -> Specs:
         return cut_specs(self.ops.get(index, {}), specs, self.kept)

@@ -29,6 +29,19 @@ class NewConfig:
         (folder / "config.json").write_text(json.dumps(self.raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def text_part(config: Any, raw: dict[str, Any]) -> dict[str, Any]:
+    """The mapping in `raw`, the config.json of `config`, that describes the language model: all of it, or a part of a model
+    that wraps one. To be changed in place."""
+    text = config.get_text_config(decoder=True)
+    if text is config:
+        return raw
+    for key, value in raw.items():
+        inner = getattr(config, key, None)
+        if isinstance(value, dict) and hasattr(inner, "get_text_config") and inner.get_text_config(decoder=True) is text:
+            return text_part(inner, value)
+    return raw
+
+
 def empty_model(config: Any, raw: dict[str, Any], trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that transformers builds from `raw`, a config.json of the kind of `config`, without its weights."""
     other = type(config).from_dict(deepcopy(raw))  # which takes things out of what it is given

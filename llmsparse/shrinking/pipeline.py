@@ -16,7 +16,6 @@ from llmsparse.models.streamed import StreamedModel
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.recipe import from_arguments
 from llmsparse.runs.run import Run
-from llmsparse.runs.streams import Streams
 from llmsparse.shrinking.block import BlockRecord, shrink_block
 from llmsparse.shrinking.plan import ShrinkPlan, make_plan
 from llmsparse.shrinking.recipe import ShrinkRecipe
@@ -48,7 +47,7 @@ def shrink(
         made = StreamedModel(reader, device=plan.device, dtype=plan.dtype, trust_remote_code=trusted)
         onwards = plan.recipe.one_pass  # whole blocks hand calibration on to whole blocks
         through_made = plan.watches and (plan.fits or not onwards)
-        streams = Streams(plan.model, plan.batches if through_made else [], plan.held_out, made)
+        streams = plan.streams(made, calibration=through_made)
         watched = plan.model.embed(plan.batches) if onwards and plan.watches else streams.calibration
         entering = streams.calibration_as_made
         report = ShrinkReport(**plan.described(), parameters=plan.total_parameters, reductions=plan.reductions)

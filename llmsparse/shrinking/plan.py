@@ -75,16 +75,6 @@ class ShrinkPlan(RunPlan[ShrinkRecipe]):
         recipe = self.recipe
         return ShrinkOptions(self.reductions, recipe.refit, recipe.match_steps, recipe.seed, self.device, self.dtype)
 
-    @property
-    def texts(self) -> dict[str, float]:
-        """Name of each calibration text → its weight."""
-        return {self.recipe.calibration: 1.0}
-
-    @cached_property
-    def texts_of_batches(self) -> list[list[str]]:
-        """Batch by batch the text of every window."""
-        return [[self.recipe.calibration] * len(ids) for ids in self.batches]
-
     def target(self, index: int) -> int | None:
         """The block of the made model that block `index` becomes; None where it goes."""
         numbers = [reduction.target(index) for reduction in self.reductions]

@@ -13,7 +13,20 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, PlainValidator, model_validator
 
 from llmsparse.errors import OptionError, RecipeError
-from llmsparse.runs.recipe import Count, Device, Dtype, Length, PathText, RunRecipe, Seed, ShardSize, Source, Whole
+from llmsparse.runs.recipe import (
+    Count,
+    Device,
+    Dtype,
+    Length,
+    PathText,
+    RunRecipe,
+    Seed,
+    ShardSize,
+    Source,
+    Texts,
+    Whole,
+)
+from llmsparse.text.shares import Sources
 
 REDUCTIONS = ("experts", "blocks", "ffn", "heads")
 EXPERT_SCORES = ("hope", "reap", "man", "mass", "frequency", "random")  # the first of each is the default
@@ -71,7 +84,7 @@ class ShrinkRecipe(RunRecipe):
     one_pass: bool = False
     refit: bool = True
     match_steps: Whole = 0
-    calibration: Source = "c4"
+    calibration: Texts = "c4"
     text_field: str | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None
@@ -84,7 +97,7 @@ class ShrinkRecipe(RunRecipe):
     trust_remote_code: bool = False
 
     @property
-    def text_source(self) -> str:
+    def text_source(self) -> Sources:
         return self.calibration
 
     @property

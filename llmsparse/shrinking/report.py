@@ -11,7 +11,7 @@ from llmsparse.runs.report import (
     RunReport,
     card_metadata,
     loss_warning,
-    perplexity_line,
+    perplexity_lines,
     spell_protocol,
 )
 from llmsparse.shrinking.block import BlockRecord
@@ -68,7 +68,7 @@ class ShrinkReport(RunReport):
             steps = matches[0]["steps"]
             lines.append(("matching", f"{steps} steps a block, mean error of the output {before:.4f} → {after:.4f}"))
         if self.perplexity:
-            lines.append(perplexity_line(self.perplexity))
+            lines += perplexity_lines(self.perplexity)
         return lines
 
     def warn(self) -> None:

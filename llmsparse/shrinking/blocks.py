@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 
 from llmsparse.models.streamed import Block
-from llmsparse.shrinking.block_scores import SCORES, Removal
+from llmsparse.shrinking.block_scores import SCORES, STREAM_BYTES, SUFFIX_TOKENS, Removal
 from llmsparse.shrinking.depth_config import fields_for_blocks
 from llmsparse.shrinking.recipe import ShrinkRecipe, amount_of, refuse_amount
 from llmsparse.shrinking.reduction import Cut, Reduction, Source, Specs
@@ -72,6 +72,11 @@ class Blocks(Reduction):
 
     def cut_outside(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.renamed(tensors)
+
+    def memory_bytes(self, tokens: int) -> int:
+        """Hidden states without one block each."""
+        stream = min(tokens, SUFFIX_TOKENS) * self.source.model.hidden_size * self.source.model.dtype.itemsize
+        return 2 * stream + min(self.depth * stream, STREAM_BYTES) if self.score == "suffix" else 0
 
     def begin(self, block: Block) -> Cut:
         return MovedUp(self)

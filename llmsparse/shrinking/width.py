@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from llmsparse.calibration.least_squares import JUDGES
+from llmsparse.calibration.least_squares import HELD_BACK, JUDGES
 from llmsparse.errors import CheckpointError, NumericalError
 from llmsparse.models.streamed import Block, Slot, StreamedModel
 from llmsparse.models.tap import Tap
@@ -51,6 +51,17 @@ class Narrower(Reduction):
         ]
         cut = narrow(self.model, index, tensors, self.units[index], [0] * len(kept), kept, {})
         return {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in cut.items()}
+
+    def memory_bytes(self, tokens: int) -> int:
+        """XᵀX of every projection of a block, rows of the tokens held back, and the equations of one that are solved."""
+        return max(sum(self._held(unit, tokens) for unit in units) for units in self.units)
+
+    def _held(self, unit: Unit, tokens: int) -> int:
+        width, experts = unit.into.before, unit.experts or 1
+        if not self.fits:
+            return 4 * experts * width * width // unit.pieces
+        rows = min(tokens // HELD_BACK, JUDGES)  # in fp32, and what is left of them
+        return 4 * (experts * width * width + 2 * rows * width + 3 * unit.into.after**2 + width * unit.into.after)
 
     def begin(self, block: Block) -> Cut:
         units = self.units[block.index]

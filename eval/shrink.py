@@ -6,8 +6,8 @@ Experts go out of a small mixture, which `eval/mixture.py` trains where it is no
 embedded model and, where DATA is given, out of `DATA/models/stories260K`. Rows are appended to eval/results/shrink.csv as
 they are measured; what is there is not measured again, so an interrupted run goes on.
 
-Calibration: 64 windows of 256 tokens, drawn by the seed from the calibration modules of the standard library, or from the
-calibration tokens of DATA. Measured: 64 windows of 256 tokens of text that neither training nor calibration saw, by plain
+Calibration: 48 windows of 256 tokens, drawn by the seed from the calibration modules of the standard library, or from the
+calibration tokens of DATA. Measured: 48 windows of 256 tokens of text that neither training nor calibration saw, by plain
 transformers in fp32. The loss is the difference of the mean log-likelihood of a token, ln(perplexity / dense perplexity).
 """
 
@@ -37,8 +37,8 @@ from llmsparse.shrinking.recipe import EXPERT_SCORES
 from llmsparse.text import builtin as corpus
 
 RESULTS = Path(__file__).parent / "results" / "shrink.csv"
-WINDOWS, LENGTH = 64, 256
-MATCH_STEPS = 40
+WINDOWS, LENGTH = 48, 256
+MATCH_STEPS = 24
 FITS: dict[str, dict[str, Any]] = {
     "none": {"refit": False},
     "refit": {"refit": True},

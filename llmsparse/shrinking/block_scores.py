@@ -20,7 +20,7 @@ from llmsparse.errors import NumericalError
 from llmsparse.models.likelihood import LOGIT_ELEMENTS
 from llmsparse.models.streamed import Activations, StreamedModel
 
-SUFFIX_TOKENS = 2**14  # of calibration that divergences are measured on
+SUFFIX_TOKENS = 2**13  # of calibration that divergences are measured on
 NOTHING = -1  # a candidate that skips no block
 STREAM_BYTES = 2**31  # of hidden states without one block each, held at once
 

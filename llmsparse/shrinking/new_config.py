@@ -37,7 +37,11 @@ def text_part(config: Any, raw: dict[str, Any]) -> dict[str, Any]:
         return raw
     for key, value in raw.items():
         inner = getattr(config, key, None)
-        if isinstance(value, dict) and hasattr(inner, "get_text_config") and inner.get_text_config(decoder=True) is text:
+        if (
+            isinstance(value, dict)
+            and hasattr(inner, "get_text_config")
+            and inner.get_text_config(decoder=True) is text
+        ):
             return text_part(inner, value)
     return raw
 

@@ -74,7 +74,9 @@ def mixed(shares: Sequence[Share], parts: Sequence[Windows], seed: int) -> Windo
     notes = [f"{name}: {part.protocol['note']}" for name, _, part in named if "note" in part.protocol]
     protocol: dict[str, Any] = {"sources": sources, "order": "seeded", "seed": seed, "held_out_from": "each of them"}
     made = Windows.of(ids, held, protocol | ({"note": "; ".join(notes)} if notes else {}))
-    return replace(made, held_out_of=tuple((name, len(part.held_out)) for name, _, part in named))
+    owners = [name for name, _, part in named for _ in part.ids]
+    ids_of = tuple(owners[place] for place in order.tolist())
+    return replace(made, held_out_of=tuple((name, len(part.held_out)) for name, _, part in named), ids_of=ids_of)
 
 
 def names(shares: Sequence[Share]) -> list[str]:

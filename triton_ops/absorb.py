@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 4  # of a program, which is one warp: sums over columns then need no shared memory
+ROWS = 4  # of a program, which is one warp: sums over columns stay inside it
 WARPS = 1
 MOST = 128  # columns: a tile of ROWS × MOST fp32 in registers
 

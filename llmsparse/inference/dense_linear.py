@@ -22,9 +22,9 @@ LEAST = 2**18  # weights; torch is as fast with fewer, which stay in the cache
 class DenseLinear(nn.Linear):
     """An `nn.Linear` by another way of multiplying. Made of one that is there by `quicken`, and back by `slow_down`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) → (..., out)."""
-        return dense.matvec(self.weight, x, self.bias) if self._fits(x) else super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in) → (..., out)."""
+        return dense.matvec(self.weight, input, self.bias) if self._fits(input) else super().forward(input)
 
     def _fits(self, x: Tensor) -> bool:
         weight = self.weight
@@ -48,16 +48,15 @@ class DenseLayer:
 def quicken(model: nn.Module) -> None:
     """Let the dense linear layers of a model on the CPU run by the kernel, where it is of use."""
     for module in model.modules():
-        large = type(module) is nn.Linear and module.weight.numel() >= LEAST
-        if large and why_not(module.weight.device, module.weight.dtype) is None:
-            module.__class__ = DenseLinear
+        if type(module) is nn.Linear and (weight := module.weight).numel() >= LEAST:
+            module.__class__ = DenseLinear if why_not(weight.device, weight.dtype) is None else nn.Linear
 
 
 def slow_down(model: nn.Module) -> None:
     """Let them run by torch again."""
-    for module in model.modules():
-        if isinstance(module, DenseLinear):
-            module.__class__ = nn.Linear
+    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, DenseLinear)]
+    for layer in layers:
+        layer.__class__ = nn.Linear
 
 
 def dense_layers(model: nn.Module) -> Iterator[DenseLayer]:

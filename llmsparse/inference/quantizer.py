@@ -27,7 +27,6 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmsparse.backends import BACKENDS
 from llmsparse.backends.choice import AUTO, UNPACKING, check_names
 from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.formats.bitmask import Bitmask, describe_unpacked, layout, stored_bytes
@@ -105,7 +104,7 @@ class SparseQuantizer(HfQuantizer):
         self.config = quantization_config
         self.candidates: dict[str, bool] = {}  # module tensor that may be packed while loading → laid out (in, out)
         self.layers: dict[str, dict[str, Any]] = {}  # module tensor that is packed → description
-        self.compiles = False
+        self.compiles = True
         self.experts_before: str | None = None  # the implementation that `dequantize` gives back
 
     def _process_model_before_weight_loading(
@@ -171,7 +170,6 @@ class SparseQuantizer(HfQuantizer):
                 prepare_experts(module, path, leaves, **options)
             release_freed()
         packed = [weight for _, weight in packed_weights(model)]
-        self.compiles = all(BACKENDS[weight.choice.backend].compiles for weight in packed)
         if any(isinstance(weight, PackedStack) and not weight.together for weight in packed):
             self.experts_before = getattr(model.config, "_experts_implementation", None)
             model.set_experts_implementation(PACKED)

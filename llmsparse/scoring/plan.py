@@ -39,10 +39,6 @@ class ScoresPlan(RunPlan[ScoresRecipe]):
     mixtures: Mapping[int, Mixture]  # block number → its experts
 
     @property
-    def single_file(self) -> bool:
-        return True
-
-    @property
     def metadata(self) -> dict[str, str]:
         names = self.model.block_names
         return ScoresHeader(
@@ -60,7 +56,7 @@ class ScoresPlan(RunPlan[ScoresRecipe]):
             found |= specs_of(self.model.block_names[index], len(self.texts), mixture.experts)
         return found
 
-    @property
+    @cached_property
     def copied(self) -> list[str]:
         return []
 

@@ -36,8 +36,12 @@ def text_part(config: Any, raw: dict[str, Any]) -> dict[str, Any]:
     if text is config:
         return raw
     for key, value in raw.items():
-        inner = getattr(config, key, None)
-        if isinstance(value, dict) and hasattr(inner, "get_text_config") and inner.get_text_config(decoder=True) is text:
+        inner: Any = getattr(config, key, None)
+        if (
+            isinstance(value, dict)
+            and hasattr(inner, "get_text_config")
+            and inner.get_text_config(decoder=True) is text
+        ):
             return text_part(inner, value)
     return raw
 

@@ -12,6 +12,7 @@ the journal once it would survive a power cut. So what is killed can be resumed 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,9 +25,10 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from llmsparse.encodings.reader import encoding_of, without_encoding
 from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.models.block import Block
-from llmsparse.models.origin import copy_side_files, write_side_files
+from llmsparse.models.origin import copy_side_files, read_config, write_side_files
 from llmsparse.runs.device import full_float32
 from llmsparse.runs.memory import PeakMemory
 from llmsparse.runs.partial import PartialOutput
@@ -247,11 +249,14 @@ class Run:
             raise disk_error(self.folder, error) from error
 
     def _write_config(self) -> None:
-        if self.plan.config is not None:
-            try:
+        file = self.folder / "config.json"
+        try:
+            if self.plan.config is not None:
                 self.plan.config.save_pretrained(self.folder)
-            except OSError as error:
-                raise disk_error(self.folder / "config.json", error) from error
+            elif encoding_of(config := read_config(self.plan.folder)) is not None:
+                file.write_text(json.dumps(without_encoding(config), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise disk_error(file, error) from error
 
     def _check_written(self) -> None:
         """Open the finished folder as any reader would and hold each finished block against its checksums."""

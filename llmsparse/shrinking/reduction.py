@@ -115,6 +115,10 @@ class Reduction(ABC):
     def begin(self, block: Block) -> Cut:
         """Start work on a block, which is loaded whole."""
 
+    def memory_bytes(self, tokens: int) -> int:
+        """What it holds beside a block while that is worked on, for so many calibration tokens."""
+        return 0
+
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share with the one it resumes, beside the recipe: checksums of files that it names."""
         return {}

@@ -140,6 +140,11 @@ class Experts(Reduction):
     def _more(self) -> dict[str, Op]:
         return {key: op for ops in self.more for key, op in ops.items()}
 
+    def memory_bytes(self, tokens: int) -> int:
+        """What all experts gave, where what is left is fitted to it, and sums of pairs."""
+        width = self.config.get_text_config(decoder=True).hidden_size
+        return 4 * tokens * width * self.recipe.refit + 4 * 8 * self.experts**2
+
     def begin(self, block: Block) -> Cut:
         if block.index not in self.mixtures:
             return Cut()

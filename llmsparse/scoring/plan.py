@@ -41,12 +41,13 @@ class ScoresPlan(RunPlan[ScoresRecipe]):
     @property
     def metadata(self) -> dict[str, str]:
         names = self.model.block_names
+        recipe = {key: value for key, value in self.resolved.resolved().items() if key != "output"}
         return ScoresHeader(
             model=self.name,
             experts={names[index]: mixture.experts for index, mixture in self.mixtures.items()},
             routers=router_checksums(self.model, self.reader, self.mixtures),
             texts=self.texts,
-            described={"recipe": self.resolved.resolved(), "calibration": self.protocol, "versions": self.versions},
+            described={"recipe": recipe, "calibration": self.protocol, "versions": self.versions},
         ).metadata()
 
     @cached_property

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from architectures import save_random, stream, tiny_config, windows
 from torch import Tensor
 
 from llmsparse.models.streamed import Activations, Block, StreamedModel
 from llmsparse.scoring.mixture import Call, Mixture, find_mixture, intercepted
 from llmsparse.shrinking.expert_refit import Equations, fold, refit_experts
+from tests.architectures import save_random, stream, tiny_config, windows
 
 
 def opened(name: str, folder: Path, batches: int = 8) -> tuple[StreamedModel, Block, Mixture, Activations]:

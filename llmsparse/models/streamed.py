@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmsparse.encodings.reader import DecodedReader
 from llmsparse.errors import CheckpointError
 from llmsparse.models.activations import Activations, Recorder
 from llmsparse.models.block import Block, Head
@@ -48,7 +49,7 @@ class StreamedModel:
     def __init__(
         self, reader: CheckpointReader, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
     ) -> None:
-        self.config: Any = load_config(reader.folder, trust_remote_code)
+        self.config: Any = load_config(reader.folder, trust_remote_code, encoded=isinstance(reader, DecodedReader))
         self._reader = reader
         self._device = device
         self.dtype = dtype

@@ -11,11 +11,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 
+from llmsparse.encodings.reader import open_checkpoint
 from llmsparse.models.origin import Origin, fetch_model, load_config, load_tokenizer, look_at_model
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.runs.device import choose_device, choose_dtype, window_length
@@ -70,14 +72,15 @@ def open_model(
     """
     started = time.perf_counter()
     device, output = choose_device(recipe.device), recipe.output_folder
-    check_output(output, resume=resume, overwrite=overwrite)
+    look_for = partial(check_output, output, resume=resume, overwrite=overwrite, single_file=recipe.single_file)
+    look_for()
     origin = look_at_model(recipe.model, recipe.revision)
-    check_output(output, resume=resume, overwrite=overwrite, source=origin.folder)
+    look_for(source=origin.folder)
     trusted = bool(getattr(recipe, "trust_remote_code", False))
-    config = load_config(origin.folder, trusted)
+    config = load_config(origin.folder, trusted, encoded=True)
     check(config)
     window_length(config, recipe.seq_len, recipe.text_source)
-    reader = CheckpointReader(origin.folder, origin.absent)
+    reader = open_checkpoint(origin.folder, origin.absent)
     dtype = dtype_of(recipe.dtype, device, reader)
     model = StreamedModel(reader, device=device, dtype=dtype, trust_remote_code=trusted)
     return OpenedModel(recipe, origin, output, config, reader, model, device, dtype, started, trusted)
@@ -92,7 +95,7 @@ def fetched(plan: Planned, download: bool) -> Planned:
         return plan
     commit = plan.origin.commit
     origin = Origin(fetch_model(plan.recipe.model, commit or plan.recipe.revision), commit=commit)
-    reader = CheckpointReader(origin.folder)
+    reader = open_checkpoint(origin.folder)
     model = StreamedModel(reader, device=plan.device, dtype=plan.dtype, trust_remote_code=plan.trust_remote_code)
     return replace(plan, origin=origin, reader=reader, model=model)
 

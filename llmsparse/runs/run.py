@@ -12,6 +12,7 @@ the journal once it would survive a power cut. So what is killed can be resumed 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,9 +25,10 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from llmsparse.encodings.reader import encoding_of, without_encoding
 from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.models.block import Block
-from llmsparse.models.origin import copy_side_files, write_side_files
+from llmsparse.models.origin import copy_side_files, read_config, write_side_files
 from llmsparse.runs.device import full_float32
 from llmsparse.runs.memory import PeakMemory
 from llmsparse.runs.partial import PartialOutput
@@ -89,7 +91,13 @@ class Run:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             plan, self._stack = self.plan, stack
-            partial = PartialOutput(plan.output, source=plan.folder, fingerprint=plan.fingerprint, **self._how)
+            partial = PartialOutput(
+                plan.output,
+                source=plan.folder,
+                fingerprint=plan.fingerprint,
+                single_file=plan.recipe.single_file,
+                **self._how,
+            )
             self._partial = stack.enter_context(partial)
             stack.enter_context(full_float32())
             stack.enter_context(self._memory)
@@ -98,7 +106,7 @@ class Run:
             if self._survey is not None:
                 self.plan = self._survey(self)
             self._make_folder()
-            if not self.plan.single_file:
+            if not self.plan.recipe.single_file:
                 copy_side_files(self.plan.folder, self.folder)
             self._write_config()
             self._writer = CheckpointWriter(
@@ -199,13 +207,13 @@ class Run:
         self._writer.finish()
         report.warn()
         self._measure(report)
-        if not self.plan.single_file:
+        if not self.plan.recipe.single_file:
             self._write_side_files(report)
         self._check_written()
         if convert is not None:
             convert(self.folder, self._partial.folder)
             self._measure(report)
-        self._partial.publish(SINGLE if self.plan.single_file else None)
+        self._partial.publish(SINGLE if self.plan.recipe.single_file else None)
         return report
 
     def _write_side_files(self, report: RunReport) -> None:
@@ -241,11 +249,14 @@ class Run:
             raise disk_error(self.folder, error) from error
 
     def _write_config(self) -> None:
-        if self.plan.config is not None:
-            try:
+        file = self.folder / "config.json"
+        try:
+            if self.plan.config is not None:
                 self.plan.config.save_pretrained(self.folder)
-            except OSError as error:
-                raise disk_error(self.folder / "config.json", error) from error
+            elif encoding_of(config := read_config(self.plan.folder)) is not None:
+                file.write_text(json.dumps(without_encoding(config), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise disk_error(file, error) from error
 
     def _check_written(self) -> None:
         """Open the finished folder as any reader would and hold each finished block against its checksums."""

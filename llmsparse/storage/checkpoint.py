@@ -1,7 +1,7 @@
 """Safetensors checkpoints as a stream: tensors read one by one, and written in place at offsets planned from headers.
 
 Memory is the tensors asked for and nothing else; nothing stays mapped. What lies inside one file is `shard.py`'s
-business, here shards become a checkpoint. Pickled weights (`.bin`) are not read.
+business, here shards become a checkpoint. Pickled weights (`.bin`) are `pickled.py`'s.
 """
 
 # pyright: reportUnknownVariableType=false
@@ -72,6 +72,10 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder}: holds no tensor {key!r}")
         return self._specs[key]
 
+    def is_stored(self, key: str) -> bool:
+        """Whether the bytes on disk are those of the tensor, so that they can be copied."""
+        return True
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -79,7 +83,7 @@ class CheckpointReader:
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, on CPU, in memory of their own."""
-        return {key: _read(self.spec(key)) for key in keys}
+        return {key: read_tensor(self.spec(key)) for key in keys}
 
     def fingerprint(self) -> dict[str, Any]:
         """Per shard: size, modification time and hash of the header; changes when the checkpoint does."""
@@ -154,14 +158,18 @@ class CheckpointWriter:
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """What was written before, by this run or by the one it resumes."""
-        return {key: _read(self.spec(key)) for key in keys}
+        return {key: read_tensor(self.spec(key)) for key in keys}
 
     def copy(self, reader: CheckpointReader, keys: Iterable[str], *, named: Mapping[str, str] | None = None) -> None:
         """The named tensors byte for byte from another checkpoint, `CHUNK_BYTES` at a time whatever their size; `named`
         says which have another name there."""
         buffer = memoryview(bytearray(CHUNK_BYTES))
         for key in keys:
-            source, target = reader.spec((named or {}).get(key, key)), self.spec(key)
+            name = (named or {}).get(key, key)
+            if not reader.is_stored(name):
+                self.write({key: reader.read([name])[name]})
+                continue
+            source, target = reader.spec(name), self.spec(key)
             _check_same(key, target, source.shape, source.dtype)
             for offset in range(0, source.end - source.begin, CHUNK_BYTES):
                 chunk = buffer[: min(CHUNK_BYTES, source.end - source.begin - offset)]
@@ -225,7 +233,8 @@ class CheckpointWriter:
         self._touched |= set(new)
 
 
-def _read(spec: TensorSpec) -> Tensor:
+def read_tensor(spec: TensorSpec) -> Tensor:
+    """A tensor from disk, in memory of its own."""
     tensor = torch.empty(spec.shape, dtype=spec.dtype)
     read_into(spec, 0, bytes_of(tensor))
     return tensor

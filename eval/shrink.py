@@ -117,7 +117,8 @@ def cases(subject: Subject, seed: int) -> Iterator[Case]:
                 yield from (Case(name, "experts", left, score, fit, seed) for fit in FITS)
         return
     for left in ("75%", "50%"):
-        yield from (Case(name, "blocks", left, score, "none", seed) for score in ("suffix", "influence"))
+        for score in ("suffix", "influence"):
+            yield from (Case(name, "blocks", left, score, fit, seed) for fit in FITS)
     for cut, shares in (("ffn", ("75%", "50%")), ("heads", ("50%",))):
         for left in shares:
             yield from (Case(name, cut, left, "energy", fit, seed) for fit in FITS)

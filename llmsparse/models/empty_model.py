@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
-from llmsparse.errors import CheckpointError
+from llmsparse.errors import CheckpointError, one_line
 from llmsparse.models.model_class import auto_class
 
 if TYPE_CHECKING:
@@ -38,9 +38,14 @@ def build_empty(
         if getattr(config, flag, False):
             setattr(config, flag, False)
     with init_empty_weights(include_buffers=False), _LargeOnMeta():
-        model: PreTrainedModel = auto_class(config, trust_remote_code).from_config(
-            config, dtype=dtype, experts_implementation="eager", trust_remote_code=trust_remote_code
-        )
+        try:
+            model: PreTrainedModel = auto_class(config, trust_remote_code).from_config(
+                config, dtype=dtype, experts_implementation="eager", trust_remote_code=trust_remote_code
+            )
+        except ValueError as error:
+            raise CheckpointError(
+                f"{config.name_or_path}: transformers cannot build its {config.model_type}: {one_line(error)[:200]}"
+            ) from error
     kept = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
     for name, tensor in model.state_dict(keep_vars=True).items():
         if any(pattern.search(name) for pattern in kept):

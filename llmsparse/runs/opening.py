@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -71,9 +72,10 @@ def open_model(
     """
     started = time.perf_counter()
     device, output = choose_device(recipe.device), recipe.output_folder
-    check_output(output, resume=resume, overwrite=overwrite)
+    look_for = partial(check_output, output, resume=resume, overwrite=overwrite, single_file=recipe.single_file)
+    look_for()
     origin = look_at_model(recipe.model, recipe.revision)
-    check_output(output, resume=resume, overwrite=overwrite, source=origin.folder)
+    look_for(source=origin.folder)
     trusted = bool(getattr(recipe, "trust_remote_code", False))
     config = load_config(origin.folder, trusted, encoded=True)
     check(config)

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 class PlannedRecipe(Protocol):
     """Keys that the recipes of all verbs have."""
 
+    single_file: ClassVar[bool]
+
     @property
     def model(self) -> str: ...
     @property
@@ -164,11 +166,6 @@ class RunPlan(ABC, Generic[Chosen]):
     def staging(self) -> str | None:
         """The folder, in the run's state, where the checkpoint is written if the result is made out of it."""
         return None
-
-    @property
-    def single_file(self) -> bool:
-        """The result is one file of tensors, no folder; `output` is its name."""
-        return False
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -83,6 +83,7 @@ class RunRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    single_file: ClassVar[bool] = False  # the result is one file, no folder
     verb: ClassVar[str] = ""  # the folder of its shipped recipes; those of `prune` stand above the others
     _notes: dict[str, str] = PrivateAttr(default_factory=dict[str, str])  # of the file that it was read from
     default_method: ClassVar[str] = ""  # that `method.option=value` means where no method is named

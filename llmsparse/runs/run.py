@@ -91,7 +91,13 @@ class Run:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             plan, self._stack = self.plan, stack
-            partial = PartialOutput(plan.output, source=plan.folder, fingerprint=plan.fingerprint, **self._how)
+            partial = PartialOutput(
+                plan.output,
+                source=plan.folder,
+                fingerprint=plan.fingerprint,
+                single_file=plan.recipe.single_file,
+                **self._how,
+            )
             self._partial = stack.enter_context(partial)
             stack.enter_context(full_float32())
             stack.enter_context(self._memory)
@@ -100,7 +106,7 @@ class Run:
             if self._survey is not None:
                 self.plan = self._survey(self)
             self._make_folder()
-            if not self.plan.single_file:
+            if not self.plan.recipe.single_file:
                 copy_side_files(self.plan.folder, self.folder)
             self._write_config()
             self._writer = CheckpointWriter(
@@ -201,13 +207,13 @@ class Run:
         self._writer.finish()
         report.warn()
         self._measure(report)
-        if not self.plan.single_file:
+        if not self.plan.recipe.single_file:
             self._write_side_files(report)
         self._check_written()
         if convert is not None:
             convert(self.folder, self._partial.folder)
             self._measure(report)
-        self._partial.publish(SINGLE if self.plan.single_file else None)
+        self._partial.publish(SINGLE if self.plan.recipe.single_file else None)
         return report
 
     def _write_side_files(self, report: RunReport) -> None:

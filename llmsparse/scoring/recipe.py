@@ -13,6 +13,7 @@ class ScoresRecipe(RunRecipe):
     """A model whose experts are measured. `keys.py` says what each key is for."""
 
     verb: ClassVar[str] = "scores"
+    single_file: ClassVar[bool] = True
 
     model: Source
     output: PathText | None = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmsparse.calibration.matching import HELD_OUT_SHARE
+from llmsparse.encodings.reader import without_encoding
 from llmsparse.models.origin import read_config
 from llmsparse.models.prunable import refuse_flat_experts, refuse_shared_blocks
 from llmsparse.runs.device import split_batches
@@ -180,7 +181,7 @@ def make_plan(
     opened = open_model(recipe, resume=resume, overwrite=overwrite)
     refuse_shared_blocks(opened.model)
     refuse_flat_experts(opened.model)
-    raw = read_config(opened.origin.folder)
+    raw = without_encoding(read_config(opened.origin.folder))
     reductions = plan_reductions(recipe, Source(opened.model, opened.reader, raw, opened.trust_remote_code))
     windows = read_windows(opened, recipe.calibration_samples)
     plan = ShrinkPlan(**opened.fields, windows=windows, reductions=reductions, raw=raw).with_config()

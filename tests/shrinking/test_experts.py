@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import MIXTURE, VOCABULARY, random_model, save_random, tiny_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from wrapped import load, save_wrapped
 
 import llmsparse
 from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.storage.checkpoint import CheckpointReader
+from tests.architectures import MIXTURE, VOCABULARY, random_model, save_random, tiny_config
+from tests.wrapped import load, save_wrapped
 
 FAMILIES = [*MIXTURE, "jamba", "qwen3_next"]
 PER_EXPERT = ("mixtral", "qwen3_moe", "deepseek_v3")  # on disk

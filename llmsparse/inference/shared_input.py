@@ -147,8 +147,11 @@ def shared_product(layer: Layer, x: Tensor) -> Tensor | None:
 
 def _notice(layer: Layer, x: Tensor) -> None:
     """See what a layer is given, and form a group of those that were given the input before this one."""
-    if not layer.matrix.runs_many:
+    matrix = layer.matrix
+    if not matrix.runs_many:
         layer.group = ALONE
+    elif x.numel() > matrix.choice.tokens * layer.in_features:
+        return  # a prompt: keeping its activations for a moment longer costs more than the moment
     elif _LAST.x is x and all(held() is not layer for held in _LAST.layers):
         _LAST.layers.append(weakref.ref(layer))
     else:

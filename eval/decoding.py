@@ -5,8 +5,10 @@
 eval/results/decoding.csv. `--llama-cpp` is llama.cpp's source tree with its libraries built in build/bin; without it its
 rows are missing.
 
-    packed        llmsparse, backend auto          dense torch    transformers in bf16, weights on 2 MB pages as ours
-    llama.cpp     bf16, Q8_0 and Q4_K_M of the same weights, by its own library
+    packed              as `llmsparse generate` decodes, backend auto
+    packed, generate    the same model by transformers' generate
+    dense torch         transformers in bf16, weights on 2 MB pages as ours
+    llama.cpp           bf16, Q8_0 and Q4_K_M of the same weights, by its own library
 
 Each run is a process of its own, by turns. cpu_ms is time of the CPU by all threads, which others on the machine disturb
 least; ms is the clock's. With two threads a thread that waits counts as working, so there the clock is what says something.
@@ -30,14 +32,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from eval.cpu_speed import cpu_name
 from eval.end_to_end import build, pss_bytes
+from llmsparse.backends.cpu import pages
+from llmsparse.inference.decode import decode
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "decoding.csv"
 KINDS = {"bf16": None, "Q8_0": 7, "Q4_K_M": 15}  # as enum llama_ftype
-OURS, DENSE = "packed 70 %", "dense torch bf16"
+OURS, GENERATE, DENSE = "packed 70 %", "packed 70 %, generate", "dense torch bf16"
 COLUMNS = [
     "date", "cpu", "torch", "transformers", "threads", "prompt", "who", "runs", "cpu_ms", "cpu_ms_min", "ms", "ms_min", "pss_mb",
     "prompt_ms", "same_tokens",
@@ -49,36 +54,41 @@ def child(who: str, folder: Path, prompt: int, tokens: int) -> None:
     from transformers import AutoModelForCausalLM
 
     from llmsparse import SparseConfig
-    from llmsparse.backends.cpu import pages
 
-    config = {"quantization_config": SparseConfig()} if who == OURS else {}
+    config = {} if who == DENSE else {"quantization_config": SparseConfig()}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **config)
     if who == DENSE:
         for parameter in model.parameters():
             parameter.data = pages.copy(parameter.data)
+    model.generation_config.eos_token_id = (
+        None  # as many tokens as are asked for, and no look at each whether it is the last
+    )
     ids = (torch.arange(prompt) % 1000)[None]
-    times: list[tuple[float, float]] = []
-    memory: list[int] = []
+    tokens_of(who, model, ids, 3)
+    begun = time.perf_counter()
+    stamps = tokens_of(who, model, ids, tokens)
+    timed = [[now[0], 1e3 * (now[1] - before[1]), 1e3 * (now[2] - before[2])] for before, now in pairwise(stamps)]
+    print(json.dumps({"prompt_ms": 1e3 * (stamps[0][1] - begun), "tokens": timed, "pss": pss_bytes()}))
+
+
+def tokens_of(who: str, model: Any, ids: Tensor, tokens: int) -> list[tuple[int, float, float]]:
+    """Each new token, and when it came: by the clock and by the CPU."""
+    stamps: list[tuple[int, float, float]] = []
 
     class Clock:
-        def put(self, value: Any) -> None:
-            if len(times) == 2:
-                memory.append(pss_bytes())
-            times.append((time.perf_counter(), time.process_time()))
+        def put(self, value: Tensor) -> None:
+            stamps.append((int(value.flatten()[-1]), time.perf_counter(), time.process_time()))
 
         def end(self) -> None:
             """Nothing is held back."""
 
+    if who == OURS:
+        for token in decode(model, ids, tokens):
+            Clock().put(torch.tensor([token]))
+        return stamps
     options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-    model.generate(ids, max_new_tokens=3, **options)
-    model.generation_config.eos_token_id = (
-        None  # as many tokens as are asked for, without a look at each whether it is the last
-    )
-    output = model.generate(ids, max_new_tokens=tokens, streamer=Clock(), **options)
-    steps = [[1e3 * (b - a) for a, b in zip(*pair, strict=True)] for pair in pairwise(times)]
-    new = output[0, prompt:].tolist()
-    timed = [[token, *step] for token, step in zip(new[1:], steps[1:], strict=True)]
-    print(json.dumps({"prompt_ms": steps[0][0], "tokens": timed, "pss": memory[0]}))
+    model.generate(ids, max_new_tokens=tokens, streamer=Clock(), **options)
+    return stamps[1:]  # the prompt comes first
 
 
 class LlamaCpp:
@@ -179,7 +189,7 @@ def main() -> None:
                         str(prompt),
                         str(options.tokens),
                     ]
-                    for who, part in ((OURS, "packed"), (DENSE, "pruned"))
+                    for who, part in ((OURS, "packed"), (GENERATE, "packed"), (DENSE, "pruned"))
                 }
                 if rival:
                     commands |= {

@@ -11,6 +11,7 @@ from transformers import Conv1D
 
 from llmsparse.inference.decode_attention import unmark_attention
 from llmsparse.inference.dense_linear import slow_down
+from llmsparse.inference.lean_norm import slow_down_norms
 from llmsparse.inference.linear import PackedLayer
 from llmsparse.inference.packed_experts import SparseExperts
 
@@ -23,6 +24,7 @@ def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         elif isinstance(module, SparseExperts):
             _restore_experts(module, dtype)
     slow_down(model)
+    slow_down_norms(model)
     unmark_attention(model)
     if dtype is not None:
         model.to(dtype)

@@ -12,6 +12,7 @@ from llmsparse.inference.decode_attention import lean_attention
 from llmsparse.inference.dense_linear import lean_linears
 from llmsparse.inference.fused_experts import Fusion, fusions
 from llmsparse.inference.lean import LeanLayer
+from llmsparse.inference.lean_norm import lean_norms
 from llmsparse.inference.packed_experts import packed_weights
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class Explanation:
             limit = "any" if one.tokens is None else f"{one.tokens} tokens"
             table.add_row(one.module, one.runs, limit, "", "", one.because)
         for one in self.layers:
-            table.add_row(one.layer, one.runs, f"{one.tokens} tokens", "", "", one.because)
+            limit = "any" if one.tokens is None else f"{one.tokens} tokens"
+            table.add_row(one.layer, one.runs, limit, "", "", one.because)
         table.caption, table.caption_justify = "\n".join(self._notes()), "left"
         return table
 
@@ -79,10 +81,11 @@ class Explanation:
         runs += [f"{count} layers of experts run by {what}: {because}" for (what, because), count in layers.items()]
         return "\n".join([*runs, *(self._notes() if self.choices else [])])
 
-    def _lean(self, count: int, runs: str, tokens: int, because: str) -> str:
+    def _lean(self, count: int, runs: str, tokens: int | None, because: str) -> str:
         first = next(one.layer for one in self.layers if (one.runs, one.tokens, one.because) == (runs, tokens, because))
         which = f"{first}, …" if count > 1 else first
-        return f"{count} layer{'s'[: count - 1]} run by {runs} up to {tokens} tokens ({which}): {because}"
+        limit = "" if tokens is None else f" up to {tokens} tokens"
+        return f"{count} layer{'s'[: count - 1]} run by {runs}{limit} ({which}): {because}"
 
     def _notes(self) -> list[str]:
         refused = {name: reason for choice in self.choices for name, reason in choice.refused.items()}
@@ -95,5 +98,5 @@ def explain(model: nn.Module) -> Explanation:
     return Explanation(
         [weight.choice for _, weight in packed_weights(model)],
         list(fusions(model)),
-        [*lean_attention(model), *lean_linears(model)],
+        [*lean_attention(model), *lean_linears(model), *lean_norms(model)],
     )

@@ -18,6 +18,7 @@ from transformers import TextStreamer
 
 from llmsparse.backends.choice import AUTO
 from llmsparse.errors import RecipeError
+from llmsparse.inference import decode
 from llmsparse.inference.detokenizer import Detokenizer
 from llmsparse.inference.explain import explain
 from llmsparse.inference.load import load_model
@@ -112,24 +113,14 @@ def generate(
         )
         load_seconds = time.perf_counter() - started
         clock = Clock(tokenizer, ids[0].tolist(), place, write)
-        ids = ids.to(place)
-        output = loaded.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,  # tokens are handed on as they come
-            tokenizer=tokenizer,  # for a generation_config with stop_strings
-            streamer=clock,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )
-        new, explained = output[0, ids.shape[1] :], explain(loaded)
+        new = _continue(loaded, tokenizer, ids.to(place), max_new_tokens, clock)
+        explained = explain(loaded)
         return Generation(
             model=model,
             prompt=prompt,
             text=clock.text,
             prompt_tokens=ids.shape[1],
-            new_tokens=len(new),
+            new_tokens=new,
             device=str(place),
             dtype=str(loaded.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
@@ -141,6 +132,28 @@ def generate(
             memory_bytes=clock.memory_bytes,
             peak_memory_bytes=memory.read(),
         )
+
+
+def _continue(model: Any, tokenizer: Any, ids: Tensor, new: int, clock: Clock) -> int:
+    """Hand at most `new` tokens after `ids` (1, tokens) to the clock as they come; how many they were."""
+    if decode.why_not(model) is None:
+        clock.put(ids)
+        for token in decode.decode(model, ids, new):
+            clock.put(torch.tensor([token]))
+        clock.end()
+        return len(clock.times) - 1
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=False,
+        num_beams=1,  # tokens are handed on as they come
+        tokenizer=tokenizer,  # for a generation_config with stop_strings
+        streamer=clock,
+        pad_token_id=pad,
+    )
+    return output.shape[1] - ids.shape[1]
 
 
 class Clock(TextStreamer):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LeanLayer:
-    """What runs a layer, up to so many tokens at once; for more of them it is torch."""
+    """What runs a layer, up to so many tokens at once (None: any number); for more of them it is torch."""
 
     layer: str
     runs: str
-    tokens: int
+    tokens: int | None
     because: str

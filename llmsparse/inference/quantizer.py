@@ -36,6 +36,7 @@ from llmsparse.inference.decode_attention import mark_attention
 from llmsparse.inference.dense_linear import quicken
 from llmsparse.inference.dequantize import make_dense
 from llmsparse.inference.experts_interface import llmsparse_experts
+from llmsparse.inference.lean_norm import quicken_norms
 from llmsparse.inference.linear import PackedLayer, SparseLinear, fill, place
 from llmsparse.inference.mapped import let_go_of_files
 from llmsparse.inference.packed_experts import PackedStack, packed_weights, prepare_experts
@@ -179,6 +180,7 @@ class SparseQuantizer(HfQuantizer):
         let_go_of_files(model)
         if self.config.backend not in UNPACKING:  # these give the bits of the dense model
             quicken(model)
+            quicken_norms(model)
             mark_attention(model)
         count_packed(model)
         return model

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from llmsparse.errors import NumericalError, one_line
+from llmsparse.inference.sampling import NO_NUMBERS
 from llmsparse.serving.forward import CHUNK, Forward
 from llmsparse.serving.logprobs import score, score_prompt
-from llmsparse.serving.sampling import NO_NUMBERS
 from llmsparse.serving.sequence import Ended, News, Scored, Sequence
 
 MOST_RUNNING = 64  # answers in one batch

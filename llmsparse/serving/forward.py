@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
 from llmsparse.errors import CheckpointError
-from llmsparse.serving.cache import bytes_held, new_cache, of_attention
+from llmsparse.inference.cache import bytes_held, new_cache, of_attention
 
 CHUNK = 512  # tokens of a prompt that are read at once, so that others need not wait for all of it
 PROBE = 8  # tokens of the two conversations that show whether this model can run many together

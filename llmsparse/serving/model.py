@@ -10,13 +10,13 @@ from functools import lru_cache
 from typing import Any
 
 from llmsparse.inference.detokenizer import Detokenizer
+from llmsparse.inference.sampling import Rules
 from llmsparse.serving.choice import Choice
 from llmsparse.serving.engine import Engine
 from llmsparse.serving.forward import Forward
 from llmsparse.serving.prompt import Prompt, Prompts, room_for_answer
 from llmsparse.serving.refusal import RefusedError
 from llmsparse.serving.request import CHAT, MOST_CHOICES, Asked, read
-from llmsparse.serving.sampling import Rules
 from llmsparse.serving.sequence import News, Sequence
 from llmsparse.serving.stop import Stop
 from llmsparse.serving.template import ChatTemplate

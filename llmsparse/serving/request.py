@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from llmsparse.inference.sampling import Sampling
 from llmsparse.serving.messages import read_messages
 from llmsparse.serving.refusal import RefusedError, shown
-from llmsparse.serving.sampling import Sampling
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 PROMPTS = {CHAT: "messages", COMPLETION: "prompt"}

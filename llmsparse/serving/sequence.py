@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from llmsparse.serving.sampling import Sampler
+from llmsparse.inference.sampling import Sampler
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, random_model, tiny_config
 
+from llmsparse.inference.sampling import Rules, Sampling
 from llmsparse.serving.engine import MOST_RUNNING, MOST_WAITING, Engine, QueueFullError
 from llmsparse.serving.forward import CHUNK, Forward
-from llmsparse.serving.sampling import Rules, Sampling
 from llmsparse.serving.sequence import Ended, News, Sequence
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19], [20], [3, 4] * 10]

@@ -8,7 +8,7 @@ from architectures import random_model, tiny_config
 from transformers import DynamicCache
 
 from llmsparse.errors import CheckpointError
-from llmsparse.serving.cache import GROWTH, bytes_held, new_cache, of_attention
+from llmsparse.inference.cache import GROWTH, bytes_held, new_cache, of_attention
 from llmsparse.serving.forward import Forward
 
 

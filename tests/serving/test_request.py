@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from llmsparse.inference.sampling import Sampling
 from llmsparse.serving.refusal import RefusedError, shown
 from llmsparse.serving.request import CHAT, COMPLETION, Asked, read
-from llmsparse.serving.sampling import Sampling
 
 NAMES = frozenset({"m", "./m"})
 MESSAGES = [{"role": "user", "content": "x"}]

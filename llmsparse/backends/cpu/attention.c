@@ -7,16 +7,10 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "floats.h"
+#include "lanes.h"
 #include "team.h"
 
-#pragma GCC diagnostic ignored "-Wpsabi" /* how vectors are passed does not matter: every function that takes one is inlined */
-
-enum { LANES = 16, BLOCK = 4, KEYS = 16 }; /* floats in a vector; vectors, or queries, held in registers; keys in one pass */
-
-typedef float lanes __attribute__((vector_size(64)));
-typedef int32_t whole __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
+enum { BLOCK = 4, KEYS = 16 }; /* vectors, or queries, held in registers; keys in one pass */
 
 struct tensor { /* (batch, heads, tokens, width), the width contiguous */
     const char *at;
@@ -54,29 +48,6 @@ INLINE void sums_of(const lanes *v, float *out) {
     UNROLL for (int i = 0; i < 2; i++) two[i] = FOLD2(four[i], four[i + 2]);
     lanes one = FOLD1(two[0], two[1]);
     memcpy(out, &one, sizeof one);
-}
-
-INLINE lanes load(const char *p, int dtype) {
-    if (dtype == FP32) {
-        lanes v;
-        memcpy(&v, p, sizeof v);
-        return v;
-    }
-    halves h;
-    memcpy(&h, p, sizeof h);
-    whole wide = __builtin_convertvector(h, whole) << 16;
-    lanes v;
-    memcpy(&v, &wide, sizeof v);
-    return v;
-}
-
-/* Number `c` of the vectors of a row: what is behind its end is zero. */
-INLINE lanes load_some(const char *row, int64_t c, int64_t width, int dtype) {
-    int64_t left = width - c * LANES;
-    if (left >= LANES) return load(row + c * LANES * dtype, dtype);
-    char some[LANES * FP32] = {0};
-    memcpy(some, row + c * LANES * dtype, (size_t)(left * dtype));
-    return load(some, dtype);
 }
 
 /* e^x for x ≤ 0: 2^n e^r with x = n ln 2 + r, |r| ≤ ½ ln 2; to a few units of the last place, and 0 below -87. */
@@ -209,46 +180,14 @@ INLINE void attend(const struct attention *a, int64_t unit, float *room, int dty
     }
 }
 
-typedef void unit_kernel(const struct attention *a, int64_t unit, float *room);
+typedef void kernel_function(const struct attention *a, int64_t unit, float *room);
 #define KERNEL(name, target)                                                                                          \
     target static void name##_bf16(const struct attention *a, int64_t unit, float *room) { attend(a, unit, room, BF16); } \
     target static void name##_fp32(const struct attention *a, int64_t unit, float *room) { attend(a, unit, room, FP32); }
 
-KERNEL(portable, )
-static int always(void) { return 1; }
-#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
-#define X86 1
-#include "avx.h"
-KERNEL(avx2, WITH_AVX2)
-KERNEL(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,popcnt"))))
-static int has_avx512(void) {
-    return has_avx512f() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-#endif
+EACH_TARGET(KERNEL)
 
-static const struct kernel {
-    const char *name;
-    int32_t dtype;
-    int (*runs_here)(void);
-    unit_kernel *attend;
-} kernels[] = { /* the fastest first */
-#if X86
-    {"avx512", BF16, has_avx512, avx512_bf16},
-    {"avx512", FP32, has_avx512, avx512_fp32},
-    {"avx2", BF16, has_avx2, avx2_bf16},
-    {"avx2", FP32, has_avx2, avx2_fp32},
-#endif
-    {"portable", BF16, always, portable_bf16},
-    {"portable", FP32, always, portable_fp32},
-};
-enum { KERNELS = sizeof kernels / sizeof *kernels };
-
-const char *kernel_name(int32_t k) { return k >= 0 && k < KERNELS ? kernels[k].name : NULL; }
-
-/* Whether kernel k exists, runs on this CPU and takes tensors of dtype. */
-int32_t kernel_fits(int32_t k, int32_t dtype) {
-    return k >= 0 && k < KERNELS && kernels[k].dtype == dtype && kernels[k].runs_here();
-}
+KERNELS
 
 struct job {
     const struct attention *a;
@@ -259,7 +198,7 @@ static void run_share(void *data) {
     const struct job *j = data;
     int64_t rank = parallel ? team_rank() : 0, size = parallel ? team_size() : 1, units = j->a->k.batch * j->a->k.heads;
     for (int64_t unit = units * rank / size; unit < units * (rank + 1) / size; unit++)
-        j->kernel->attend(j->a, unit, j->a->room + rank * j->a->room_step);
+        j->kernel->run(j->a, unit, j->a->room + rank * j->a->room_step);
 }
 
 /* y of `a`, whose room is made here. 0, or -1 if there is no memory. */
@@ -275,7 +214,7 @@ int32_t run_attention(const struct attention *given, int32_t k, int32_t threads)
     struct job j = {&a, &kernels[k]};
     if (threads > 1) parallel(run_share, &j, (unsigned)threads, 0);
     else
-        for (int64_t unit = 0; unit < a.k.batch * a.k.heads; unit++) j.kernel->attend(&a, unit, a.room);
+        for (int64_t unit = 0; unit < a.k.batch * a.k.heads; unit++) j.kernel->run(&a, unit, a.room);
     free(a.room);
     return 0;
 }

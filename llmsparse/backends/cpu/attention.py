@@ -22,7 +22,9 @@ SIGNATURES = {
     "kernel_fits": (c_int32, (c_int32, c_int32)),
     "run_attention": (c_int32, (c_void_p, c_int32, c_int32)),
 }
-LIBRARY = KernelLibrary("CPU kernel of attention", ("attention.c", "avx.h", "floats.h", "team.h"), SIGNATURES)
+LIBRARY = KernelLibrary(
+    "CPU kernel of attention", ("attention.c", "lanes.h", "avx.h", "floats.h", "team.h"), SIGNATURES
+)
 FASTER = {torch.bfloat16: ("avx512", "avx2"), torch.float32: ("avx512",)}  # kernels that beat torch
 NARROW = 32  # heads with fewer columns leave most of a vector empty
 MASKS = {torch.bool: 1, torch.bfloat16: 2, torch.float32: 4}

@@ -9,7 +9,7 @@ import torch
 from architectures import random_model, tiny_config
 
 from llmsparse.errors import NumericalError
-from llmsparse.serving.sampling import Rules, Sampler, Sampling
+from llmsparse.inference.sampling import Rules, Sampler, Sampling
 
 GREEDY = Sampling()
 IDS = torch.tensor([[3, 3, 5]])

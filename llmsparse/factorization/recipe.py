@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import PlainValidator, model_validator
 
 from llmsparse.errors import OptionError, RecipeError
 from llmsparse.runs.recipe import (
@@ -52,7 +52,7 @@ class FactorizeRecipe(RunRecipe):
     refit: bool = True
     container: Literal["auto", "glm4_moe", "mixtral", "qwen3_moe", "qwen2_moe"] = "auto"
     keep_dense: Annotated[str, PlainValidator(parse_blocks)] = "none"
-    calibration: Annotated[PathText, Field(min_length=1)] = "c4"
+    calibration: Source = "c4"
     text_field: str | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from llmsparse.backends.choice import AUTO
-from llmsparse.errors import RecipeError
+from llmsparse.errors import NumericalError, RecipeError
 from llmsparse.inference.detokenizer import Detokenizer
 from llmsparse.inference.explain import explain
 from llmsparse.inference.load import load_model
@@ -99,7 +99,7 @@ def generate(
     with PeakMemory(place) as memory:
         started = time.perf_counter()
         tokenizer = load_tokenizer(folder, trust_remote_code)
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]  # (1, tokens)
+        ids = tokenizer(_readable(prompt), return_tensors="pt", verbose=False)["input_ids"]  # (1, tokens)
         _check_length(read_config(folder), ids.shape[1], max_new_tokens)
         loaded = load_model(
             folder,
@@ -121,6 +121,7 @@ def generate(
             num_beams=1,  # tokens are handed on as they come
             tokenizer=tokenizer,  # for a generation_config with stop_strings
             streamer=clock,
+            logits_processor=[refuse_nan],
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
         new, explained = output[0, ids.shape[1] :], explain(loaded)
@@ -141,6 +142,21 @@ def generate(
             memory_bytes=clock.memory_bytes,
             peak_memory_bytes=memory.read(),
         )
+
+
+def refuse_nan(ids: Tensor, logits: Tensor) -> Tensor:
+    """NumericalError where logits (batch, vocabulary) hold NaN, of which the largest would be taken all the same."""
+    if bool(logits.isnan().any()):
+        raise NumericalError("the model's logits are NaN: its weights hold NaN or Inf, or --dtype is too narrow for it")
+    return logits
+
+
+def _readable(prompt: str) -> str:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise RecipeError("the prompt is not UTF-8: give --prompt text that is") from None
+    return prompt
 
 
 class Clock(TextStreamer):

@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from llmsparse.errors import CheckpointError, RecipeError, one_line
+from llmsparse.errors import CheckpointError, RecipeError, checkpoint_at_fault, one_line
 from llmsparse.formats import compressed_tensors
 from llmsparse.models import hub
 from llmsparse.models.model_class import auto_class
@@ -157,7 +157,6 @@ def load_config(folder: Path, trust_remote_code: bool = False, *, packed: bool =
     """The transformers config of a causal language model that can be handled, else CheckpointError. One that llmsparse has
     packed is handled where the caller says `packed`."""
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
     file = folder / "config.json"
@@ -181,11 +180,9 @@ def load_config(folder: Path, trust_remote_code: bool = False, *, packed: bool =
         )
     if trust_remote_code:
         refuse_code_elsewhere(file, raw)
-    try:
+    with checkpoint_at_fault(file, "read it"):
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         text: Any = config.get_text_config(decoder=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
-        raise CheckpointError(f"{file}: transformers cannot read it: {one_line(error)}") from error
     if not isinstance(text, PretrainedConfig):
         raise CheckpointError(f"{file}: text_config is {text!r}, wanted the config of a language model")
     if config.is_encoder_decoder or text.is_encoder_decoder:

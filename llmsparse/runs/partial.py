@@ -141,7 +141,10 @@ class _RunFolder:
     """The paths of a run, what lies there, and what may be done with it."""
 
     def __init__(self, out: Path, source: Path | None) -> None:
-        self.out = expand_home(out, RecipeError).resolve()
+        try:
+            self.out = expand_home(out, RecipeError).resolve()
+        except RuntimeError:
+            raise RecipeError(f"{out}: a symbolic link that leads back to itself; choose another output") from None
         if os.path.ismount(self.out):
             raise RecipeError(f"{self.out}: a mount point, which cannot be replaced; name a folder inside it")
         self.folder = self.out.with_name(self.out.name + ".partial")
@@ -236,8 +239,12 @@ class _Lock:
                     f"{out}: another run (process {holder}) is writing there; wait for it, or choose another output"
                 ) from error
             os.close(self._descriptor)
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+        except OSError:  # a full disk
+            self.release()
+            raise
 
     def release(self) -> None:
         """Let go; safe to call again."""

@@ -45,11 +45,13 @@ def _no_bool(wanted: str) -> BeforeValidator:
 
 
 def _path_text(value: Any) -> Any:
+    if value == "":
+        raise ValueError("got '', wanted a name or a path")
     return os.fspath(value) if isinstance(value, os.PathLike) else value  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
 
 
 PathText = Annotated[str, BeforeValidator(_path_text)]  # a name or a path, from Python also a pathlib.Path
-Source = Annotated[PathText, Field(min_length=1)]
+Source = PathText
 Whole = Annotated[int, _no_bool("whole number"), Field(ge=0)]
 Count = Annotated[int, _no_bool("whole number"), Field(ge=1)]
 Length = Annotated[int, _no_bool("whole number"), Field(ge=2)]

@@ -233,6 +233,7 @@ def _weight_map(folder: Path, absent: Collection[str]) -> dict[str, str]:
             raise CheckpointError(f"{folder}: {_no_weights(folder)}")
         weight_map: Any = json.loads(index.read_bytes())["weight_map"]
         bare = all(Path(name).name == name for name in weight_map.values())
+        missing = sorted({name for name in weight_map.values() if name not in absent and not (folder / name).is_file()})
     except CheckpointError:
         raise
     except OSError as error:
@@ -241,7 +242,6 @@ def _weight_map(folder: Path, absent: Collection[str]) -> dict[str, str]:
         raise CheckpointError(f"{index}: not a checkpoint index (no weight_map of names); download it again") from error
     if not bare or not weight_map:
         raise CheckpointError(f"{index}: weight_map is empty or names files outside of its folder")
-    missing = sorted({name for name in weight_map.values() if name not in absent and not (folder / name).is_file()})
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(

@@ -133,6 +133,7 @@ def test_pieces_are_the_text_that_the_whole_would_be() -> None:
         (["--dtype", "float17"], 2, "did you mean 'float16'?"),
         (["--max-new-tokens", "128"], 2, "more than the model's 128 positions"),
         (["--prompt", ""], 2, "the prompt has no tokens"),
+        (["--prompt", "caf\udce9"], 2, "the prompt is not UTF-8"),
     ],
     ids=lambda value: value[1] if isinstance(value, list) else None,
 )
@@ -146,11 +147,18 @@ def test_bad_input_is_one_line(
     assert out == "" and len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
 
 
+def test_a_model_that_says_nan_is_an_error(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(pruned, tmp_path / "nan"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main(["generate", str(folder), "--prompt", PROMPT]) == 1
+    assert "the model's logits are NaN" in capsys.readouterr().err
+
+
 def test_a_folder_that_lacks_tensors_is_refused(
     packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     folder = Path(shutil.copytree(packed, tmp_path / "lacking"))
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.norm.weight"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -311,6 +312,19 @@ with PartialOutput(Path(sys.argv[1]), fingerprint={"seed": 0}, resume=False, ove
     print("started", flush=True)
     time.sleep(60)
 """
+
+
+def test_a_disk_too_full_for_the_lock_keeps_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("llmsparse.runs.partial.os.pwrite", full)
+        with pytest.raises(MachineError, match="disk full"):
+            start(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    with start(tmp_path / "out"):
+        pass
 
 
 def test_second_run_is_told_of_the_first_until_that_dies(tmp_path: Path) -> None:

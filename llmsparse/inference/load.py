@@ -15,10 +15,12 @@ from llmsparse.inference.quantizer import SparseConfig
 from llmsparse.models.complete import check_depth, refuse_integers
 from llmsparse.models.empty_model import quiet
 from llmsparse.models.model_class import auto_class
-from llmsparse.models.origin import is_packed, load_config, read_config
+from llmsparse.models.origin import is_packed, load_config, read_config, read_json
 from llmsparse.packing.folder import PackedCheckpoint
 from llmsparse.runs.device import DTYPES
 from llmsparse.storage.checkpoint import CheckpointReader
+
+GENERATION = "generation_config.json"
 
 
 def load_model(
@@ -45,6 +47,8 @@ def load_model(
     reader = PackedCheckpoint(folder).reader if packed else CheckpointReader(folder)
     config = load_config(folder, trust_remote_code, packed=packed)
     check_depth(config, reader)
+    if (folder / GENERATION).is_file():
+        read_json(folder / GENERATION)  # transformers passes over one that it cannot read
     if not packed:
         refuse_integers(reader)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}

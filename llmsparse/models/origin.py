@@ -205,7 +205,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     if trust_remote_code and (folder / "tokenizer_config.json").is_file():
         refuse_code_elsewhere(folder / "tokenizer_config.json", read_json(folder / "tokenizer_config.json"))
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer("a")  # some of what is wrong shows only now
+        return tokenizer
     except Exception as error:  # tokenizers raises nothing narrower for a corrupt file
         hint = "; read its code, then allow it with --trust-remote-code" if "trust_remote_code" in str(error) else ""
         raise CheckpointError(f"{folder}: tokenizer cannot be loaded: {one_line(error)}{hint}") from error

@@ -113,6 +113,10 @@ def _write_packed(
     copy_side_files(packed.folder, target, leaving=(*REPLACED, RECORD))
     if packed.record is not None:
         files, specs = packed.record.files, packed.record.specs()
+        if "config.json" not in files:
+            raise CheckpointError(
+                f"{packed.folder / RECORD}: does not hold the config.json of what was packed; pack it again"
+            )
     else:
         config = {key: value for key, value in packed.config.items() if key != "quantization_config"}
         files = {"config.json": json.dumps(config, indent=2) + "\n"}

@@ -281,5 +281,6 @@ def _holds(file: Path, header: bytes, size: int) -> bool:
 def _check_same(key: str, planned: TensorSpec, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if (shape, dtype) != (planned.shape, planned.dtype):
         raise CheckpointError(
-            f"tensor {key!r}: got shape {list(shape)} {dtype}, planned {list(planned.shape)} {planned.dtype}"
+            f"{planned.file}: tensor {key!r}: got shape {list(shape)} {dtype}, planned {list(planned.shape)} {planned.dtype}; "
+            "what is read does not belong together"
         )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from architectures import save_random, tiny_config
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import llmsparse
 from llmsparse.cli.app import main
@@ -154,6 +155,49 @@ def test_a_model_that_says_nan_is_an_error(pruned: Path, tmp_path: Path, capsys:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert main(["generate", str(folder), "--prompt", PROMPT]) == 1
     assert "the model's logits are NaN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "not JSON"),
+        ("[]", "not a JSON object"),
+        (
+            '{"repetition_penalty": 0}',
+            "transformers cannot generate by it: `penalty` has to be a strictly positive float",
+        ),
+        ('{"eos_token_id": "x"}', "transformers cannot generate by it"),
+        ('{"bad_words_ids": [[1000000000]]}', "transformers cannot generate by it"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_one_line(
+    content: str, said: str, pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(pruned, tmp_path / "odd"))
+    (folder / "generation_config.json").write_text(content)
+    assert main(["generate", str(folder), "--prompt", PROMPT]) == 2
+    assert f"generation_config.json: {said}" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_grew_without_its_model_is_one_line(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(pruned, tmp_path / "grown"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|im_start|>"])
+    tokenizer.save_pretrained(folder)
+    assert main(["generate", str(folder), "--prompt", "<|im_start|>"]) == 2
+    assert "token 384 is none of the model's, which are 0 to 383" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_cannot_be_used_is_one_line(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(pruned, tmp_path / "odd"))
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": "long"}))
+    assert main(["generate", str(folder), "--prompt", PROMPT]) == 2
+    assert "tokenizer cannot be loaded: '>' not supported" in capsys.readouterr().err
 
 
 def test_a_folder_that_lacks_tensors_is_refused(

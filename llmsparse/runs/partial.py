@@ -23,6 +23,7 @@ from llmsparse.storage.disk import disk_error, fsync, replace_file
 from llmsparse.storage.home_folder import expand_home
 
 STATE_FOLDER = ".llmsparse"
+NOTED = {"fingerprint": dict, "overwrite": bool, "resumable": bool}  # in run.json
 
 
 class PartialOutput:
@@ -211,8 +212,10 @@ class _RunFolder:
         if file.is_file():
             try:
                 run: Any = {"resumable": True} | json.loads(file.read_bytes())
-                return {key: run[key] for key in ("fingerprint", "overwrite", "resumable")}
-            except (ValueError, KeyError, TypeError) as error:
+                if any(type(run[key]) is not kind for key, kind in NOTED.items()):
+                    raise TypeError("not what is noted")
+                return {key: run[key] for key in NOTED}
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise RecipeError(f"{file}: corrupt; delete {self.folder} and start anew") from error
         if self.folder.exists() and any(path.name != STATE_FOLDER for path in self.folder.iterdir()):
             raise RecipeError(f"{self.folder}: in the way, and not written by llmsparse; move it elsewhere")
@@ -286,8 +289,10 @@ def _read_journal(file: Path) -> dict[str, Any]:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             note: Any = json.loads(line)
+            if not isinstance(note["entry"], dict):
+                raise TypeError("no entry")
             finished[note["block"]] = note["entry"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{file}:{number}: corrupt; start anew with --overwrite") from error
     if len(whole) < len(data):
         os.truncate(file, len(whole))

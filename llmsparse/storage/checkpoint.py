@@ -148,17 +148,23 @@ class CheckpointWriter:
         """What was written before, by this run or by the one it resumes."""
         return {key: _read(self.spec(key)) for key in keys}
 
-    def copy(self, reader: CheckpointReader, keys: Iterable[str], *, named: Mapping[str, str] | None = None) -> None:
+    def copy(
+        self, reader: CheckpointReader, keys: Iterable[str], *, named: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
         """The named tensors byte for byte from another checkpoint, `CHUNK_BYTES` at a time whatever their size; `named`
-        says which have another name there."""
-        buffer = memoryview(bytearray(CHUNK_BYTES))
+        says which have another name there. Returns the SHA-256 of each."""
+        buffer, sums = memoryview(bytearray(CHUNK_BYTES)), dict[str, str]()
         for key in keys:
+            digest = hashlib.sha256()
             source, target = reader.spec((named or {}).get(key, key)), self.spec(key)
             _check_same(key, target, source.shape, source.dtype)
             for offset in range(0, source.end - source.begin, CHUNK_BYTES):
                 chunk = buffer[: min(CHUNK_BYTES, source.end - source.begin - offset)]
                 read_into(source, offset, chunk)
+                digest.update(chunk)
                 self._put(target, offset, chunk)
+            sums[key] = digest.hexdigest()
+        return sums
 
     def sync(self) -> None:
         """Return when everything written so far would survive a power cut."""

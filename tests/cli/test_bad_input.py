@@ -76,7 +76,7 @@ def corrupt(folder: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:8] + b"garbage!" + shard.read_bytes()[16:])
 
 
-def only_bin(folder: Path) -> None:
+def empty_bin(folder: Path) -> None:
     for file in folder.glob("*.safetensors*"):
         file.unlink()
     torch.save({}, folder / "pytorch_model.bin")
@@ -122,7 +122,7 @@ K_PROJ = "model.layers.0.self_attn.k_proj.weight"
 SPOILT: dict[str, tuple[Spoil, str]] = {
     "truncated shard": (truncate, "model-00001-of-00002.safetensors"),
     "corrupt header": (corrupt, "model-00001-of-00002.safetensors"),
-    "only pickled weights": (only_bin, "pytorch_model.bin"),
+    "pickled weights that hold nothing": (empty_bin, "21 of the tensors that config.json asks for are not on disk"),
     "missing shard": (lambda m: first_shard(m).unlink(), "model-00001-of-00002.safetensors"),
     "missing tensor": (lambda m: index_names(m, "model.x", first_shard(m).name), "model.x"),
     "nan": (nan, "model.layers.1.mlp.up_proj in model holds NaN or Inf"),

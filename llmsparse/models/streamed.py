@@ -22,7 +22,7 @@ from llmsparse.encodings.reader import DecodedReader
 from llmsparse.errors import CheckpointError
 from llmsparse.models.activations import Activations, Recorder
 from llmsparse.models.block import Block, Head
-from llmsparse.models.complete import check_complete
+from llmsparse.models.complete import check_complete, check_depth, refuse_integers
 from llmsparse.models.empty_model import assign, build_empty, find_blocks, quiet, replaced, returning, stand_in
 from llmsparse.models.meta_run import run_on_meta
 from llmsparse.models.naming import Group, Naming, in_block
@@ -50,6 +50,8 @@ class StreamedModel:
         self, reader: CheckpointReader, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
     ) -> None:
         self.config: Any = load_config(reader.folder, trust_remote_code, encoded=isinstance(reader, DecodedReader))
+        check_depth(self.config, reader)
+        refuse_integers(reader)
         self._reader = reader
         self._device = device
         self.dtype = dtype

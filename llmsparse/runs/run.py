@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -36,9 +36,8 @@ from llmsparse.runs.plan import RunPlan
 from llmsparse.runs.progress import Progress, Silent
 from llmsparse.runs.report import RunReport
 from llmsparse.storage.checkpoint import SINGLE, CheckpointReader, CheckpointWriter
-from llmsparse.storage.checksum import checksums, read_checked
+from llmsparse.storage.checksum import check_stored, checksums, read_checked
 from llmsparse.storage.disk import disk_error, parse_size
-from llmsparse.storage.heap import release_freed
 
 CHECKSUMS = "checksums"  # beside the record in the journal entry of a block
 OUTSIDE = "outside the blocks"  # journal entry: everything that is not made has been copied
@@ -154,11 +153,12 @@ class Run:
         """Copy what the verb does not make from the source, byte for byte; once, whatever the number of resumes."""
         self.settle()
         if not self.has(OUTSIDE):
-            self._writer.copy(self.plan.reader, self.plan.copied)
-            self._writer.copy(self.plan.reader, self.plan.renamed, named=self.plan.renamed)
-            self._writer.write(self.plan.added())
+            added = self.plan.added()
+            sums = self._writer.copy(self.plan.reader, self.plan.copied)
+            sums |= self._writer.copy(self.plan.reader, self.plan.renamed, named=self.plan.renamed)
+            self._writer.write(added)
             self._writer.sync()
-            self._partial.journal(OUTSIDE, {})
+            self._partial.journal(OUTSIDE, {CHECKSUMS: sums | checksums(added)})
 
     def blocks(self, head: bool = False) -> Iterator[Block]:
         """The source's blocks one after the other, announced, and if asked its untied output head as the last; each is
@@ -232,15 +232,27 @@ class Run:
         self._partial.journal(name, made.record.to_json() | {CHECKSUMS: sums})
 
     def _recall(self, name: str, kind: type[Kind]) -> Made[Kind]:
-        entry = self._partial.finished[name]
         try:
-            record, expected = kind.from_json(entry), entry[CHECKSUMS]
+            record = kind.from_json(self._partial.finished[name])
         except (KeyError, TypeError) as error:
-            raise RecipeError(
-                f"{self._partial.folder}: another version of llmsparse began this run, and what it noted of {name} "
-                "cannot be held against what is on disk; start again with --overwrite"
-            ) from error
+            raise self._not_ours(name) from error
+        expected = self._sums(name)
+        if not expected:
+            raise self._not_ours(name)
         return Made(read_checked(self._writer, expected), record)
+
+    def _sums(self, name: str) -> dict[str, str]:
+        """Key → checksum of what the journal notes under a name; a fact has none."""
+        sums: Any = self._partial.finished[name].get(CHECKSUMS, {})
+        if not isinstance(sums, dict):
+            raise self._not_ours(name)
+        return cast(dict[str, str], sums)
+
+    def _not_ours(self, name: str) -> RecipeError:
+        return RecipeError(
+            f"{self._partial.folder}: another version of llmsparse began this run, and what it noted of {name} "
+            "cannot be held against what is on disk; start again with --overwrite"
+        )
 
     def _make_folder(self) -> None:
         try:
@@ -259,12 +271,12 @@ class Run:
             raise disk_error(file, error) from error
 
     def _check_written(self) -> None:
-        """Open the finished folder as any reader would and hold each finished block against its checksums."""
+        """Open the finished folder as any reader would and hold what is in it against its checksums."""
         reader = CheckpointReader(self.folder)
-        for entry in self._partial.finished.values():
-            read_checked(reader, entry.get(CHECKSUMS, {}))  # what was only copied has none
-            release_freed()
-        missing = set(self.plan.tensors) ^ set(reader.keys())
+        sums = {key: found for name in self._partial.finished for key, found in self._sums(name).items()}
+        check_stored(reader, sums)
+        copied = {*self.plan.copied, *self.plan.renamed, *self.plan.added()}  # these had no checksums once
+        missing = set(self.plan.tensors) ^ set(reader.keys()) or self.plan.tensors.keys() - sums.keys() - copied
         if missing:
             raise CheckpointError(
                 f"{self.folder}: tensors are missing, or more than were planned, {min(missing)} first; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -9,7 +10,14 @@ from llmsparse.errors import LlmsparseError
 
 
 def expand_home(path: str | Path, error: type[LlmsparseError]) -> Path:
-    """`path` with the home folder in the place of `~`; `error` where there is no such user."""
+    """`path` with the home folder in the place of `~`; `error` where there is no such user, or no file can have that name."""
+    try:
+        spelled = os.fsencode(path)
+        possible = bool(spelled) and b"\0" not in spelled
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise error(f"{str(path)!r}: no file can have this name; give another")
     try:
         return Path(path).expanduser()
     except RuntimeError:

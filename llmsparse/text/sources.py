@@ -159,7 +159,7 @@ def _rows(path: str, builder: str, where: str) -> Iterator[dict[str, Any]]:
         with TemporaryDirectory() as cache:  # for its lock files: nothing is copied when streaming
             rows: Any = load_dataset(builder, data_files=path, split="train", streaming=True, cache_dir=cache)
         yield from rows
-    except (OSError, EOFError, zlib.error, ValueError, TypeError, DatasetsError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, RecursionError, DatasetsError) as error:
         if path.lower().endswith(".zst") and find_spec("zstandard") is None:
             raise CalibrationError(f"{where}: unpack it first, or install zstandard, which reads .zst") from None
         raise CalibrationError(f"{where}: cannot be read as {builder}: {_first_line(error)}") from None

@@ -36,6 +36,7 @@ def prune(
     """
     plan = make_plan(from_arguments(PruneRecipe, recipe, keys), resume=resume, overwrite=overwrite)
     with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
+        plan = run.plan
         run.copy_the_rest()
         to_head = bool(plan.choices[HEAD])
         streams = plan.streams(to_head=to_head)

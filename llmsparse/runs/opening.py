@@ -9,21 +9,22 @@ return fetched(plan, download)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from llmsparse.models.origin import Origin, fetch_model, load_config, load_tokenizer, look_at_model
+from llmsparse.models.origin import Origin, fetch_model, has_tokenizer, load_config, load_tokenizer, look_at_model
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.runs.device import choose_device, choose_dtype, window_length
 from llmsparse.runs.partial import check_output
 from llmsparse.runs.plan import Chosen, RunPlan
 from llmsparse.storage.checkpoint import CheckpointReader
-from llmsparse.text.kinds import is_token_file
+from llmsparse.text.kinds import SELF, is_token_file
 from llmsparse.text.mix import load_mix
+from llmsparse.text.own_text import Starts
 from llmsparse.text.shares import split_shares
 from llmsparse.text.sources import Purpose
 from llmsparse.text.windows import Windows
@@ -110,22 +111,35 @@ def read_windows(
     `length` is what the recipe and the model's maximum say if not given; `text_key` is what the recipe calls the text.
     """
     recipe, text = opened.recipe, opened.recipe.text_source
+    shares = [share.source for share in split_shares(text)]
     length = length or window_length(opened.config, recipe.seq_len, text)
-    stored_tokens = all(is_token_file(share.source) for share in split_shares(text))
+    tokenizer = _tokenizer(opened, shares)
+    where, config = str(opened.recipe.model), opened.config.get_text_config()
+    starts = Starts.find(tokenizer, config, opened.model.vocabulary, where) if SELF in shares else None
     windows = load_mix(
         text,
-        None if stored_tokens else load_tokenizer(opened.origin.folder, opened.trust_remote_code),
+        tokenizer,
         seq_len=length,
         samples=samples,
         seed=recipe.seed,
         held_out=held_out_windows(length),
         text_field=recipe.text_field,
         vocabulary=opened.model.vocabulary,
+        starts=starts,
         purpose=purpose,
     )
     window_length(opened.config, windows.ids.shape[1], text)
-    recipe.check_text(text_key, windows.fingerprint)
+    if windows.unwritten is None:
+        recipe.check_text(text_key, windows.fingerprint)
     return windows
+
+
+def _tokenizer(opened: OpenedModel[Any], sources: Sequence[str]) -> Any:
+    """The model's, None where no source needs one: stored tokens do not, and what the model writes can do without."""
+    needed = {source for source in sources if not is_token_file(source)}
+    if not needed or (needed == {SELF} and not has_tokenizer(opened.origin.folder)):
+        return None
+    return load_tokenizer(opened.origin.folder, opened.trust_remote_code)
 
 
 def held_out_windows(length: int | None) -> int:

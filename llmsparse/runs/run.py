@@ -1,6 +1,7 @@
 """A run under way: lock, memory, journal, writer, checks, side files, and the final name. The same for every verb.
 
     with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
+        plan = run.plan                                          # with all its windows
         run.copy_the_rest()
         for block in run.blocks():
             run.block(block.name, Record, lambda: make(block))   # made now and written, or recalled
@@ -16,7 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -29,6 +31,7 @@ from llmsparse.models.block import Block
 from llmsparse.models.origin import copy_side_files, write_side_files
 from llmsparse.runs.device import full_float32
 from llmsparse.runs.memory import PeakMemory
+from llmsparse.runs.own_windows import CACHED, Writing, noted, store_own_windows, write_own_windows
 from llmsparse.runs.partial import PartialOutput
 from llmsparse.runs.plan import RunPlan
 from llmsparse.runs.progress import Progress, Silent
@@ -37,6 +40,7 @@ from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter
 from llmsparse.storage.checksum import checksums, read_checked
 from llmsparse.storage.disk import disk_error, parse_size
 from llmsparse.storage.heap import release_freed
+from llmsparse.text.mix import own_windows
 
 CHECKSUMS = "checksums"  # beside the record in the journal entry of a block
 OUTSIDE = "outside the blocks"  # journal entry: everything that is not made has been copied
@@ -53,6 +57,7 @@ class Record(Protocol):
 
 Kind = TypeVar("Kind", bound=Record)
 Reported = TypeVar("Reported", bound=RunReport)
+Plan = TypeVar("Plan", bound=RunPlan[Any])
 
 
 @dataclass(frozen=True)
@@ -63,11 +68,11 @@ class Made(Generic[Kind]):
     record: Kind
 
 
-class Run:
+class Run(Generic[Plan]):
     """Everything about a run that is not the verb's own. A context manager; what is not published stays to be resumed."""
 
     def __init__(
-        self, plan: RunPlan[Any], progress: Progress | None = None, *, resume: bool = False, overwrite: bool = False
+        self, plan: Plan, progress: Progress | None = None, *, resume: bool = False, overwrite: bool = False
     ) -> None:
         self.plan = plan
         self.progress = progress or Silent()
@@ -76,6 +81,7 @@ class Run:
         self._writing: Future[None] | None = None
         self._stack = ExitStack()
         self._how = {"resume": resume, "overwrite": overwrite}
+        self._wrote = plan.windows.unwritten is not None
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -95,6 +101,7 @@ class Run:
                 parse_size(self.plan.recipe.max_shard_size),
                 resuming=bool(self._partial.finished),
             )
+            self._write_own_windows()
             self._stack = stack.pop_all()
         return self
 
@@ -193,6 +200,8 @@ class Run:
         if convert is not None:
             convert(self.folder, self._partial.folder)
             self._measure(report)
+        if self._wrote:
+            store_own_windows(self.state, self._partial.folder)
         self._partial.publish()
         return report
 
@@ -216,6 +225,19 @@ class Run:
                 "cannot be held against what is on disk; start again with --overwrite"
             ) from error
         return Made(read_checked(self._writer, expected), record)
+
+    def _write_own_windows(self) -> None:
+        """Have the model write the windows that it is to write itself: from here on the plan has them all."""
+        plan, unwritten = self.plan, self.plan.windows.unwritten
+        if unwritten is None or plan.writing is None:
+            return
+        begun = noted(plan.writing)
+        writing = Writing(**self.fact(CACHED, lambda: begun))
+        if writing.segment is not None:
+            self.progress.log(f"calibration: {writing.spell(plan.reader.nbytes)}")
+        steps = partial(self.progress.batches, "writing windows")
+        ids = write_own_windows(plan, unwritten, writing, self.state, steps)
+        self.plan = replace(plan, windows=own_windows(unwritten, ids))
 
     def _make_folder(self) -> None:
         try:

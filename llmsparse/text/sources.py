@@ -23,7 +23,7 @@ from llmsparse.errors import CalibrationError, MachineError
 from llmsparse.storage.home_folder import expand_home
 from llmsparse.text import builtin
 from llmsparse.text.columns import documents, joined
-from llmsparse.text.kinds import BUILDERS, KINDS, KNOWN, TEXT_SUFFIX, WIKITEXT_COPY, file_kind
+from llmsparse.text.kinds import BUILDERS, KINDS, KNOWN, SELF, TEXT_SUFFIX, WIKITEXT_COPY, file_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,6 +73,10 @@ def open_texts(source: str, purpose: Purpose, text_field: str | None = None, tok
         raise CalibrationError(
             f"{source}: its text is known, there is no column {text_field!r} to choose; leave it out"
         )
+    if source == SELF:
+        raise CalibrationError(
+            f"self is text that a model writes to be calibrated on, not to be used in {purpose}; {_instead(purpose)}"
+        )
     if source == "builtin":
         return _builtin(purpose)
     if source == "c4":
@@ -87,7 +91,7 @@ def open_texts(source: str, purpose: Purpose, text_field: str | None = None, tok
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.-]+))?", source)
     if hub is None:
         raise CalibrationError(
-            f"no text {source!r}: neither a file, nor builtin, c4 or wikitext2, nor a dataset such as org/name:split"
+            f"no text {source!r}: neither a file, nor self, builtin, c4 or wikitext2, nor a dataset such as org/name:split"
         )
     return _hub(hub[1], hub[2], hub[3], purpose, text_field, tokenizer)
 

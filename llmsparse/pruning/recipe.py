@@ -108,7 +108,7 @@ class PruneRecipe(RunRecipe):
     keep_zeros: bool = False
     true_sequential: bool = False
     match_steps: Annotated[int | Literal["auto"], PlainValidator(_match_steps)] = "auto"
-    calibration: Texts = "c4"
+    calibration: Texts = "auto"
     text_field: str | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None

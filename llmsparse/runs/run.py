@@ -237,7 +237,8 @@ class Run(Generic[Plan]):
             self.progress.log(f"calibration: {writing.spell(plan.reader.nbytes)}")
         steps = partial(self.progress.batches, "writing windows")
         ids = write_own_windows(plan, unwritten, writing, self.state, steps)
-        self.plan = replace(plan, windows=own_windows(unwritten, ids))
+        windows = replace(own_windows(unwritten, ids), protocol=plan.windows.protocol)
+        self.plan = replace(plan, windows=windows)
 
     def _make_folder(self) -> None:
         try:

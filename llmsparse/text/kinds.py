@@ -10,7 +10,8 @@ COMPRESSED = (".gz", ".zst")  # behind .json and .jsonl
 KINDS = f"{TEXT_SUFFIX}, {', '.join(BUILDERS)} (.json and .jsonl also with .gz or .zst behind) or {TOKEN_FILE_SUFFIX}"
 WIKITEXT_COPY = "wikitext2:"  # before a file: rows joined as of wikitext2
 SELF = "self"  # text that the model writes itself, to be calibrated on
-KNOWN = ("builtin", "c4", "wikitext2", SELF)  # texts that have a name
+AUTO = "auto"  # text that is chosen by what can be had
+KNOWN = ("builtin", "c4", "wikitext2", SELF, AUTO)  # texts that have a name
 
 
 def file_kind(path: Path) -> str | None:

@@ -171,6 +171,30 @@ def test_a_model_that_cannot_start_is_refused_before_anything_is_written(
     assert main(["prune", "model", "-o", "out", "--match-steps", "0", "calibration_samples=4", *flags, "-q"]) == 0
 
 
+def test_where_c4_cannot_be_had_the_model_writes_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--sparsity", "0.5", "--match-steps", "0", "--seq-len", "16", "calibration_samples=4"]
+    assert main(["plan", "model", *flags]) == 0
+    planned = " ".join(capsys.readouterr().out.split())
+    assert "written by the model itself" in planned and "c4 cannot be read offline, so the model writes" in planned
+    assert main(["prune", "model", "-o", "out", *flags]) == 0
+    assert "c4 cannot be read offline, so the model writes" in " ".join(capsys.readouterr().out.split())
+    report = json.loads(Path("out/llmsparse_report.json").read_text())
+    assert report["recipe"]["calibration"] == "self" and len(report["warnings"]) >= 1
+    assert main(["prune", "model", "-o", "two", *flags, "--calibration", "self", "-q"]) == 0
+    assert weights("out") == weights("two")
+
+
+def test_without_c4_and_without_a_way_to_start_c4_is_what_is_missing(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (here / "model" / name).unlink(missing_ok=True)
+    config = json.loads((here / "model" / "config.json").read_text())
+    (here / "model" / "config.json").write_text(json.dumps(config | {"bos_token_id": None}))
+    assert main(["prune", "model", "-o", "out", "--sparsity", "0.5"]) == 3
+    assert capsys.readouterr().err.startswith("error: c4 cannot be read offline: use --calibration builtin")
+
+
 def test_no_one_evaluates_on_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "model", "--text", "self"]) == 2
-    assert "self is text that a model writes" in capsys.readouterr().err
+    assert "self is for calibration alone" in capsys.readouterr().err

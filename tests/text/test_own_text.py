@@ -77,5 +77,5 @@ def test_until_they_are_written_windows_have_a_shape_and_no_values(tokenizer: An
 
 @pytest.mark.parametrize("purpose", ["training", "evaluation"])
 def test_nothing_is_trained_or_measured_on_what_the_model_would_write(purpose: Any) -> None:
-    with pytest.raises(CalibrationError, match="self is text that a model writes to be calibrated on"):
+    with pytest.raises(CalibrationError, match="self is for calibration alone"):
         open_texts("self", purpose)

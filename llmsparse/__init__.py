@@ -52,6 +52,12 @@ if TYPE_CHECKING:
     from llmsparse.pruning.recipe import Rule as Rule
     from llmsparse.pruning.report import PruneReport as PruneReport
     from llmsparse.runs.plan import plan as plan
+    from llmsparse.scoring.pipeline import scores as scores
+    from llmsparse.scoring.recipe import ScoresRecipe as ScoresRecipe
+    from llmsparse.scoring.report import ScoresReport as ScoresReport
+    from llmsparse.shrinking.pipeline import shrink as shrink
+    from llmsparse.shrinking.recipe import ShrinkRecipe as ShrinkRecipe
+    from llmsparse.shrinking.report import ShrinkReport as ShrinkReport
     from llmsparse.tuning.pipeline import tune as tune
     from llmsparse.tuning.recipe import TuneRecipe as TuneRecipe
     from llmsparse.tuning.report import TuneReport as TuneReport
@@ -73,6 +79,10 @@ _LAZY = {  # name → the module it stands in
     "PruneRecipe": "pruning.recipe",
     "PruneReport": "pruning.report",
     "Rule": "pruning.recipe",
+    "ScoresRecipe": "scoring.recipe",
+    "ScoresReport": "scoring.report",
+    "ShrinkRecipe": "shrinking.recipe",
+    "ShrinkReport": "shrinking.report",
     "SparseConfig": "inference.quantizer",
     "TuneRecipe": "tuning.recipe",
     "TuneReport": "tuning.report",
@@ -87,6 +97,8 @@ _LAZY = {  # name → the module it stands in
     "perplexity": "evaluation.perplexity",
     "plan": "runs.plan",
     "prune": "pruning.pipeline",
+    "scores": "scoring.pipeline",
+    "shrink": "shrinking.pipeline",
     "tune": "tuning.pipeline",
     "unpack": "packing.unpack",
 }

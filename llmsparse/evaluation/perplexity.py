@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmsparse.encodings.reader import open_checkpoint
 from llmsparse.errors import CalibrationError, NumericalError, RecipeError
 from llmsparse.models.likelihood import negative_log_likelihood, perplexity_of
 from llmsparse.models.origin import fetch_model, load_config, load_tokenizer
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.runs.device import choose_device, choose_dtype, split_batches, window_length
 from llmsparse.runs.progress import Progress, Silent
-from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.home_folder import expand_home
 from llmsparse.text import windows as calibration
 from llmsparse.text.shares import split_shares
@@ -84,8 +84,8 @@ def perplexity(
     model, text = str(model), str(text)
     progress = progress or Silent()
     folder = fetch_model(model, revision)
-    config = load_config(folder, trust_remote_code)
-    reader = CheckpointReader(folder)
+    config = load_config(folder, trust_remote_code, encoded=True)
+    reader = open_checkpoint(folder)
     place = choose_device(device)
     streamed = StreamedModel(
         reader, device=place, dtype=choose_dtype(dtype, place, reader), trust_remote_code=trust_remote_code

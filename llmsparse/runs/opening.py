@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from llmsparse.encodings.reader import open_checkpoint
 from llmsparse.errors import CalibrationError, MachineError
 from llmsparse.models.origin import Origin, fetch_model, has_tokenizer, load_config, load_tokenizer, look_at_model
 from llmsparse.models.streamed import StreamedModel
@@ -79,10 +80,10 @@ def open_model(
     origin = look_at_model(recipe.model, recipe.revision)
     check_output(output, resume=resume, overwrite=overwrite, source=origin.folder)
     trusted = bool(getattr(recipe, "trust_remote_code", False))
-    config = load_config(origin.folder, trusted)
+    config = load_config(origin.folder, trusted, encoded=True)
     check(config)
     window_length(config, recipe.seq_len, recipe.text_source)
-    reader = CheckpointReader(origin.folder, origin.absent)
+    reader = open_checkpoint(origin.folder, origin.absent)
     dtype = dtype_of(recipe.dtype, device, reader)
     model = StreamedModel(reader, device=device, dtype=dtype, trust_remote_code=trusted)
     return OpenedModel(recipe, origin, output, config, reader, model, device, dtype, started, trusted, no_c4)
@@ -108,7 +109,7 @@ def fetched(plan: Planned, download: bool) -> Planned:
         return plan
     commit = plan.origin.commit
     origin = Origin(fetch_model(plan.recipe.model, commit or plan.recipe.revision), commit=commit)
-    reader = CheckpointReader(origin.folder)
+    reader = open_checkpoint(origin.folder)
     model = StreamedModel(reader, device=plan.device, dtype=plan.dtype, trust_remote_code=plan.trust_remote_code)
     return replace(plan, origin=origin, reader=reader, model=model)
 

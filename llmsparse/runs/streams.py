@@ -48,7 +48,7 @@ class Streams:
         if self.held_out:
             self._enter_made.append(self._as_made(self.held_out, held_out))
         self._before: dict[str, float] | None = None
-        self._last = None if to_head else source.block_names[-1]
+        self._last = None if to_head else self._made.block_names[-1]
 
     @torch.no_grad()
     def through_source(self, block: Block) -> None:
@@ -112,6 +112,11 @@ class Streams:
             "seq_len": windows[0].shape[1],
             "tokens": tokens,
         }
+
+    @property
+    def calibration_as_made(self) -> Activations:
+        """`calibration`, with the arguments that blocks of the made model are called with."""
+        return self._enter_made[0]
 
     def _as_made(self, stream: Activations, windows: Sequence[Tensor]) -> Activations:
         """The same hidden states, held once, with the arguments that the made model's blocks are called with."""

@@ -85,7 +85,11 @@ def mixed(shares: Sequence[Share], parts: Sequence[Windows], seed: int) -> Windo
     notes = [f"{name}: {part.protocol['note']}" for name, _, part in named if "note" in part.protocol]
     protocol: dict[str, Any] = {"sources": sources, "order": "seeded", "seed": seed, "held_out_from": "each of them"}
     made = Windows.of(ids, held, protocol | ({"note": "; ".join(notes)} if notes else {}))
-    made = replace(made, held_out_of=tuple((name, len(part.held_out)) for name, _, part in named))
+    owners = [name for name, _, part in named for _ in range(len(part.ids))]
+    places: list[int] = order.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    ids_of = tuple(owners[place] for place in places)
+    held_out_of = tuple((name, len(part.held_out)) for name, _, part in named)
+    made = replace(made, held_out_of=held_out_of, ids_of=ids_of)
     if unwritten is None:
         return made
     texts = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()

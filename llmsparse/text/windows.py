@@ -51,6 +51,7 @@ class Windows:
     held_out_of: tuple[
         tuple[str, int], ...
     ] = ()  # of a mix: each text and how many windows are held out of it, in order
+    ids_of: tuple[str, ...] = ()  # of a mix: the text of each window of `ids`
 
     @classmethod
     def of(cls, ids: Tensor, held_out: Tensor, protocol: dict[str, Any]) -> Windows:

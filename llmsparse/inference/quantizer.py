@@ -32,6 +32,7 @@ from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.formats.bitmask import Bitmask, describe_unpacked, layout, stored_bytes
 from llmsparse.formats.slicing import moved
 from llmsparse.inference.counting import count_dense, count_packed
+from llmsparse.inference.decode_attention import mark_attention
 from llmsparse.inference.dense_linear import quicken
 from llmsparse.inference.dequantize import make_dense
 from llmsparse.inference.experts_interface import llmsparse_experts
@@ -176,8 +177,9 @@ class SparseQuantizer(HfQuantizer):
             self.compiles = False
         vars(model)["_weight_conversions"] = []  # it is saved under the module's names, whatever they were on disk
         let_go_of_files(model)
-        if self.config.backend not in UNPACKING:  # these give the bits of the dense model, its head's too
+        if self.config.backend not in UNPACKING:  # these give the bits of the dense model
             quicken(model)
+            mark_attention(model)
         count_packed(model)
         return model
 

@@ -12,33 +12,21 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from llmsparse.backends.choice import Choice
 from llmsparse.inference.gradient import wants_gradient
 
 PATIENCE = 8  # products for nobody after which a group is given up, and calls alone after which none is looked for
-
-
-class Matrix(Protocol):
-    """A packed matrix in the hands of a backend."""
-
-    choice: Choice
-    backend: Any
-    prepared: Any
-    runs_many: bool
-    dtype: torch.dtype
 
 
 class Layer(Protocol):
     """A packed layer."""
 
     in_features: int
-    matrix: Any  # a Matrix, once it is loaded
+    matrix: Any  # a PackedMatrix
     bias: Any
     group: Any  # a Group, ALONE, or how often it was seen alone
 
@@ -53,30 +41,12 @@ class _Alone:
 ALONE = _Alone()
 
 
-@dataclass
-class Made:
-    """Products of an input that wait to be picked up."""
-
-    x: Tensor
-    bits: Tensor | int  # a copy of x, or how often it had been written to: an inference tensor does not count that
-    inferring: bool
-    parts: dict[int, tuple[Any, Any, Tensor]]  # id of a layer → its matrix and bias at the time, and the product
-
-    def of(self, layer: Layer, x: Tensor) -> Tensor | None:
-        """The product of a layer with x, once; None where it is not here."""
-        if self.x is not x or id(layer) not in self.parts:
-            return None
-        matrix, bias, y = self.parts.pop(id(layer))
-        same = torch.equal(x, self.bits) if isinstance(self.bits, Tensor) else x._version == self.bits
-        current = matrix is layer.matrix and bias is layer.bias and self.inferring == torch.is_inference_mode_enabled()
-        return y if same and current else None
-
-
 class Group:
     """Layers that share an input."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers: list[weakref.ref[Any]] = [weakref.ref(layer) for layer in layers]
+        self._handles = handles_of(layers)  # of the weights that are known to be alike
         self._limit = min(layer.matrix.choice.tokens * layer.in_features for layer in layers)
         self._made: Made | None = None
         self._wasted = 0
@@ -86,41 +56,63 @@ class Group:
 
     def product(self, layer: Layer, x: Tensor) -> Tensor | None:
         """x · Wᵀ + b of a layer; None where it must run by itself."""
-        if (
-            not 0 < x.numel() <= self._limit
-            or wants_gradient(x, layer.bias)
-            or torch.is_autocast_enabled(x.device.type)
-        ):
-            return None
         made = self._made
-        if made is not None:
-            y = made.of(layer, x)
+        if made is not None and made.x is x:
+            y = made.take(layer, x)
             if not made.parts:
                 self._made = None
-            if y is not None:
+            if y is not None and not wants_gradient(layer.bias):
                 return y
+        if not 0 < x.numel() <= self._limit or wants_gradient(x, layer.bias) or autocasting(x):
+            return None
         return self._multiply(layer, x)
 
     def _multiply(self, layer: Layer, x: Tensor) -> Tensor | None:
         layers = [one for held in self._layers if (one := held()) is not None]
-        if self._made is not None and self._made.parts:
+        if self._made is not None:
             self._wasted += 1
-        if self._wasted > PATIENCE or len(layers) < len(self._layers) or not alike(layers):
+        if self._wasted > PATIENCE or not self._whole(layers):
             self._give_up(layers)
             return None
-        inferring = torch.is_inference_mode_enabled()
-        bits = x.clone() if x.is_inference() else x._version
         matrices, biases = [one.matrix for one in layers], [one.bias for one in layers]
         products = matrices[0].backend.run_many([matrix.prepared for matrix in matrices], x, biases)
-        parts = {id(one): part for one, *part in zip(layers, matrices, biases, products, strict=True)}
-        _, _, own = parts.pop(id(layer))
-        self._made = Made(x, bits, inferring, {key: (part[0], part[1], part[2]) for key, part in parts.items()})
-        return own
+        made = Made(x, {id(one): part for one, *part in zip(layers, matrices, biases, products, strict=True)})
+        self._made = made
+        return made.parts.pop(id(layer))[-1]
+
+    def _whole(self, layers: Sequence[Any]) -> bool:
+        """Whether all of them are there, and one call can still run them."""
+        if len(layers) < len(self._layers):
+            return False
+        handles = handles_of(layers)
+        if handles != self._handles and alike(layers):
+            self._handles = handles
+        return handles == self._handles
 
     def _give_up(self, layers: Sequence[Any]) -> None:
         self._made = None
         for layer in layers:
             layer.group = ALONE
+
+
+class Made:
+    """Products of an input that wait to be picked up."""
+
+    def __init__(self, x: Tensor, parts: dict[int, list[Any]]) -> None:
+        """`parts`: id of a layer → its matrix and bias at the time, and the product."""
+        self.x, self.parts = x, parts
+        self._inferring = torch.is_inference_mode_enabled()
+        # how often x has been written to, which an inference tensor does not count: a copy of it
+        self._bits = x.clone() if x.is_inference() else x._version
+
+    def take(self, layer: Layer, x: Tensor) -> Tensor | None:
+        """The product of a layer, once; None where there is none, or x or the layer are no longer what they were."""
+        if id(layer) not in self.parts:
+            return None
+        matrix, bias, y = self.parts.pop(id(layer))
+        same = torch.equal(x, self._bits) if isinstance(self._bits, Tensor) else x._version == self._bits
+        current = matrix is layer.matrix and bias is layer.bias and self._inferring == torch.is_inference_mode_enabled()
+        return y if same and current else None
 
 
 class _Last(threading.local):
@@ -156,6 +148,14 @@ def _notice(layer: Layer, x: Tensor) -> None:
         for one in layers:
             one.group = together or (one.group + 1 if one.group < PATIENCE else ALONE)
         _LAST.x, _LAST.layers = x, [weakref.ref(layer)]
+
+
+def handles_of(layers: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(layer.matrix.handle for layer in layers)
+
+
+def autocasting(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def alike(layers: Sequence[Any]) -> bool:

@@ -202,11 +202,16 @@ def load_config(folder: Path, trust_remote_code: bool = False, *, packed: bool =
     return config
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model comes with one."""
+    return any(path for pattern in VOCABULARIES for path in folder.glob(pattern))
+
+
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The transformers tokenizer in `folder`, else CheckpointError: transformers would make up an empty one."""
     from transformers import AutoTokenizer
 
-    if not any(path for pattern in VOCABULARIES for path in folder.glob(pattern)):
+    if not has_tokenizer(folder):
         raise CheckpointError(f"{folder}: no tokenizer (wanted tokenizer.json, tokenizer.model or a vocabulary file)")
     if trust_remote_code and (folder / "tokenizer_config.json").is_file():
         refuse_code_elsewhere(folder / "tokenizer_config.json", read_json(folder / "tokenizer_config.json"))

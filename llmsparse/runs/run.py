@@ -1,6 +1,7 @@
 """A run under way: lock, memory, journal, writer, checks, side files, and the final name. The same for every verb.
 
     with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
+        plan = run.plan                                          # with all its windows
         run.copy_the_rest()
         for block in run.blocks():
             run.block(block.name, Record, lambda: make(block))   # made now and written, or recalled
@@ -17,7 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
@@ -31,6 +33,7 @@ from llmsparse.models.block import Block
 from llmsparse.models.origin import copy_side_files, read_config, write_side_files
 from llmsparse.runs.device import full_float32
 from llmsparse.runs.memory import PeakMemory
+from llmsparse.runs.own_windows import CACHED, Writing, noted, store_own_windows, write_own_windows
 from llmsparse.runs.partial import PartialOutput
 from llmsparse.runs.plan import RunPlan
 from llmsparse.runs.progress import Progress, Silent
@@ -38,6 +41,7 @@ from llmsparse.runs.report import RunReport
 from llmsparse.storage.checkpoint import SINGLE, CheckpointReader, CheckpointWriter
 from llmsparse.storage.checksum import check_stored, checksums, read_checked
 from llmsparse.storage.disk import disk_error, parse_size
+from llmsparse.text.mix import own_windows
 
 CHECKSUMS = "checksums"  # beside the record in the journal entry of a block
 OUTSIDE = "outside the blocks"  # journal entry: everything that is not made has been copied
@@ -54,6 +58,7 @@ class Record(Protocol):
 
 Kind = TypeVar("Kind", bound=Record)
 Reported = TypeVar("Reported", bound=RunReport)
+Plan = TypeVar("Plan", bound=RunPlan[Any])
 
 
 @dataclass(frozen=True)
@@ -64,17 +69,17 @@ class Made(Generic[Kind]):
     record: Kind
 
 
-class Run:
+class Run(Generic[Plan]):
     """Everything about a run that is not the verb's own. A context manager; what is not published stays to be resumed."""
 
     def __init__(
         self,
-        plan: RunPlan[Any],
+        plan: Plan,
         progress: Progress | None = None,
         *,
         resume: bool = False,
         overwrite: bool = False,
-        survey: Callable[[Run], RunPlan[Any]] | None = None,
+        survey: Callable[[Run[Plan]], Plan] | None = None,
     ) -> None:
         """`survey` finds out, before a file is made, what the shape of the result depends on: the plan that it returns is
         carried out. What it found it notes as a `fact`."""
@@ -86,6 +91,7 @@ class Run:
         self._writing: Future[None] | None = None
         self._stack = ExitStack()
         self._how = {"resume": resume, "overwrite": overwrite}
+        self._wrote = plan.windows.unwritten is not None
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -102,6 +108,7 @@ class Run:
             stack.enter_context(self._memory)
             stack.enter_context(self.progress)
             stack.callback(self._end_writing)
+            self._write_own_windows()
             if self._survey is not None:
                 self.plan = self._survey(self)
             self._make_folder()
@@ -213,6 +220,8 @@ class Run:
         if convert is not None:
             convert(self.folder, self._partial.folder)
             self._measure(report)
+        if self._wrote and not self.plan.recipe.single_file:
+            store_own_windows(self.state, self._partial.folder)
         self._partial.publish(SINGLE if self.plan.recipe.single_file else None)
         return report
 
@@ -253,6 +262,20 @@ class Run:
             f"{self._partial.folder}: another version of llmsparse began this run, and what it noted of {name} "
             "cannot be held against what is on disk; start again with --overwrite"
         )
+
+    def _write_own_windows(self) -> None:
+        """Have the model write the windows that it is to write itself: from here on the plan has them all."""
+        plan, unwritten = self.plan, self.plan.windows.unwritten
+        if unwritten is None or plan.writing is None:
+            return
+        begun = noted(plan.writing)
+        writing = Writing(**self.fact(CACHED, lambda: begun))
+        if writing.segment is not None:
+            self.progress.log(f"calibration: {writing.spell(plan.reader.nbytes)}")
+        steps = partial(self.progress.batches, "writing windows")
+        ids = write_own_windows(plan, unwritten, writing, self.state, steps)
+        windows = replace(own_windows(unwritten, ids), protocol=plan.windows.protocol)
+        self.plan = replace(plan, windows=windows)
 
     def _make_folder(self) -> None:
         try:

@@ -33,7 +33,7 @@ CALIBRATION = {
     "calibration_samples": Key("Windows to calibrate on.", "128", "N"),
     "seq_len": Key(f"{WINDOW}.", None, "N"),
     "batch_size": Key(f"{BATCH}.", None, "N"),
-    "seed": Key("Of all that is drawn: same seed, data and device, same bytes.", "0", "N"),
+    "seed": Key("Of all that is drawn: same seed and data, same bytes on a CPU.", "0", "N"),
 }
 MACHINE = {
     "device": Key("auto, cpu or cuda:0.", "auto", "DEVICE"),

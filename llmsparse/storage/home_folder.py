@@ -10,14 +10,15 @@ from llmsparse.errors import LlmsparseError
 
 
 def expand_home(path: str | Path, error: type[LlmsparseError]) -> Path:
-    """`path` with the home folder in the place of `~`; `error` where there is no such user, or no file can have that name."""
+    """`path` with the home folder in the place of `~`; `error` where there is no such user, and for a name that neither a
+    file nor what is written about it could have."""
+    text = os.fspath(path)
     try:
-        spelled = os.fsencode(path)
-        possible = bool(spelled) and b"\0" not in spelled
+        usable = b"\0" not in text.encode() and text != ""
     except UnicodeEncodeError:
-        possible = False
-    if not possible:
-        raise error(f"{str(path)!r}: no file can have this name; give another")
+        usable = False
+    if not usable:
+        raise error(f"{text!r}: empty, not UTF-8 or with a NUL in it, which no name may be here; give another")
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -274,7 +274,7 @@ def test_a_name_that_no_file_can_have(key: str, name: str, model: Path, capsys: 
     Path("r.yaml").write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))
     assert main(["prune", "--recipe", "r.yaml", *PRUNE]) == 2
     error = capsys.readouterr().err
-    assert "no file can have this name" in error and error.count("\n") == 1
+    assert "which no name may be here" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("verb", ["prune", "pack"])
@@ -283,6 +283,14 @@ def test_an_output_that_is_a_link_to_itself(verb: str, model: Path, capsys: pyte
     assert main([verb, "model", "-o", "out", *(["--sparsity", "0.5"] if verb == "prune" else [])]) == 2
     error = capsys.readouterr().err
     assert "a symbolic link that leads back to itself" in error and error.count("\n") == 1
+
+
+def test_a_name_that_is_not_utf_8_is_refused_before_anything_is_computed(
+    model: Path, fails: Callable[..., str]
+) -> None:
+    for given in ({"model": "caf\udce9"}, {"calibration": "caf\udce9.txt"}):
+        assert "not UTF-8" in fails(**given)
+    assert "not UTF-8" in fails("-o", "caf\udce9")
 
 
 def test_an_output_of_no_name(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

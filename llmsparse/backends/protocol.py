@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llmsparse.formats.bitmask import Bitmask
+from llmsparse.formats import PackedTensor
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,12 @@ class WeightSpec:
     device: torch.device
     transposed: bool = False  # the module that it stands for keeps (in, out)
     whole: bool = False  # the module multiplies with it in a way of its own: it must be handed over unpacked
+    format: str = "bitmask"  # of FORMATS
 
     @classmethod
-    def of(cls, packed: Bitmask, transposed: bool = False, whole: bool = False) -> WeightSpec:
-        values = packed.values
-        return cls(packed.shape, packed.pattern, values.numel(), values.dtype, values.device, transposed, whole)
+    def of(cls, packed: PackedTensor, transposed: bool = False, whole: bool = False) -> WeightSpec:
+        where = (packed.dtype, packed.device)
+        return cls(packed.shape, packed.pattern, packed.nnz, *where, transposed, whole, packed.FORMAT)
 
     @property
     def sparsity(self) -> float:
@@ -43,6 +44,11 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def formats(self) -> tuple[str, ...] | None:
+        """Of which of FORMATS it can make its layout; None: of any."""
+        ...
 
     @property
     def compiles(self) -> bool:
@@ -61,7 +67,7 @@ class Backend(Protocol):
         """Up to how many rows of activations at once `run` beats unpacking the weight for a product; None: any number."""
         ...
 
-    def prepare(self, packed: Bitmask, spec: WeightSpec) -> Any:
+    def prepare(self, packed: Any, spec: WeightSpec) -> Any:
         """Repack for the kernel. The neutral tensors may be dropped afterwards."""
         ...
 
@@ -77,6 +83,6 @@ class Backend(Protocol):
         """The same for a moment: the next call from this thread may overwrite it."""
         ...
 
-    def restore(self, prepared: Any) -> Bitmask:
+    def restore(self, prepared: Any) -> PackedTensor:
         """What `prepare` was given: equal tensors, which is what is saved."""
         ...

@@ -19,12 +19,12 @@ import transformers
 from torch import Tensor
 
 from llmsparse.errors import CheckpointError
-from llmsparse.formats import FORMATS
-from llmsparse.formats.bitmask import BITS, SUFFIXES, describe_unpacked, layout, stored_bytes
+from llmsparse.formats import layout, stored_bytes
+from llmsparse.formats.bitmask import BITS, Bitmask, describe_unpacked
 from llmsparse.models.naming import Group, Naming
 from llmsparse.models.origin import copy_side_files, fetch_model, is_packed, read_config
 from llmsparse.models.streamed import StreamedModel
-from llmsparse.packing.folder import FORMAT, RECORD, PackedCheckpoint, Record, quantization_config, sha256
+from llmsparse.packing.folder import RECORD, PackedCheckpoint, Record, quantization_config, sha256
 from llmsparse.packing.report import PackedSize, Packing
 from llmsparse.runs.partial import PartialOutput, check_output
 from llmsparse.runs.progress import Progress, Silent
@@ -141,7 +141,7 @@ class Selection:
             if described is None:
                 stored[name] = back[name] = tensor
                 continue
-            packed = FORMATS[FORMAT].pack(_outputs_first(tensor, described), described["pattern"])
+            packed = Bitmask.pack(_outputs_first(tensor, described), described["pattern"])
             stored |= {name + suffix: stored_part for suffix, stored_part in packed.tensors().items()}
             back[name] = _outputs_first(packed.unpack(), described)
         restored = self.naming.to_disk(back)
@@ -233,8 +233,8 @@ def write_text(file: Path, text: str) -> None:
 def _can_be_packed(naming: Naming, reader: CheckpointReader, name: str, tensor: Tensor) -> bool:
     """A linear weight or a stack of experts, whose names are free and left alone by transformers when it loads them."""
     matrix = tensor.dim() == 3 or (tensor.dim() == 2 and name.endswith(".weight"))
-    free = not {name + suffix for suffix in SUFFIXES[1:]}.intersection(reader)
-    return matrix and free and all(naming.is_own(name + suffix) for suffix in SUFFIXES)
+    free = not {name + suffix for suffix in Bitmask.SUFFIXES[1:]}.intersection(reader)
+    return matrix and free and all(naming.is_own(name + suffix) for suffix in Bitmask.SUFFIXES)
 
 
 def _outputs_first(tensor: Tensor, described: Mapping[str, Any]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmsparse.calibration.matching import HELD_OUT_SHARE, LEARNING_RATES, batches_per_step, probe_steps
 from llmsparse.errors import RecipeError
-from llmsparse.formats.bitmask import stored_bytes
+from llmsparse.formats import stored_bytes
 from llmsparse.pruning.block import PruneOptions
 from llmsparse.pruning.memory import peak_bytes
 from llmsparse.pruning.recipe import PruneRecipe

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from llmsparse.errors import CheckpointError, did_you_mean
 from llmsparse.formats.bitmask import Bitmask
+from llmsparse.formats.nested import Nested
 from llmsparse.formats.protocol import Layout, PackedTensor
 
 __all__ = ["FIRST", "FORMATS", "PackedTensor", "check_description", "format_of", "layout", "restore", "stored_bytes"]
 
-FORMATS: dict[str, type[PackedTensor]] = {"bitmask": Bitmask}
+FORMATS: dict[str, type[PackedTensor]] = {"bitmask": Bitmask, "nested": Nested}
 
 FIRST = "bitmask"  # what an entry is that names no format: the first version knew of one
 

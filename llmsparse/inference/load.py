@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from llmsparse.backends.choice import AUTO, check_names
 from llmsparse.errors import CheckpointError, RecipeError, did_you_mean
 from llmsparse.inference.experts_interface import fuse
 from llmsparse.inference.quantizer import SparseConfig
+from llmsparse.models.model_class import auto_class
 from llmsparse.models.origin import is_packed, load_config, read_config
 from llmsparse.packing.folder import PackedCheckpoint
 from llmsparse.runs.device import DTYPES
@@ -41,7 +41,7 @@ def load_model(
     packed = is_packed(read_config(folder))
     # refuse, in a line, what is truncated or lacks a shard, packed weights that nobody can read, and what is no model
     PackedCheckpoint(folder) if packed else CheckpointReader(folder)
-    load_config(folder, trust_remote_code, packed=packed)
+    config = load_config(folder, trust_remote_code, packed=packed)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     if packed or backend != AUTO:
         options["quantization_config"] = SparseConfig(backend=backend, optimize=optimize)
@@ -49,7 +49,7 @@ def load_model(
         options["device_map"] = {"": device}
     if str(device).startswith("cuda:"):
         torch.cuda.set_device(device)  # Triton launches its kernels on the current one
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    loaded: Any = auto_class(config, trust_remote_code).from_pretrained(folder, **options)
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:

@@ -16,10 +16,10 @@ import torch
 from accelerate import init_empty_weights  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from llmsparse.errors import CheckpointError
+from llmsparse.models.model_class import auto_class
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -30,7 +30,7 @@ RECORDS = ("output_hidden_states", "output_attentions", "output_router_logits")
 def build_empty(
     config: PretrainedConfig, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """The causal LM of `config` in eval mode, as `from_pretrained(dtype=dtype)` would build it, but for its weights.
+    """The model of `config` in eval mode, as `from_pretrained(dtype=dtype)` would build it, but for its weights.
 
     Experts run one by one (`eager`), so that each expert's input can be seen.
     """
@@ -38,7 +38,7 @@ def build_empty(
         if getattr(config, flag, False):
             setattr(config, flag, False)
     with init_empty_weights(include_buffers=False), _LargeOnMeta():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = auto_class(config, trust_remote_code).from_config(
             config, dtype=dtype, experts_implementation="eager", trust_remote_code=trust_remote_code
         )
     kept = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
@@ -53,12 +53,17 @@ def build_empty(
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
-    """Name of the list of blocks, and the blocks: the outermost list as long as the config says the model is deep.
+    """Name of the list of blocks, and the blocks: the outermost list as long as the config says the language model is deep.
 
-    Where several are, the one whose modules the model declares unsplittable.
+    Where several are, the one whose modules the model declares unsplittable. Towers beside the decoder have none.
     """
     depth: int | None = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    inside = set(model.get_decoder().modules())
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and module in inside
+    ]
     declared = set(model._no_split_modules or ())
     for name, blocks in lists:
         if {type(block).__name__ for block in blocks} & declared:
@@ -88,6 +93,13 @@ def drop(module: nn.Module) -> None:
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 part._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+def stand_in(model: nn.Module, part: str, device: torch.device) -> None:
+    """Let the parameters of a module that never runs be zeros that take no memory: some models ask their first parameter
+    which device they are on."""
+    for name, parameter in model.get_submodule(part).named_parameters(part):
+        assign(model, name, torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape))
 
 
 @contextmanager

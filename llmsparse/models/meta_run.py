@@ -14,13 +14,14 @@ return, everything that depends on these becomes NaN: nothing but a block's hidd
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -48,6 +49,9 @@ class MetaRun:
     items: int = 1  # in it
     routers: set[str] = field(default_factory=set[str])  # parameters that only choose, see choices.py
     parts: set[str] = field(default_factory=set[str])  # flat parameters that are multiplied with part by part
+    idle: set[str] = field(
+        default_factory=set[str]
+    )  # modules beside the decoder that text does not run, towers for images
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -86,8 +90,9 @@ def run_on_meta(model: PreTrainedModel, blocks: Sequence[nn.Module], device: tor
         return run
 
     with quiet(), _real_coefficients(model, device), _Zeros(model, found, device) as zeros:
-        with replaced(blocks, watch):
+        with replaced(blocks, watch), _ran() as ran:
             _try_out(model, ids)
+        found.idle = set(_idle(model, ran))
         for poisoned in ("embedding", "blocks"):
             with _stubbed(model, blocks, found, poisoned):
                 logits = model(ids, use_cache=False).logits
@@ -99,6 +104,36 @@ def run_on_meta(model: PreTrainedModel, blocks: Sequence[nn.Module], device: tor
     found.routers = set(_spread(dict.fromkeys(found.routers, True), names))
     found.parts = set(_spread(dict.fromkeys(found.parts, True), names))
     return found
+
+
+@contextmanager
+def _ran() -> Generator[set[nn.Module]]:
+    """Within it, modules that run are collected."""
+    seen: set[nn.Module] = set()
+
+    def note(module: nn.Module, args: Any) -> None:
+        seen.add(module)
+
+    handle = register_module_forward_pre_hook(note)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _idle(model: PreTrainedModel, ran: set[nn.Module]) -> Iterator[str]:
+    """Names of the largest modules outside the decoder in which nothing ran."""
+    decoder = model.get_decoder()
+
+    def walk(name: str, module: nn.Module) -> Iterator[str]:
+        for child, inside in module.named_children():
+            path = f"{name}.{child}" if name else child
+            if decoder in (parts := set(inside.modules())) and inside is not decoder:
+                yield from walk(path, inside)
+            elif inside is not decoder and not parts & ran:
+                yield path
+
+    return walk("", model)
 
 
 def _try_out(model: PreTrainedModel, ids: Tensor) -> None:

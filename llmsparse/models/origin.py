@@ -1,7 +1,7 @@
 """From what the user calls a model to a folder, a config and a tokenizer; what is not handled is refused here.
 
-A model is a local folder or a hub id. Refused, in one line each: encoder-decoder and multimodal models, quantized
-checkpoints, custom code without leave to run it, and whatever transformers does not know as a causal language model.
+A model is a local folder or a hub id. Refused, in one line each: encoder-decoders, quantized checkpoints, custom code
+without leave to run it, and whatever transformers knows neither as a causal language model nor as one that wraps one.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -19,6 +19,7 @@ from typing import Any
 from llmsparse.errors import CheckpointError, RecipeError, one_line
 from llmsparse.formats import compressed_tensors
 from llmsparse.models import hub
+from llmsparse.models.model_class import auto_class
 from llmsparse.storage.disk import disk_error
 from llmsparse.storage.home_folder import expand_home, without_home
 from llmsparse.storage.shard import Header
@@ -44,10 +45,6 @@ WEIGHTS = (
 WRITTEN = ("README.md", "llmsparse_recipe.yaml", "llmsparse_report.json")
 PACKED = "llmsparse"  # the quant_method of a packed checkpoint
 CHAT_TEMPLATES = "additional_chat_templates"
-TAKE_OUT = (
-    "take that out with transformers: text = {}(whole.config.get_text_config()), text.model = whole.model.language_model, "
-    "text.lm_head = whole.lm_head, text.save_pretrained(DIR), and the tokenizer's beside it; then prune DIR"
-)
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,7 @@ def load_config(folder: Path, trust_remote_code: bool = False, *, packed: bool =
     packed is handled where the caller says `packed`."""
     import transformers
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
     file = folder / "config.json"
     raw = read_config(folder)
@@ -186,21 +183,15 @@ def load_config(folder: Path, trust_remote_code: bool = False, *, packed: bool =
         refuse_code_elsewhere(file, raw)
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        text: Any = config.get_text_config(decoder=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
         raise CheckpointError(f"{file}: transformers cannot read it: {one_line(error)}") from error
-    if getattr(config, "is_encoder_decoder", False):
+    if not isinstance(text, PretrainedConfig):
+        raise CheckpointError(f"{file}: text_config is {text!r}, wanted the config of a language model")
+    if config.is_encoder_decoder or text.is_encoder_decoder:
         raise CheckpointError(f"{file}: {kind} is an encoder-decoder; only decoder language models are handled")
-    parts = [name for name in config.sub_configs if "vision" in name or "audio" in name]
-    if parts or config.get_text_config() is not config:
-        inside: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config.get_text_config()), None)
-        raise CheckpointError(
-            f"{file}: {kind} wraps a language model in a larger one ({', '.join(parts) or 'text_config'}); "
-            f"{'only language models are handled' if inside is None else TAKE_OUT.format(inside.__name__)}"
-        )
-    if trust_remote_code and remote and "AutoModelForCausalLM" in remote:
-        return config
-    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if causal is None or not architectures[0].endswith(("ForCausalLM", causal.__name__)):
+    if auto_class(config, trust_remote_code) is None:
+        causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         way_out = ""
         if causal is not None and architectures[0].endswith("Model"):
             way_out = f": it lacks the output head; save the {causal.__name__} that it is a part of"

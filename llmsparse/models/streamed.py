@@ -1,9 +1,10 @@
-"""A causal language model as a stream of blocks, with never more than one of them in memory.
+"""A language model as a stream of blocks, with never more than one of them in memory.
 
 The transformers model describes itself: built on meta, it says what its blocks are, what each is called with, which
 parameters are matrices that activations meet, and how they are named on disk. There is no code per architecture. The
 model's own forward is used for everything, with blocks replaced by recorders (`embed`) or by the final hidden states
-(`logits`).
+(`logits`). Of a model that wraps a language model, which reads images or sound besides, the blocks are those of the
+language model, and what text does not run is never read.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -21,7 +22,7 @@ from llmsparse.errors import CheckpointError
 from llmsparse.models.activations import Activations, Recorder
 from llmsparse.models.block import Block, Head
 from llmsparse.models.complete import check_complete
-from llmsparse.models.empty_model import assign, build_empty, find_blocks, quiet, replaced, returning
+from llmsparse.models.empty_model import assign, build_empty, find_blocks, quiet, replaced, returning, stand_in
 from llmsparse.models.meta_run import run_on_meta
 from llmsparse.models.naming import Group, Naming, in_block
 from llmsparse.models.origin import load_config
@@ -70,6 +71,8 @@ class StreamedModel:
         self.tied = check_complete(self._model, self.naming, reader)  # what is not on disk → what it is tied to
         self._loaded = False  # what lies outside the blocks and embeddings
         self._outline = run_on_meta(self._model, self._blocks, device)
+        for part in self._outline.idle:
+            stand_in(self._model, part, device)
 
     @property
     def folder(self) -> Path:
@@ -253,13 +256,20 @@ class StreamedModel:
         rest = [
             key
             for key in self.outside_keys
-            if (target := self.naming.target(key)) and target not in large and not self._loaded
+            if (target := self.naming.target(key))
+            and target not in large
+            and not self._loaded
+            and not self._idle(target)
         ]
         if rest:
             self._fill(self._read(rest))
         self._loaded = True
         if self._model.get_parameter(part).is_meta:
             self._fill(self._read(self.naming.groups[self.tied.get(part, part)].keys))
+
+    def _idle(self, name: str) -> bool:
+        """Whether a module tensor belongs to a part that text does not run."""
+        return any(name.startswith(part + ".") for part in self._outline.idle)
 
     def _read(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """Tensors from disk. CheckpointError for a parameter that holds NaN or Inf."""

@@ -75,6 +75,9 @@ class Toy(nn.Module):
             self.head = nn.Linear(WIDTH, 11, bias=False)
         self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=2), name_or_path="toy")
 
+    def get_decoder(self) -> nn.Module:
+        return self
+
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
 

@@ -54,6 +54,9 @@ class Model(nn.Module):
         self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=3), name_or_path="toy")
         self._no_split_modules = None
 
+    def get_decoder(self) -> nn.Module:
+        return self
+
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
 

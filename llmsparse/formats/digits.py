@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,7 @@ def decode(data: Any, items: int, code: Code) -> Any:
             continue
         over = digit >> 1 if level == 1 else digit
         negative = (digit & 1).astype(bool) if level == 1 else negative
+        assert places is not None
         value = code.finals[level - 1] + 1 + over.astype(np.int16)
         if last and value.max(initial=0) > LARGEST:
             raise DamagedStream(NO_NUMBER)
@@ -110,9 +112,9 @@ def decode(data: Any, items: int, code: Code) -> Any:
     return q.astype(np.int8)
 
 
-def length(data: Any, items: int, code: Code) -> int:
-    """How many of the bytes `decode` would read, and whether it could; no number is made. DamagedStream."""
-    size, count = len(data), items
+def sizes(data: Any, items: int, code: Code) -> list[int]:
+    """Level by level, how many of the bytes `decode` would read, which it then can; no number is made. DamagedStream."""
+    left, count = [len(data)], items
     for level, width in enumerate(code.digits):
         if level in code.fours:
             groups, data = _take(data, -(-count // 4), 1)
@@ -121,6 +123,7 @@ def length(data: Any, items: int, code: Code) -> int:
             if count % 4 and int(groups[-1]).bit_length() - 1 == (count - 1) // 4 % 8:
                 _refuse_behind(int(flags[-1]) >> 4 * (flagged - 1) % 8, count)
             count = int(np.bitwise_count(flags).sum())
+            left.append(len(data))
             continue
         raw, data = _take(data, count, width)
         if level == len(code.digits) - 1:
@@ -133,11 +136,12 @@ def length(data: Any, items: int, code: Code) -> int:
         else:
             full = raw if width == 1 else raw >> 1 & 0x55 if level == 1 else raw & raw >> 1 & 0x55
             count = int(np.bitwise_count(full).sum())
-    return size - len(data)
+        left.append(len(data))
+    return [before - behind for before, behind in pairwise(left)]
 
 
 def nonzeros(data: Any, items: int, code: Code) -> int:
-    """How many numbers other than 0 are in a stream that `length` has passed."""
+    """How many numbers other than 0 are in a stream that `sizes` has passed."""
     digit, _ = _read(data, items, code.digits[0], 0 in code.fours)
     return int(np.count_nonzero(digit))
 

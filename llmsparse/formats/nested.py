@@ -26,11 +26,13 @@ from torch import Tensor
 
 from llmsparse.errors import CheckpointError
 from llmsparse.formats.bitmask import check_dtype
-from llmsparse.formats.digits import Code, DamagedStream, decode, encode, length, nonzeros
+from llmsparse.formats.digits import Code, DamagedStream, decode, encode, nonzeros, sizes
 from llmsparse.formats.protocol import Layout
 from llmsparse.formats.shortest import shortest_code
 
-TILE = 2**16  # places of a tile, at least, where a matrix has so many: what a tile begins with costs nothing beside them
+TILE = (
+    2**16
+)  # places of a tile, at least, where a matrix has so many: what a tile begins with costs nothing beside them
 TILE_ROWS = 16  # a tile has a multiple of these, unless it is a whole matrix
 STEPS = torch.bfloat16
 TENSORS = ("stream", "steps", "tiles")
@@ -102,6 +104,12 @@ class Nested:
             into[start : start + some] = (numbers[start : start + some] * steps).to(self.stored)
         return weight
 
+    def level_bytes(self) -> list[int]:
+        """Bytes of each level of the code."""
+        width = self.shape[-1]
+        tiles = (sizes(data, (rows.stop - rows.start) * width, self.code) for rows, data in self._tiles())
+        return [sum(level) for level in zip(*tiles, strict=True)] or [0] * len(self.code.digits)
+
     def tensors(self) -> dict[str, Tensor]:
         return dict(zip(self.SUFFIXES, (self.stream, self.steps, self.tiles), strict=True))
 
@@ -164,8 +172,10 @@ class Nested:
                 )
         stored: torch.dtype = getattr(torch, described["dtype"])
         code = Code(tuple(described["digits"]), frozenset(described["fours"]))
-        sizes = (tuple(described["shape"]), code, described["tile"], described["group"], described["nnz"])
-        packed = cls(*(tensors[suffix] for suffix in cls.SUFFIXES), *sizes, stored, dtype or stored)
+        shape: tuple[int, ...] = tuple(described["shape"])
+        stream, steps, tiles = (tensors[suffix] for suffix in cls.SUFFIXES)
+        tile, group, nnz = (int(described[key]) for key in ("tile", "group", "nnz"))
+        packed = cls(stream, steps, tiles, shape, code, tile, group, nnz, stored, dtype or stored)
         problem = None if packed.stream.is_meta else packed.problem()
         if problem:
             raise CheckpointError(f"{name}: {problem}; the packed file is damaged, quantize the model again")
@@ -180,7 +190,7 @@ class Nested:
             return "a step is negative, NaN or Inf"
         for rows, data in self._tiles():
             try:
-                extra = len(data) - length(data, (rows.stop - rows.start) * self.shape[-1], self.code)
+                extra = len(data) - sum(sizes(data, (rows.stop - rows.start) * self.shape[-1], self.code))
             except DamagedStream as error:
                 return f"the stream of rows {rows.start} to {rows.stop} {error}"
             if extra:
@@ -205,9 +215,8 @@ class Nested:
         begin, end = int(tiles[0]), int(tiles[-1])
         part = replace(self, stream=self.stream[begin:end], steps=self.steps[start:stop], tiles=tiles - begin)
         part = replace(part, shape=(stop - start, width))
-        sizes = ((rows.stop - rows.start) * width for rows in _tile_slices(part.shape, self.tile_rows))
-        nnz = sum(nonzeros(data, size, self.code) for size, (_, data) in zip(sizes, part._tiles(), strict=True))
-        return replace(part, nnz=nnz)
+        counts = (nonzeros(data, (at.stop - at.start) * width, self.code) for at, data in part._tiles())
+        return replace(part, nnz=sum(counts))
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
@@ -225,7 +234,9 @@ class Nested:
         )
 
     def emptied(self) -> Self:
-        return replace(self, **{key: tensor.clone() for key, tensor in zip(TENSORS, self.tensors().values(), strict=True)})
+        return replace(
+            self, **{key: tensor.clone() for key, tensor in zip(TENSORS, self.tensors().values(), strict=True)}
+        )
 
     def filled(self, weight: Tensor) -> Self:
         """The weight tells its numbers only together with the steps, which are most of what there is to keep."""

@@ -10,7 +10,6 @@ import numpy as np
 
 from llmsparse.formats.digits import WIDEST, Code, fours_bits
 
-
 RARE = 0.35  # where more flags than that are set, fours do not save: four in a row are rarely all 0
 
 

@@ -51,6 +51,9 @@ if TYPE_CHECKING:
     from llmsparse.pruning.recipe import PruneRecipe as PruneRecipe
     from llmsparse.pruning.recipe import Rule as Rule
     from llmsparse.pruning.report import PruneReport as PruneReport
+    from llmsparse.quantization.pipeline import quantize as quantize
+    from llmsparse.quantization.recipe import QuantizeRecipe as QuantizeRecipe
+    from llmsparse.quantization.report import QuantizeReport as QuantizeReport
     from llmsparse.runs.plan import plan as plan
     from llmsparse.tuning.pipeline import tune as tune
     from llmsparse.tuning.recipe import TuneRecipe as TuneRecipe
@@ -72,6 +75,8 @@ _LAZY = {  # name → the module it stands in
     "PrunePlan": "pruning.plan",
     "PruneRecipe": "pruning.recipe",
     "PruneReport": "pruning.report",
+    "QuantizeRecipe": "quantization.recipe",
+    "QuantizeReport": "quantization.report",
     "Rule": "pruning.recipe",
     "SparseConfig": "inference.quantizer",
     "TuneRecipe": "tuning.recipe",
@@ -87,6 +92,7 @@ _LAZY = {  # name → the module it stands in
     "perplexity": "evaluation.perplexity",
     "plan": "runs.plan",
     "prune": "pruning.pipeline",
+    "quantize": "quantization.pipeline",
     "tune": "tuning.pipeline",
     "unpack": "packing.unpack",
 }

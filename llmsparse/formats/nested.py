@@ -104,11 +104,23 @@ class Nested:
             into[start : start + some] = (numbers[start : start + some] * steps).to(self.stored)
         return weight
 
-    def level_bytes(self) -> list[int]:
-        """Bytes of each level of the code."""
+    def parts(self) -> dict[str, int]:
+        """Bytes of what is stored, by what it says."""
         width = self.shape[-1]
         tiles = (sizes(data, (rows.stop - rows.start) * width, self.code) for rows, data in self._tiles())
-        return [sum(level) for level in zip(*tiles, strict=True)] or [0] * len(self.code.digits)
+        levels = [sum(level) for level in zip(*tiles, strict=True)] or [0] * len(self.code.digits)
+        first = "mask" if self.code.digits[0] == 1 else "first digits"
+        return {
+            first: levels[0],
+            "signs": sum(levels[1:2]),
+            "planes": sum(levels[2:]),
+            "steps": self.steps.nbytes,
+            "tiles": self.tiles.nbytes,
+        }
+
+    def entropy(self) -> float:
+        """Bits a number that no code for single numbers goes below."""
+        return entropy_of(self.numbers())
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(zip(self.SUFFIXES, (self.stream, self.steps, self.tiles), strict=True))
@@ -247,6 +259,12 @@ class Nested:
         data, ends = self.stream.cpu().numpy(), self.tiles.tolist()
         for number, rows in enumerate(_tile_slices(self.shape, self.tile_rows)):
             yield rows, data[ends[number] : ends[number + 1]]
+
+
+def entropy_of(q: Tensor) -> float:
+    """-Σ p log2 p of int8 numbers q."""
+    share = (q.flatten().long() + 128).bincount().double() / max(1, q.numel())
+    return -(share * share.clamp_min(1e-300).log2()).sum().item()
 
 
 def _tile_slices(shape: tuple[int, ...], tile: int) -> Iterator[slice]:

@@ -138,7 +138,8 @@ class Packing:
             "",
         ]
         if body.strip():
-            lines += ["The dense checkpoint describes itself so:", "", body.strip(), ""]
+            whose = "The run that made it:" if self.coded else "The dense checkpoint describes itself so:"
+            lines += [whose, "", body.strip(), ""]
         return "\n".join(lines)
 
 

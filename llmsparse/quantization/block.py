@@ -18,9 +18,10 @@ from torch import Tensor
 from llmsparse.calibration.inputs import Input, calibrate, learn_inputs
 from llmsparse.calibration.passes import output_error, passes
 from llmsparse.errors import LlmsparseError, RecipeError
+from llmsparse.formats.nested import entropy_of
 from llmsparse.models.streamed import HEAD, Activations, Block, Weight
 from llmsparse.quantization.recipe import QuantizeRecipe
-from llmsparse.quantization.report import BlockRecord, QuantizedWeight, entropy_of
+from llmsparse.quantization.report import BlockRecord, QuantizedWeight
 from llmsparse.quantization.weight import START, Problem, Quantized
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.run import Made, Run

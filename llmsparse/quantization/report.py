@@ -1,13 +1,10 @@
 """What a quantization did: a row for every weight, bits by part, perplexities. As JSON, as a table, as a model card."""
 
-# pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from llmsparse.runs.report import (
     SCHEMA_VERSION,
@@ -41,12 +38,6 @@ class QuantizedWeight:
     @property
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
-
-
-def entropy_of(q: Tensor) -> float:
-    """Bits a number of int8 q that no code for single numbers goes below."""
-    share = (q.flatten().long() + 128).bincount().double() / max(1, q.numel())
-    return -(share * share.clamp_min(1e-300).log2()).sum().item()
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ writes eval/results/cpu.csv. bf16, random weights, x of a few rows:
     C bf16                    eval/dense_gemv.c: a dense loop that reads as fast as a core can
     llmsparse                 llmsparse.cpu.matvec; above kernel_rows() expand() into a scratch buffer, then torch
 
-The variants take turns. Each has as many copies of its weight as it takes to read more than twice the L3 cache before
-one is read again. Two ratios are printed, because most of the first is a better loop: to torch bf16 and to C bf16.
+The variants take turns, all on pages of 2 MB where the system has them. Each has as many copies of its weight as it takes to
+read more than twice the L3 cache before one is read again. Two ratios are printed, because most of the first is a better
+loop: to torch bf16 and to C bf16.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from llmsparse.backends import cpu
+from llmsparse.backends.cpu import pages
 from llmsparse.backends.cpu.build import find_compiler, load, openmp_runtime
 from llmsparse.backends.cpu.kernel_library import HERE
 from llmsparse.formats.bitmask import Bitmask
@@ -137,9 +139,9 @@ class Case:
         self.out, self.width = map(int, shape.split("x"))
         self.weight, pattern = random_weight(self.out, self.width, sparsity)
         packed = Bitmask.pack(self.weight, pattern)
-        self._scratch = torch.empty_like(self.weight)
-        self.half = Copies(self.weight.nbytes, self.weight.clone)
-        self.full = Copies(2 * self.weight.nbytes, self.weight.float)
+        self._scratch = pages.zeros(self.weight.shape, self.weight.dtype)
+        self.half = Copies(self.weight.nbytes, lambda: pages.copy(self.weight))
+        self.full = Copies(2 * self.weight.nbytes, lambda: pages.copy(self.weight.float()))
         self.sparse = Copies(cpu.prepare(packed).nbytes, lambda: cpu.prepare(packed))
 
     def variants(self, x: Tensor) -> dict[str, Callable[[], Tensor]]:

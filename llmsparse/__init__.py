@@ -55,6 +55,12 @@ if TYPE_CHECKING:
     from llmsparse.quantization.recipe import QuantizeRecipe as QuantizeRecipe
     from llmsparse.quantization.report import QuantizeReport as QuantizeReport
     from llmsparse.runs.plan import plan as plan
+    from llmsparse.scoring.pipeline import scores as scores
+    from llmsparse.scoring.recipe import ScoresRecipe as ScoresRecipe
+    from llmsparse.scoring.report import ScoresReport as ScoresReport
+    from llmsparse.shrinking.pipeline import shrink as shrink
+    from llmsparse.shrinking.recipe import ShrinkRecipe as ShrinkRecipe
+    from llmsparse.shrinking.report import ShrinkReport as ShrinkReport
     from llmsparse.tuning.pipeline import tune as tune
     from llmsparse.tuning.recipe import TuneRecipe as TuneRecipe
     from llmsparse.tuning.report import TuneReport as TuneReport
@@ -78,6 +84,10 @@ _LAZY = {  # name → the module it stands in
     "QuantizeRecipe": "quantization.recipe",
     "QuantizeReport": "quantization.report",
     "Rule": "pruning.recipe",
+    "ScoresRecipe": "scoring.recipe",
+    "ScoresReport": "scoring.report",
+    "ShrinkRecipe": "shrinking.recipe",
+    "ShrinkReport": "shrinking.report",
     "SparseConfig": "inference.quantizer",
     "TuneRecipe": "tuning.recipe",
     "TuneReport": "tuning.report",
@@ -93,6 +103,8 @@ _LAZY = {  # name → the module it stands in
     "plan": "runs.plan",
     "prune": "pruning.pipeline",
     "quantize": "quantization.pipeline",
+    "scores": "scoring.pipeline",
+    "shrink": "shrinking.pipeline",
     "tune": "tuning.pipeline",
     "unpack": "packing.unpack",
 }

@@ -119,6 +119,14 @@ MIXTURE: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
     },
+    "ernie4_5_moe": _MOE
+    | {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 24,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+    },
     "llama4_text": _PLAIN | {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 56},
 }
 ARCHITECTURES = DENSE | STATE_SPACE | MIXTURE

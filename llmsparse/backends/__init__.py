@@ -6,6 +6,7 @@ A backend is one file and one line in BACKENDS. `choice.py` says which of them r
 from __future__ import annotations
 
 from llmsparse.backends.cpu_bitmask import CpuBitmask
+from llmsparse.backends.cpu_dense import CpuDense
 from llmsparse.backends.cusparselt import CuSparseLt
 from llmsparse.backends.dense import Dense, DenseLowMemory
 from llmsparse.backends.protocol import Backend, WeightSpec
@@ -17,6 +18,7 @@ BACKENDS: dict[str, Backend] = {
     "dense": Dense(),
     "dense-lowmem": DenseLowMemory(),
     "cpu-bitmask": CpuBitmask(),
+    "cpu-dense": CpuDense(),
     "mma24": TritonOp("mma24", most=32, pattern="2:4"),
     "split24": TritonOp("split24", most=32),
     "select24": TritonOp("select24", most=1, pattern="2:4"),

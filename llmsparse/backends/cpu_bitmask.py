@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmsparse.backends import cpu
+from llmsparse.backends.cpu import pages
 from llmsparse.backends.cpu.library import DTYPES
 from llmsparse.backends.protocol import WeightSpec
 from llmsparse.formats.bitmask import Bitmask
@@ -27,8 +28,7 @@ class Scratch(threading.local):
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
         if self.memory.numel() < size:
-            with torch.inference_mode(False):
-                self.memory = torch.empty(size, dtype=torch.uint8)
+            self.memory = pages.zeros((size,), torch.uint8)
         return self.memory[:size].view(dtype).view(shape)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from llmsparse.backends import BACKENDS, WeightSpec, cpu
+from llmsparse.backends.cpu import dense, pages
 from llmsparse.backends.table import SHIPPED, cpu_info, device_kinds, read, shipped, user_file
 from llmsparse.inference.fused_experts import kernel_name, most_tokens, unusable
 from llmsparse.version import __version__
@@ -90,12 +91,14 @@ def diagnose() -> Diagnosis:
 def _usable(name: str, device: torch.device) -> Usable:
     backend = BACKENDS[name]
     pattern = getattr(backend, "pattern", None) or ("2:4" if name == "cusparselt" else "unstructured")
-    place = CPU if name == "cpu-bitmask" else device
+    place = CPU if name.startswith("cpu-") else device
     spec = WeightSpec(SHAPE, pattern, SHAPE[0] * SHAPE[1] // 2, torch.bfloat16, place)
     refused = backend.why_not(spec) or backend.wrong(place)
     details = ""
-    if refused is None and name == "cpu-bitmask":
-        details = f"kernels: {', '.join(cpu.kernels(torch.bfloat16, torch.bfloat16))}"
+    if refused is None and name in ("cpu-bitmask", "cpu-dense"):
+        bfloat16 = torch.bfloat16
+        kernels = cpu.kernels(bfloat16, bfloat16) if name == "cpu-bitmask" else dense.kernels(bfloat16)
+        details = f"kernels: {', '.join(kernels)}"
     return Usable(name, str(place), refused, details)
 
 
@@ -111,11 +114,13 @@ def _fused(device: torch.device) -> Usable:
 def _cpu() -> Device:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     names = (line.partition(":")[2].strip() for line in cpu_info() if line.startswith("model name"))
+    plain = pages.why_not()
+    lie = "weights on 2 MB pages" if plain is None else f"weights on plain pages: {plain}"
     return Device(
         next(names, platform.processor() or platform.machine()),
         device_kinds(CPU),
         memory,
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {lie}",
     )
 
 

@@ -65,6 +65,17 @@ def solve(gram: Tensor, targets: Tensor, start: Tensor, damp: float) -> Tensor |
     return torch.cholesky_solve(targets + damping * start.T, factor).T.contiguous()
 
 
+def fit_factors(products: Tensor, targets: Tensor, damp: float) -> Tensor:
+    """argmin_s Σ ‖y − Σ_i s_i p_i‖² + λ ‖s − 1‖² for sums of ⟨p_i, p_j⟩ (n, n) and ⟨p_i, y⟩ (n,); (n,) as they are.
+
+    λ is `damp` times the mean of the diagonal, and pulls towards 1.
+    """
+    damping = damp * products.diagonal().mean() * torch.eye(len(products), dtype=products.dtype, device=products.device)
+    if not damping.any():
+        return torch.ones_like(targets)
+    return torch.linalg.solve(products + damping, targets + damping.diagonal())
+
+
 def error(weight: Tensor, judges: Sequence[tuple[Tensor, Tensor]]) -> float:
     """Σ ‖y − W̃h‖² over the tokens of `judges`, (h, y) each."""
     return sum((target - hidden @ weight.T).square().sum().item() for hidden, target in judges)

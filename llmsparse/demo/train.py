@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from llmsparse.demo.new_model import VOCAB, WINDOW, new_model, train_tokenizer
 from llmsparse.text import builtin as corpus
@@ -103,9 +103,9 @@ def held_out_loss(model: Callable[..., Any], stream: Tensor, batch: int = 8) -> 
     return sum(losses) / len(windows)
 
 
-def build_optimizer(model: LlamaForCausalLM, hyper: Hyper) -> torch.optim.Optimizer:
+def build_optimizer(model: PreTrainedModel, hyper: Hyper) -> torch.optim.Optimizer:
     """AdamW; weight decay on the matrices, the tied embedding among them."""
-    matrices = [p for p in model.parameters() if p.ndim == 2]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
     norms = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": hyper.weight_decay}, {"params": norms, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=hyper.lr, betas=(0.9, 0.95), fused=True)
@@ -121,9 +121,17 @@ class Run:
         self.tokenizer = train_tokenizer(texts)
         self.stream = token_stream(self.tokenizer, texts)
         self.evaluation = token_stream(self.tokenizer, corpus.texts("evaluation"))
-        self.model: Any = new_model(self.tokenizer)
+        self.model: Any = self.new_model()
         self.model.to(device)
         self.optimizer = build_optimizer(self.model, hyper)
+
+    def new_model(self) -> PreTrainedModel:
+        """What is trained, before it is."""
+        return new_model(self.tokenizer)
+
+    def loss(self, ids: Tensor) -> Tensor:
+        """What is made small on ids (batch, WINDOW)."""
+        return next_token_loss(self.model, ids)
 
     def train(self, every: int = 100) -> None:
         """Step until nothing is left of the run; save and measure `every` so many steps."""
@@ -145,7 +153,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.hyper.lr_now(self.progress)
         with torch.autocast(torch.device(self.device).type, torch.bfloat16):
-            loss = next_token_loss(self.model, ids)
+            loss = self.loss(ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.hyper.clip)
         self.optimizer.step()

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmsparse.encodings.reader import open_checkpoint
 from llmsparse.errors import CalibrationError, NumericalError, RecipeError
 from llmsparse.models.likelihood import negative_log_likelihood, perplexity_of
 from llmsparse.models.origin import fetch_model, load_config, load_tokenizer
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.runs.device import choose_device, choose_dtype, split_batches, window_length
 from llmsparse.runs.progress import Progress, Silent
-from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.home_folder import expand_home
 from llmsparse.text import windows as calibration
+from llmsparse.text.shares import split_shares
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -83,8 +84,8 @@ def perplexity(
     model, text = str(model), str(text)
     progress = progress or Silent()
     folder = fetch_model(model, revision)
-    config = load_config(folder, trust_remote_code)
-    reader = CheckpointReader(folder)
+    config = load_config(folder, trust_remote_code, encoded=True)
+    reader = open_checkpoint(folder)
     place = choose_device(device)
     streamed = StreamedModel(
         reader, device=place, dtype=choose_dtype(dtype, place, reader), trust_remote_code=trust_remote_code
@@ -131,10 +132,17 @@ def calibrated_on(folder: Path, text: str, protocol: dict[str, Any]) -> bool:
     dataset, or a file of that name, unless the one that was named is still there and is another."""
     try:
         report: Any = json.loads((folder / REPORT).read_bytes())
-        noted: dict[str, Any] = report["calibration"]
-        named = Path(report["recipe"]["calibration"])
-        if any(noted.get(key) != protocol.get(key) for key in ORIGIN):
-            return False
+        calibration: dict[str, Any] = report["calibration"]
+        noted: list[dict[str, Any]] = calibration.get("sources", [calibration])
+        named = [Path(share.source) for share in split_shares(report["recipe"]["calibration"])]
+        alike = [
+            (one, path)
+            for one, path in zip(noted, named, strict=True)
+            if all(one.get(key) == protocol.get(key) for key in ORIGIN)
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False  # no report, or not one of ours
-    return "file" not in noted or not named.is_file() or named.samefile(expand_home(text, CalibrationError))
+    return any(
+        "file" not in one or not path.is_file() or path.samefile(expand_home(text, CalibrationError))
+        for one, path in alike
+    )

@@ -18,7 +18,6 @@ from llmsparse.models.streamed import StreamedModel
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.recipe import from_arguments
 from llmsparse.runs.run import Run
-from llmsparse.runs.streams import Streams
 from llmsparse.storage.checkpoint import CheckpointReader
 
 
@@ -40,7 +39,7 @@ def factorize(
     with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
         run.copy_the_rest()
         mixture = StreamedModel(CheckpointReader(run.folder), device=plan.device, dtype=plan.dtype)
-        streams = Streams(plan.model, plan.batches, plan.held_out, made=mixture)
+        streams = plan.streams(mixture)
         layout, container = describe(plan.layout), plan.container.name
         report = FactorizeReport(**plan.described(), layout=layout, experts=spell(plan.layout), container=container)
         for block in run.blocks():

@@ -28,6 +28,7 @@ from llmsparse.runs.partial import held_bytes
 from llmsparse.runs.plan import RunPlan
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.disk import check_room, parse_size
+from llmsparse.text.shares import spell_sources
 
 PARTS = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 TOKENS_PER_EXPERT = 32  # of calibration, the least that says anything about an expert
@@ -154,7 +155,7 @@ def make_plan(
     needed = TOKENS_PER_EXPERT * recipe.experts
     if windows.ids.numel() < needed:
         raise CalibrationError(
-            f"{recipe.calibration}: {windows.ids.numel()} tokens of calibration are too few for {recipe.experts} experts, "
+            f"{spell_sources(recipe.calibration)}: {windows.ids.numel()} tokens of calibration are too few for {recipe.experts} experts, "
             f"wanted {needed} or more; give more text or --calibration-samples, or fewer --experts"
         )
     plan = FactorizePlan(

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import PlainValidator, model_validator
 
 from llmsparse.errors import OptionError, RecipeError
 from llmsparse.runs.recipe import (
@@ -22,8 +22,10 @@ from llmsparse.runs.recipe import (
     Seed,
     ShardSize,
     Source,
+    Texts,
     Whole,
 )
+from llmsparse.text.shares import Sources
 
 
 def parse_blocks(value: Any) -> str:
@@ -52,7 +54,7 @@ class FactorizeRecipe(RunRecipe):
     refit: bool = True
     container: Literal["auto", "glm4_moe", "mixtral", "qwen3_moe", "qwen2_moe"] = "auto"
     keep_dense: Annotated[str, PlainValidator(parse_blocks)] = "none"
-    calibration: Annotated[PathText, Field(min_length=1)] = "c4"
+    calibration: Texts = "c4"
     text_field: str | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None
@@ -64,7 +66,7 @@ class FactorizeRecipe(RunRecipe):
     revision: str | None = None
 
     @property
-    def text_source(self) -> str:
+    def text_source(self) -> Sources:
         return self.calibration
 
     @property

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsparse.calibration.least_squares import DAMPS, HELD_BACK, JUDGES, fit
+from llmsparse.calibration.least_squares import DAMPS, HELD_BACK, JUDGES, fit, fit_factors
 from llmsparse.errors import NumericalError
 from llmsparse.factorization.ffn import FFN
 from llmsparse.factorization.router import Router, expert_outputs, tokens_at_once
@@ -62,8 +62,7 @@ def fit_scales(ffn: FFN, split: Split, router: Router, inputs: Iterable[Tensor])
         parts = torch.cat([outputs * router.gates(x)[..., None], shared[:, None]], 1)  # (tokens, routed + 1, width)
         products += torch.einsum("tid,tjd->ij", parts, parts).double().cpu()
         targets += torch.einsum("tid,td->i", parts, shared + outputs.sum(1)).double().cpu()
-    damping = SCALE_DAMP * products.diagonal().mean() * torch.eye(count, dtype=torch.float64)
-    return torch.linalg.solve(products + damping, targets + damping.diagonal()).float()  # λ pulls towards 1
+    return fit_factors(products, targets, SCALE_DAMP).float()
 
 
 Scaling = Callable[[FFN, Split, Router, Iterable[Tensor]], Tensor]

@@ -11,7 +11,7 @@ from llmsparse.runs.report import (
     RunReport,
     card_metadata,
     loss_warning,
-    perplexity_line,
+    perplexity_lines,
     spell_protocol,
 )
 
@@ -81,7 +81,7 @@ class FactorizeReport(RunReport):
             ("load", f"entropy {self.mean('entropy'):.3f} of 1, {dead} dead experts"),
         ]
         if self.perplexity:
-            lines.append(perplexity_line(self.perplexity))
+            lines += perplexity_lines(self.perplexity)
         return lines
 
     def table(self) -> RenderableType:

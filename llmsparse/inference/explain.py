@@ -1,4 +1,5 @@
-"""What runs each packed weight of a loaded model, why, and why each other backend does not; and what runs its experts."""
+"""What runs each packed weight of a loaded model, why, and why each other backend does not; what runs the layers that stay
+dense, and what its experts."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmsparse.backends.choice import Choice
+from llmsparse.inference.dense_linear import DenseLayer, dense_layers
 from llmsparse.inference.fused_experts import Fusion, fusions
 from llmsparse.inference.packed_experts import packed_weights
 
@@ -17,11 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Explanation:
-    """One choice a packed weight, in the order of the model, and what runs each mixture of dense experts. Bytes are those
-    of the packed weights."""
+    """One choice a packed weight, in the order of the model, what runs each mixture of dense experts, and the dense layers
+    that torch does not run. Bytes are those of the packed weights."""
 
     choices: list[Choice]
     experts: list[Fusion] = field(default_factory=list[Fusion])
+    layers: list[DenseLayer] = field(default_factory=list[DenseLayer])
 
     @property
     def packed_bytes(self) -> int:
@@ -45,8 +48,8 @@ class Explanation:
 
     def to_json(self) -> dict[str, Any]:
         totals = {"packed_bytes": self.packed_bytes, "dense_bytes": self.dense_bytes, "backends": self.backends}
-        choices, experts = ([asdict(one) for one in found] for found in (self.choices, self.experts))
-        return {**totals, "choices": choices, "experts": experts}
+        kinds = {"choices": self.choices, "experts": self.experts, "layers": self.layers}
+        return totals | {kind: [asdict(one) for one in found] for kind, found in kinds.items()}
 
     def table(self) -> RenderableType:
         from rich.table import Table
@@ -59,6 +62,8 @@ class Explanation:
         for one in self.experts:
             limit = "any" if one.tokens is None else f"{one.tokens} tokens"
             table.add_row(one.module, one.runs, limit, "", "", one.because)
+        for one in self.layers:
+            table.add_row(one.layer, one.runs, f"{one.tokens} tokens", "", "", one.because)
         table.caption, table.caption_justify = "\n".join(self._notes()), "left"
         return table
 
@@ -67,6 +72,7 @@ class Explanation:
         weights = Counter((choice.backend, choice.because) for choice in self.choices)
         layers = Counter((one.runs, one.because) for one in self.experts)
         runs = [f"{count} weights run by {backend}: {because}" for (backend, because), count in weights.items()]
+        runs += [f"{one.layer} run by {one.runs} up to {one.tokens} tokens: {one.because}" for one in self.layers]
         runs += [f"{count} layers of experts run by {what}: {because}" for (what, because), count in layers.items()]
         return "\n".join([*runs, *(self._notes() if self.choices else [])])
 
@@ -78,4 +84,6 @@ class Explanation:
 
 def explain(model: nn.Module) -> Explanation:
     """What runs the packed weights and the experts of a model that `from_pretrained` gave."""
-    return Explanation([weight.choice for _, weight in packed_weights(model)], list(fusions(model)))
+    return Explanation(
+        [weight.choice for _, weight in packed_weights(model)], list(fusions(model)), list(dense_layers(model))
+    )

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from llmsparse.backends.cpu import experts as cpu
 from llmsparse.backends.cpu.library import DTYPES
+from llmsparse.inference.gradient import wants_gradient
 
 NAME = "llmsparse"  # of the implementation of experts
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -124,11 +125,6 @@ def run_gated(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     index, shares = rows.new_zeros(len(rows), 1, dtype=torch.int64), rows.new_ones(len(rows), 1, dtype=torch.float32)
     return _gpu().experts(rows, gate[None], up[None], down[None], index, shares).view(x.shape)
-
-
-def wants_gradient(*tensors: Tensor) -> bool:
-    """Somebody will ask for the gradient of one of these."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def why_not(module: Any) -> str | None:

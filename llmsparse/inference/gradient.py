@@ -40,3 +40,8 @@ class PackedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return of_x, of_bias, None
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Somebody will ask for the gradient of one of these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -20,7 +20,7 @@ from llmsparse.backends import BACKENDS, WeightSpec
 from llmsparse.backends.choice import AUTO, Choice, choose_backend
 from llmsparse.errors import RecipeError
 from llmsparse.formats import PackedTensor, format_of, layout, restore
-from llmsparse.inference.gradient import PackedProduct
+from llmsparse.inference.gradient import PackedProduct, wants_gradient
 from llmsparse.inference.read_only import LOST, read_only
 
 
@@ -79,11 +79,6 @@ class PackedMatrix:
     def packed(self) -> PackedTensor:
         """The neutral tensors, as they were loaded."""
         return self.backend.restore(self.prepared)
-
-
-def wants_gradient(x: Tensor, bias: Tensor | None) -> bool:
-    """Somebody will ask for the gradient of one of these."""
-    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
 class PackedLayer(nn.Module):

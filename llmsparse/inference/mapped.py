@@ -9,16 +9,17 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from llmsparse.backends.cpu import pages
 from llmsparse.storage.heap import release_freed
 
 
 def let_go_of_files(model: nn.Module) -> None:
     """Copy what a model on the CPU still reads from a mapped checkpoint, and nothing else: a tensor that has memory of its
-    own would only be there twice for a moment."""
+    own would only be there twice for a moment. The copies lie on large pages."""
     files = mapped_files()
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.device.type == "cpu" and (files is None or lies_in(files, tensor)):
-            tensor.data = tensor.data.clone()
+            tensor.data = pages.copy(tensor.data)
     release_freed()
 
 

@@ -28,11 +28,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmsparse.backends import BACKENDS
-from llmsparse.backends.choice import AUTO, check_names
+from llmsparse.backends.choice import AUTO, UNPACKING, check_names
 from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.formats import layout, stored_bytes
 from llmsparse.formats.bitmask import Bitmask, describe_unpacked
 from llmsparse.inference.counting import count_dense, count_packed
+from llmsparse.inference.dense_linear import quicken
 from llmsparse.inference.dequantize import make_dense
 from llmsparse.inference.experts_interface import llmsparse_experts
 from llmsparse.inference.linear import PackedLayer, SparseLinear, fill, place
@@ -177,6 +178,8 @@ class SparseQuantizer(HfQuantizer):
             self.compiles = False
         vars(model)["_weight_conversions"] = []  # it is saved under the module's names, whatever they were on disk
         let_go_of_files(model)
+        if self.config.backend not in UNPACKING:  # these give the bits of the dense model, its head's too
+            quicken(model)
         count_packed(model)
         return model
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from llmsparse.errors import CheckpointError, MachineError, one_line
 from llmsparse.storage.checkpoint import INDEX, SINGLE
+from llmsparse.storage.pickled import is_pickled
 from llmsparse.storage.shard import Header, header_of
 
 Answer = TypeVar("Answer")
@@ -24,15 +25,14 @@ LEFT = ["consolidated*", "*.fp16*", "*/*.safetensors", "*/*.json", "*/*.txt"]
 
 
 def fetch(model: str, revision: str | None = None) -> Path:
-    """The folder of a hub model in the cache, with its safetensors and all that belongs to them.
+    """The folder of a hub model in the cache, with its safetensors, or pickled weights where it has no others, and all that
+    belongs to them.
 
-    Raises CheckpointError where there is no such model, no leave to read it or no safetensors, and MachineError without
+    Raises CheckpointError where there is no such model, no leave to read it or no weights, and MachineError without
     a network.
     """
     folder = _snapshot(model, revision, [*WEIGHTS, *DESCRIPTIONS])
-    if not any(folder.glob("*.safetensors")):
-        raise _no_safetensors(model)
-    return folder
+    return folder if any(folder.glob("*.safetensors")) else _fetch_pickled(model, folder)
 
 
 def look_at(model: str, revision: str | None = None) -> tuple[Path, dict[str, Header]]:
@@ -48,8 +48,8 @@ def look_at(model: str, revision: str | None = None) -> tuple[Path, dict[str, He
         return folder, {}
     try:
         found = _ask(lambda: get_safetensors_metadata(model, revision=folder.name).files_metadata, model, revision)
-    except NotASafetensorsRepoError as error:
-        raise _no_safetensors(model) from error
+    except NotASafetensorsRepoError:
+        return _fetch_pickled(model, folder), {}  # whose shapes stand nowhere but in the weights
     except SafetensorsParsingError as error:
         raise CheckpointError(f"{model}: corrupt safetensors on the hub: {one_line(error)}") from error
     headers: dict[str, Header] = {}
@@ -132,5 +132,9 @@ def _unreachable(what: str, error: OSError) -> MachineError:
     return MachineError(f"{what}: {found}, and {constants.ENDPOINT} is out of reach ({cause}); name a local folder")
 
 
-def _no_safetensors(model: str) -> CheckpointError:
-    return CheckpointError(f"{model}: its hub repository holds no safetensors; pickled weights (.bin) are not read")
+def _fetch_pickled(model: str, folder: Path) -> Path:
+    """The snapshot of a repository that holds no safetensors, with its pickled weights. CheckpointError where it holds none."""
+    folder = _snapshot(model, folder.name, [*DESCRIPTIONS, "pytorch_model*.bin"])
+    if not is_pickled(folder):
+        raise CheckpointError(f"{model}: its hub repository holds neither safetensors nor pytorch_model.bin")
+    return folder

@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 def auto_class(config: PretrainedConfig, trust_remote_code: bool = False) -> Any:
     """The `AutoModelFor…` that builds the model of `config` as the class that its `architectures` names, or its own code;
     None where that is neither a causal language model nor one that wraps one, as transformers knows them."""
-    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForMultimodalLM,
+    )
 
     if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or ()):
         return AutoModelForCausalLM

@@ -16,6 +16,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from llmsparse.encodings.reader import BLOCK as ENCODING
+from llmsparse.encodings.reader import encoding_of
 from llmsparse.errors import CheckpointError, RecipeError, one_line
 from llmsparse.formats import compressed_tensors
 from llmsparse.models import hub
@@ -61,7 +63,7 @@ class Origin:
 
 
 def fetch_model(model: str, revision: str | None = None) -> Path:
-    """The folder of `model`: a local one, `builtin` for the embedded one, else a hub id, downloaded or cached (safetensors only).
+    """The folder of `model`: a local one, `builtin` for the embedded one, else a hub id, downloaded or cached.
 
     Raises CheckpointError where there is no such model or leave to read it, MachineError without a network.
     """
@@ -153,9 +155,10 @@ def is_packed(config: Mapping[str, Any]) -> bool:
     return isinstance(block, dict) and block.get("quant_method") == PACKED
 
 
-def load_config(folder: Path, trust_remote_code: bool = False, *, packed: bool = False) -> Any:
+def load_config(folder: Path, trust_remote_code: bool = False, *, packed: bool = False, encoded: bool = False) -> Any:
     """The transformers config of a causal language model that can be handled, else CheckpointError. One that llmsparse has
-    packed is handled where the caller says `packed`."""
+    packed is handled where the caller says `packed`, one that others have stored in few bits where it says `encoded`: its
+    config is then that of the model with its weights as they are."""
     import transformers
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
@@ -167,7 +170,8 @@ def load_config(folder: Path, trust_remote_code: bool = False, *, packed: bool =
         raise CheckpointError(f"{file}: has no model_type, so nothing says what this model is")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise CheckpointError(f'{file}: has no architectures; name the model\'s class there, e.g. ["LlamaForCausalLM"]')
-    if not (packed and is_packed(raw)):
+    decoded = encoded and encoding_of(raw) is not None
+    if not decoded and not (packed and is_packed(raw)):
         _refuse_compressed(file, raw)
     if kind not in CONFIG_MAPPING and not remote:
         close = get_close_matches(kind, list(CONFIG_MAPPING), n=1)
@@ -186,6 +190,8 @@ def load_config(folder: Path, trust_remote_code: bool = False, *, packed: bool =
         text: Any = config.get_text_config(decoder=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
         raise CheckpointError(f"{file}: transformers cannot read it: {one_line(error)}") from error
+    for part in (config, text) if decoded else ():
+        part.__dict__.pop(ENCODING, None)
     if not isinstance(text, PretrainedConfig):
         raise CheckpointError(f"{file}: text_config is {text!r}, wanted the config of a language model")
     if config.is_encoder_decoder or text.is_encoder_decoder:

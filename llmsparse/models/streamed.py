@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmsparse.encodings.reader import DecodedReader
 from llmsparse.errors import CheckpointError
 from llmsparse.models.activations import Activations, Recorder
 from llmsparse.models.block import Block, Head
@@ -48,7 +49,7 @@ class StreamedModel:
     def __init__(
         self, reader: CheckpointReader, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
     ) -> None:
-        self.config: Any = load_config(reader.folder, trust_remote_code)
+        self.config: Any = load_config(reader.folder, trust_remote_code, encoded=isinstance(reader, DecodedReader))
         self._reader = reader
         self._device = device
         self.dtype = dtype
@@ -84,6 +85,11 @@ class StreamedModel:
         return self._reader.spec(weight.key).dtype
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every parameter and saved buffer of the module, by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
+
+    @property
     def parts(self) -> list[str]:
         """Parameters of two dimensions that are multiplied with part by part, as experts of a flat tensor are."""
         return sorted(name for name in self._outline.parts if in_block(name, self.blocks_path) is not None)
@@ -109,6 +115,10 @@ class StreamedModel:
     def block_keys(self, index: int) -> list[str]:
         """On-disk keys of a block, in file order."""
         return self._block_keys[index]
+
+    def module(self, index: int, path: str) -> nn.Module:
+        """A module inside a block, without its weights unless the block is loaded."""
+        return self._blocks[index].get_submodule(path)
 
     def weights(self, index: int) -> list[Weight]:
         """Every matrix that a block multiplies activations with. Reads nothing."""

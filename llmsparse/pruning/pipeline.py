@@ -18,7 +18,6 @@ from llmsparse.pruning.report import PruneReport
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.recipe import from_arguments
 from llmsparse.runs.run import Run
-from llmsparse.runs.streams import Streams
 
 
 def prune(
@@ -39,7 +38,7 @@ def prune(
     with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
         run.copy_the_rest()
         to_head = bool(plan.choices[HEAD])
-        streams = Streams(plan.model, plan.batches, plan.held_out, to_head=to_head)
+        streams = plan.streams(to_head=to_head)
         report = PruneReport(**plan.described(), total_parameters=plan.total_parameters)
         for block in run.blocks(head=to_head):
             streams.through_source(block)

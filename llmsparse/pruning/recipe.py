@@ -20,8 +20,9 @@ from llmsparse.errors import KeyPath, OptionError, RecipeError, did_you_mean
 from llmsparse.pruners import Pruner
 from llmsparse.pruners import spec as methods
 from llmsparse.pruners.spec import MethodSpec
-from llmsparse.runs.recipe import Count, Device, Dtype, Length, PathText, RunRecipe, Seed, ShardSize, Source
+from llmsparse.runs.recipe import Count, Device, Dtype, Length, PathText, RunRecipe, Seed, ShardSize, Source, Texts
 from llmsparse.sparsity.patterns import Pattern, parse_pattern
+from llmsparse.text.shares import Sources
 
 DEFAULT_METHOD = "sparsegpt"
 
@@ -107,7 +108,7 @@ class PruneRecipe(RunRecipe):
     keep_zeros: bool = False
     true_sequential: bool = False
     match_steps: Annotated[int | Literal["auto"], PlainValidator(_match_steps)] = "auto"
-    calibration: Source = "c4"
+    calibration: Texts = "c4"
     text_field: str | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None
@@ -135,7 +136,7 @@ class PruneRecipe(RunRecipe):
         return _name(self.method)
 
     @property
-    def text_source(self) -> str:
+    def text_source(self) -> Sources:
         return self.calibration
 
     @property

@@ -12,7 +12,7 @@ from llmsparse.runs.report import (
     RunReport,
     card_metadata,
     loss_warning,
-    perplexity_line,
+    perplexity_lines,
     spell_protocol,
 )
 from llmsparse.sparsity.stats import Gram
@@ -120,7 +120,7 @@ class PruneReport(RunReport):
             ("matching", self._matching()),
         ]
         if self.perplexity:
-            lines.append(perplexity_line(self.perplexity))
+            lines += perplexity_lines(self.perplexity)
         return lines + (self.packing.summary() if self.packing else [])
 
     def _matching(self) -> str:

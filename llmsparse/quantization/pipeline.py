@@ -14,7 +14,6 @@ from llmsparse.quantization.report import QuantizeReport
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.recipe import from_arguments
 from llmsparse.runs.run import Run
-from llmsparse.runs.streams import Streams
 
 
 def quantize(
@@ -35,7 +34,7 @@ def quantize(
     with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
         run.copy_the_rest()
         to_head = bool(plan.choices[HEAD])
-        streams = Streams(plan.model, plan.batches, plan.held_out, to_head=to_head)
+        streams = plan.streams(to_head=to_head)
         report, budget = QuantizeReport(**plan.described()), Budget(plan.recipe.bits)
         for block in run.blocks(head=to_head):
             streams.through_source(block)

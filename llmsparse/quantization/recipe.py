@@ -11,7 +11,20 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from llmsparse.errors import OptionError
-from llmsparse.runs.recipe import Count, Device, Dtype, Length, Number, PathText, RunRecipe, Seed, ShardSize, Source
+from llmsparse.runs.recipe import (
+    Count,
+    Device,
+    Dtype,
+    Length,
+    Number,
+    PathText,
+    RunRecipe,
+    Seed,
+    ShardSize,
+    Source,
+    Texts,
+)
+from llmsparse.text.shares import Sources
 
 MOST_BITS = 8
 LARGEST = {"int8": 127, "int4": 7}  # |q|
@@ -61,7 +74,7 @@ class QuantizeRecipe(RunRecipe):
     only: Globs = ()
     include: Globs = ()
     exclude: Globs = ()
-    calibration: Source = "c4"
+    calibration: Texts = "c4"
     text_field: str | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None
@@ -77,7 +90,7 @@ class QuantizeRecipe(RunRecipe):
         return {key: value for key, value in super().resolved().items() if value != []}
 
     @property
-    def text_source(self) -> str:
+    def text_source(self) -> Sources:
         return self.calibration
 
     @property

@@ -11,7 +11,7 @@ from llmsparse.runs.report import (
     RunReport,
     card_metadata,
     loss_warning,
-    perplexity_line,
+    perplexity_lines,
     spell_protocol,
 )
 
@@ -115,7 +115,7 @@ class QuantizeReport(RunReport):
             ),
         ]
         if self.perplexity:
-            lines.append(perplexity_line(self.perplexity))
+            lines += perplexity_lines(self.perplexity)
         return lines + (self.packing.summary() if self.packing else [])
 
     def _code(self, row: QuantizedWeight) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmsparse.errors import MachineError, RecipeError, did_you_mean
 from llmsparse.storage.checkpoint import CheckpointReader
-from llmsparse.text.windows import is_token_file
+from llmsparse.text.shares import Sources, holds_tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -71,7 +71,7 @@ def choose_dtype(name: str, device: torch.device, reader: CheckpointReader) -> t
     return stored if stored in DTYPES.values() else torch.float32
 
 
-def window_length(config: Any, asked: int | None, text: str) -> int | None:
+def window_length(config: Any, asked: int | None, text: Sources) -> int | None:
     """Tokens in a window: as asked, or min(2048, the model's maximum); None lets a token file say it.
 
     RecipeError when asked for more than the model's maximum.
@@ -82,7 +82,7 @@ def window_length(config: Any, asked: int | None, text: str) -> int | None:
         raise RecipeError(
             f"--seq-len {asked} is above the model's maximum of {longest}; use --seq-len {longest} or less"
         )
-    if asked is not None or is_token_file(text):
+    if asked is not None or holds_tokens(text):
         return asked
     return min(DEFAULT_WINDOW, longest or DEFAULT_WINDOW)
 

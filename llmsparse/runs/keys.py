@@ -25,9 +25,10 @@ BATCH = "Windows run at once; chosen if not given"
 CALIBRATION = {
     "calibration": Key(
         "c4, wikitext2, builtin, a .txt, .jsonl, .parquet or .safetensors file, wikitext2:FILE (a copy of it), or "
-        "ORG/NAME:SPLIT.",
+        "ORG/NAME:SPLIT. Given again, windows of each: c4@2 beside FILE@1 is two for one.",
         "c4",
-        "TEXT",
+        "TEXT[@WEIGHT]",
+        list,
     ),
     "text_field": Key(f"{COLUMN}.", None, "COLUMN"),
     "calibration_samples": Key("Windows to calibrate on.", "128", "N"),

@@ -16,14 +16,18 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from llmsparse.encodings.reader import open_checkpoint
 from llmsparse.models.origin import Origin, fetch_model, load_config, load_tokenizer, look_at_model
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.runs.device import choose_device, choose_dtype, window_length
 from llmsparse.runs.partial import check_output
 from llmsparse.runs.plan import Chosen, RunPlan
 from llmsparse.storage.checkpoint import CheckpointReader
+from llmsparse.text.kinds import is_token_file
+from llmsparse.text.mix import load_mix
+from llmsparse.text.shares import split_shares
 from llmsparse.text.sources import Purpose
-from llmsparse.text.windows import Windows, is_token_file, load_windows
+from llmsparse.text.windows import Windows
 
 HELD_OUT_TOKENS = 16384  # for the perplexity in the summary
 
@@ -71,10 +75,10 @@ def open_model(
     origin = look_at_model(recipe.model, recipe.revision)
     check_output(output, resume=resume, overwrite=overwrite, source=origin.folder)
     trusted = bool(getattr(recipe, "trust_remote_code", False))
-    config = load_config(origin.folder, trusted)
+    config = load_config(origin.folder, trusted, encoded=True)
     check(config)
     window_length(config, recipe.seq_len, recipe.text_source)
-    reader = CheckpointReader(origin.folder, origin.absent)
+    reader = open_checkpoint(origin.folder, origin.absent)
     dtype = dtype_of(recipe.dtype, device, reader)
     model = StreamedModel(reader, device=device, dtype=dtype, trust_remote_code=trusted)
     return OpenedModel(recipe, origin, output, config, reader, model, device, dtype, started, trusted)
@@ -89,7 +93,7 @@ def fetched(plan: Planned, download: bool) -> Planned:
         return plan
     commit = plan.origin.commit
     origin = Origin(fetch_model(plan.recipe.model, commit or plan.recipe.revision), commit=commit)
-    reader = CheckpointReader(origin.folder)
+    reader = open_checkpoint(origin.folder)
     model = StreamedModel(reader, device=plan.device, dtype=plan.dtype, trust_remote_code=plan.trust_remote_code)
     return replace(plan, origin=origin, reader=reader, model=model)
 
@@ -108,8 +112,8 @@ def read_windows(
     """
     recipe, text = opened.recipe, opened.recipe.text_source
     length = length or window_length(opened.config, recipe.seq_len, text)
-    stored_tokens = is_token_file(text)
-    windows = load_windows(
+    stored_tokens = all(is_token_file(share.source) for share in split_shares(text))
+    windows = load_mix(
         text,
         None if stored_tokens else load_tokenizer(opened.origin.folder, opened.trust_remote_code),
         seq_len=length,

@@ -21,6 +21,7 @@ from llmsparse.errors import CheckpointError, MachineError, RecipeError
 from llmsparse.runs.recipe import refuse_both
 from llmsparse.storage.disk import disk_error, fsync, replace_file
 from llmsparse.storage.home_folder import expand_home
+from llmsparse.storage.shard import read_header
 
 STATE_FOLDER = ".llmsparse"
 
@@ -92,9 +93,12 @@ class PartialOutput:
             raise disk_error(self._place.journal, error, len(line)) from error
         self.finished[block] = json.loads(line)["entry"]
 
-    def publish(self) -> Path:
-        """Give the complete folder its final name, in the place of an old one where that was allowed; returns OUT."""
+    def publish(self, file: str | None = None) -> Path:
+        """Give the complete folder, or one `file` of it, its final name, in the place of an old one where that was allowed;
+        returns OUT."""
         self._place.check_existing(self._overwrite)  # perhaps it is there only since this run began
+        if file is not None:
+            return self._publish_file(self.folder / file)
         for path in [*self.folder.rglob("*"), self.folder]:
             fsync(path)
         try:
@@ -103,6 +107,16 @@ class PartialOutput:
             self.folder.rename(self.out)
             fsync(self.out.parent)
             shutil.rmtree(self.out / STATE_FOLDER)
+        except OSError as error:
+            raise disk_error(self.out, error) from error
+        return self.out
+
+    def _publish_file(self, file: Path) -> Path:
+        fsync(file)
+        try:
+            file.replace(self.out)
+            fsync(self.out.parent)
+            shutil.rmtree(self.folder)
         except OSError as error:
             raise disk_error(self.out, error) from error
         return self.out
@@ -174,6 +188,12 @@ class _RunFolder:
             return
         if not overwrite:
             raise RecipeError(f"{self.out}: exists already; choose another output, or replace it with --overwrite")
+        if self.out.is_file():
+            if not is_written_by_us(self.out):
+                raise RecipeError(
+                    f"{self.out}: not a file of llmsparse, so --overwrite will not replace it; name another"
+                )
+            return
         if not (self.out / "config.json").is_file() or not any(self.out.glob("*.safetensors")):
             raise RecipeError(
                 f"{self.out}: not a checkpoint, so --overwrite will not replace it; choose another output"
@@ -214,6 +234,15 @@ class _RunFolder:
         if self.folder.exists() and any(path.name != STATE_FOLDER for path in self.folder.iterdir()):
             raise RecipeError(f"{self.folder}: in the way, and not written by llmsparse; move it elsewhere")
         return None
+
+
+def is_written_by_us(file: Path) -> bool:
+    """Whether a file of tensors says that llmsparse wrote it."""
+    try:
+        metadata: Any = json.loads(read_header(file).text).get("__metadata__", {})
+    except CheckpointError:
+        return False
+    return str(metadata.get("format", "")).startswith("llmsparse ")
 
 
 class _Lock:

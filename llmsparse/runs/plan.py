@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
 
@@ -20,9 +21,12 @@ from llmsparse.runs.device import split_batches
 from llmsparse.runs.memory import footprint_bytes
 from llmsparse.runs.recipe import RunRecipe, from_arguments
 from llmsparse.runs.report import spell_protocol
+from llmsparse.runs.streams import Streams
 from llmsparse.runs.verbs import VERBS, verb_of
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.disk import spell_size
+from llmsparse.text.mix import held_out_parts, names
+from llmsparse.text.shares import Sources, split_shares
 from llmsparse.text.windows import Windows
 from llmsparse.version import __version__
 
@@ -36,7 +40,7 @@ class PlannedRecipe(Protocol):
     @property
     def model(self) -> str: ...
     @property
-    def text_source(self) -> str: ...
+    def text_source(self) -> Sources: ...
     @property
     def text_field(self) -> str | None: ...
     @property
@@ -108,8 +112,34 @@ class RunPlan(ABC, Generic[Chosen]):
 
     @cached_property
     def held_out(self) -> list[Tensor]:
-        """In batches of the same size, so that this one number repeats the run."""
-        return split_batches(self.windows.held_out, self.batches[0].shape[0], self.device, self.model.hidden_size)
+        """In batches of the same size, so that this one number repeats the run; none of windows of two texts."""
+        return [batch for _, batches in self._held_out_of for batch in batches]
+
+    @cached_property
+    def texts(self) -> dict[str, float]:
+        """What a report calls each text → its weight."""
+        shares = split_shares(self.recipe.text_source)
+        return {name: share.weight for name, share in zip(names(shares), shares, strict=True)}
+
+    @cached_property
+    def texts_of_batches(self) -> list[list[str]]:
+        """Batch by batch, the text of every window."""
+        owners = list(self.windows.ids_of) or [next(iter(self.texts))] * len(self.windows.ids)
+        ends = accumulate(len(batch) for batch in self.batches)
+        return [owners[end - len(batch) : end] for batch, end in zip(self.batches, ends, strict=True)]
+
+    def streams(self, made: StreamedModel | None = None, *, calibration: bool = True, to_head: bool = False) -> Streams:
+        """All windows before the first block, to be taken through what is made, those of `calibration` if wanted; arguments
+        as of `Streams`."""
+        texts = [name for name, batches in self._held_out_of for _ in batches]
+        batches = self.batches if calibration else []
+        return Streams(self.model, batches, self.held_out, made, held_out_of=texts, to_head=to_head)
+
+    @cached_property
+    def _held_out_of(self) -> list[tuple[str, list[Tensor]]]:
+        size = self.batches[0].shape[0]
+        parts = held_out_parts(self.windows)
+        return [(name, split_batches(part, size, self.device, self.model.hidden_size)) for name, part in parts]
 
     @cached_property
     @abstractmethod
@@ -134,6 +164,16 @@ class RunPlan(ABC, Generic[Chosen]):
     def staging(self) -> str | None:
         """The folder, in the run's state, where the checkpoint is written if the result is made out of it."""
         return None
+
+    @property
+    def single_file(self) -> bool:
+        """The result is one file of tensors, no folder; `output` is its name."""
+        return False
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """In the header of every file of tensors."""
+        return {"format": "pt"}
 
     @property
     def versions(self) -> dict[str, str]:

@@ -15,10 +15,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, ValidationError
 
-from llmsparse.errors import RecipeError
+from llmsparse.errors import CalibrationError, RecipeError
 from llmsparse.runs import recipe_file, recipe_paths
 from llmsparse.runs.layers import Layers
 from llmsparse.storage.disk import parse_size
+from llmsparse.text.shares import Sources, spell_sources, split_shares
 
 
 def _device(value: Any) -> str:
@@ -48,8 +49,25 @@ def _path_text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
 
 
+def _texts(value: Any) -> Sources:
+    """One text, or a list of several with weights; a list of one is that one."""
+    given: list[Any] = list(value) if isinstance(value, list | tuple) else [value]  # pyright: ignore[reportUnknownArgumentType]
+    texts = tuple(_path_text(text) for text in given)
+    wrong = next((text for text in texts if not isinstance(text, str) or not text), None if texts else "")
+    if wrong is not None:
+        raise ValueError(
+            f"got {value!r}, wanted a text such as c4 or notes.txt, or a list of them such as [c4@2, notes.txt]"
+        )
+    try:
+        split_shares(texts)
+    except CalibrationError as error:
+        raise ValueError(str(error)) from None
+    return texts[0] if len(texts) == 1 else texts
+
+
 PathText = Annotated[str, BeforeValidator(_path_text)]  # a name or a path, from Python also a pathlib.Path
 Source = Annotated[PathText, Field(min_length=1)]
+Texts = Annotated[Sources, PlainValidator(_texts)]
 Whole = Annotated[int, _no_bool("whole number"), Field(ge=0)]
 Count = Annotated[int, _no_bool("whole number"), Field(ge=1)]
 Length = Annotated[int, _no_bool("whole number"), Field(ge=2)]
@@ -112,7 +130,7 @@ class RunRecipe(BaseModel):
         noted = self._notes.get(f"{key} sha256")
         if noted is not None and noted != fingerprint:
             raise RecipeError(
-                f"{key} {getattr(self, key)}: not the text of the run that wrote this recipe (sha256 of its windows "
+                f"{key} {spell_sources(getattr(self, key))}: not the text of the run that wrote this recipe (sha256 of its windows "
                 f"{fingerprint[:12]}…, noted {noted[:12]}…); give that text, or take the line `# {key} sha256` out"
             )
 

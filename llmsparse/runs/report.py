@@ -72,23 +72,29 @@ class RunReport(ABC):
         return ["| | |", "|---|---|", *(f"| {label} | {text} |" for label, text in rows)]
 
 
-def perplexity_line(perplexity: dict[str, Any]) -> tuple[str, str]:
-    """{"before", "after", "windows", "seq_len"} of held-out text as a row of a summary."""
-    return (
-        "perplexity",
-        f"{perplexity['before']:.4g} → {perplexity['after']:.4g} on {perplexity['windows']} held-out windows of "
-        f"{perplexity['seq_len']} tokens, per token",
-    )
+def perplexity_lines(perplexity: dict[str, Any]) -> list[tuple[str, str]]:
+    """{"before", "after", "windows", "seq_len"} of held-out text as rows of a summary: of several texts a row for each."""
+    return [
+        (
+            "perplexity",
+            f"{found['before']:.4g} → {found['after']:.4g} on {found['windows']} held-out windows of "
+            f"{found['seq_len']} tokens{' of ' + found['source'] if 'source' in found else ''}, per token",
+        )
+        for found in perplexity.get("sources", [perplexity])
+    ]
 
 
 def loss_warning(perplexity: dict[str, Any] | None, model: str, advice: str) -> list[str]:
-    """What to say where perplexity rose much, or is no number; `model` as in "the pruned model"."""
+    """What to say where perplexity rose much, or is no number, of the text that lost most; `model` as in "the pruned
+    model"."""
     if not perplexity:
         return []
-    before, after = perplexity["before"], perplexity["after"]
+    worst = perplexity.get("sources", [perplexity])[0]
+    before, after = worst["before"], worst["after"]
+    where = f" on {worst['source']}" if "source" in worst else ""
     if not math.isfinite(after):
-        return [f"perplexity is NaN: the logits of {model} are no numbers; try --dtype float32"]
-    return [] if after < LARGE_LOSS * before else [f"perplexity rose {after / before:.1f}-fold{advice}"]
+        return [f"perplexity{where} is NaN: the logits of {model} are no numbers; try --dtype float32"]
+    return [] if after < LARGE_LOSS * before else [f"perplexity{where} rose {after / before:.1f}-fold{advice}"]
 
 
 def card_metadata(tags: Sequence[str], base_model: str | None = None) -> str:
@@ -101,4 +107,12 @@ def card_metadata(tags: Sequence[str], base_model: str | None = None) -> str:
 
 
 def spell_protocol(protocol: dict[str, Any]) -> str:
+    if "sources" in protocol:
+        return "; ".join(map(_spell_share, protocol["sources"]))
     return ", ".join(f"{key} {value}" for key, value in protocol.items())
+
+
+def _spell_share(share: dict[str, Any]) -> str:
+    """One text of a mix."""
+    rest = {key: value for key, value in share.items() if key not in ("source", "weight")}
+    return f"{share['source']} by {share['weight']:g} ({spell_protocol(rest)})"

@@ -12,6 +12,7 @@ the journal once it would survive a power cut. So what is killed can be resumed 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,16 +25,17 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from llmsparse.encodings.reader import encoding_of, without_encoding
 from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.models.block import Block
-from llmsparse.models.origin import copy_side_files, write_side_files
+from llmsparse.models.origin import copy_side_files, read_config, write_side_files
 from llmsparse.runs.device import full_float32
 from llmsparse.runs.memory import PeakMemory
 from llmsparse.runs.partial import PartialOutput
 from llmsparse.runs.plan import RunPlan
 from llmsparse.runs.progress import Progress, Silent
 from llmsparse.runs.report import RunReport
-from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter
+from llmsparse.storage.checkpoint import SINGLE, CheckpointReader, CheckpointWriter
 from llmsparse.storage.checksum import checksums, read_checked
 from llmsparse.storage.disk import disk_error, parse_size
 from llmsparse.storage.heap import release_freed
@@ -67,9 +69,18 @@ class Run:
     """Everything about a run that is not the verb's own. A context manager; what is not published stays to be resumed."""
 
     def __init__(
-        self, plan: RunPlan[Any], progress: Progress | None = None, *, resume: bool = False, overwrite: bool = False
+        self,
+        plan: RunPlan[Any],
+        progress: Progress | None = None,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        survey: Callable[[Run], RunPlan[Any]] | None = None,
     ) -> None:
+        """`survey` finds out, before a file is made, what the shape of the result depends on: the plan that it returns is
+        carried out. What it found it notes as a `fact`."""
         self.plan = plan
+        self._survey = survey
         self.progress = progress or Silent()
         self._memory = PeakMemory(plan.device)
         self._behind = ThreadPoolExecutor(1, "llmsparse-write-behind")
@@ -79,21 +90,25 @@ class Run:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            plan = self.plan
+            plan, self._stack = self.plan, stack
             partial = PartialOutput(plan.output, source=plan.folder, fingerprint=plan.fingerprint, **self._how)
             self._partial = stack.enter_context(partial)
             stack.enter_context(full_float32())
             stack.enter_context(self._memory)
             stack.enter_context(self.progress)
             stack.callback(self._end_writing)
+            if self._survey is not None:
+                self.plan = self._survey(self)
             self._make_folder()
-            copy_side_files(self.plan.folder, self.folder)
+            if not self.plan.single_file:
+                copy_side_files(self.plan.folder, self.folder)
             self._write_config()
             self._writer = CheckpointWriter(
                 self.folder,
                 self.plan.tensors,
                 parse_size(self.plan.recipe.max_shard_size),
-                resuming=bool(self._partial.finished),
+                resuming=self.has(OUTSIDE),
+                metadata=self.plan.metadata,
             )
             self._stack = stack.pop_all()
         return self
@@ -186,15 +201,19 @@ class Run:
         self._writer.finish()
         report.warn()
         self._measure(report)
-        notes = {"threads": torch.get_num_threads(), f"{self.plan.text_key} sha256": self.plan.windows.fingerprint}
-        text = self.plan.resolved.dump(self.plan.versions | notes, self.plan.output)
-        write_side_files(self.folder, recipe=text, report=report.stored(), card=report.card())
+        if not self.plan.single_file:
+            self._write_side_files(report)
         self._check_written()
         if convert is not None:
             convert(self.folder, self._partial.folder)
             self._measure(report)
-        self._partial.publish()
+        self._partial.publish(SINGLE if self.plan.single_file else None)
         return report
+
+    def _write_side_files(self, report: RunReport) -> None:
+        notes = {"threads": torch.get_num_threads(), f"{self.plan.text_key} sha256": self.plan.windows.fingerprint}
+        text = self.plan.resolved.dump(self.plan.versions | notes, self.plan.output)
+        write_side_files(self.folder, recipe=text, report=report.stored(), card=report.card())
 
     def _measure(self, report: RunReport) -> None:
         report.seconds = time.perf_counter() - self.plan.started
@@ -224,11 +243,14 @@ class Run:
             raise disk_error(self.folder, error) from error
 
     def _write_config(self) -> None:
-        if self.plan.config is not None:
-            try:
+        file = self.folder / "config.json"
+        try:
+            if self.plan.config is not None:
                 self.plan.config.save_pretrained(self.folder)
-            except OSError as error:
-                raise disk_error(self.folder / "config.json", error) from error
+            elif encoding_of(config := read_config(self.plan.folder)) is not None:
+                file.write_text(json.dumps(without_encoding(config), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise disk_error(file, error) from error
 
     def _check_written(self) -> None:
         """Open the finished folder as any reader would and hold each finished block against its checksums."""

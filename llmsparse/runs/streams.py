@@ -6,6 +6,7 @@ through the source. Each block's outputs take the place of its inputs, so every 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,8 @@ class Streams:
     """`calibration` and `held_out` are what enters the next block, behind the blocks made so far; `held_out` is None
     where there is no window to hold out.
 
-    `batches` and `held_out`: (batch, tokens) ids. `made` is the model that results where it is another than the source
+    `batches` and `held_out`: (batch, tokens) ids; `held_out_of` names the text of each held-out batch, where there are
+    several. `made` is the model that results where it is another than the source
     with other weights: its blocks may be called with other arguments. `to_head`: calibration windows are wanted behind the
     last block, too.
     """
@@ -34,17 +36,19 @@ class Streams:
         held_out: Sequence[Tensor],
         made: StreamedModel | None = None,
         *,
+        held_out_of: Sequence[str] = (),
         to_head: bool = False,
     ) -> None:
         self._source, self._made, self._windows = source, made or source, held_out
+        self._texts = list(held_out_of) or [""] * len(held_out)
         self.calibration = source.embed(batches)
         self.held_out = source.embed(held_out) if held_out else None
         self._dense = self.held_out.like(list(self.held_out.hidden)) if self.held_out else None
         self._enter_made = [self._as_made(self.calibration, batches)]
         if self.held_out:
             self._enter_made.append(self._as_made(self.held_out, held_out))
-        self._before: float | None = None
-        self._last = None if to_head else source.block_names[-1]
+        self._before: dict[str, float] | None = None
+        self._last = None if to_head else self._made.block_names[-1]
 
     @torch.no_grad()
     def through_source(self, block: Block) -> None:
@@ -64,24 +68,62 @@ class Streams:
 
     def _measure_source(self) -> None:
         if self._dense and self._before is None:
-            self._before = negative_log_likelihood(self._source, self._dense, self._windows)
+            self._before = self._likelihoods(self._source, self._dense)
 
     def perplexity(self) -> dict[str, Any] | None:
-        """{"before", "after", "windows", "seq_len", "tokens"} of the held-out windows; None where there are none."""
+        """{"before", "after", "windows", "seq_len", "tokens"} of the held-out windows; None where there are none.
+
+        Of several texts that is of all together, and beside it the same of each, worst first, in a list "sources".
+        """
         if not self.held_out:
             return None
         self._measure_source()
         assert self._before is not None
-        tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in self._windows)
-        after = negative_log_likelihood(self._made, self.held_out, self._windows)
+        before, after = self._before, self._likelihoods(self._made, self.held_out)
+        found = self._described(sum(before.values()), sum(after.values()), self._windows)
+        if len(before) == 1:
+            return found
+        sources = [
+            {"source": text}
+            | self._described(before[text], after[text], [self._windows[n] for n in self._batches(text)])
+            for text in before
+        ]
+        return found | {"sources": sorted(sources, key=_loss, reverse=True)}
+
+    def _likelihoods(self, model: StreamedModel, acts: Activations) -> dict[str, float]:
+        """Σ −log p of the held-out windows of each text."""
+        found: dict[str, float] = {}
+        for text in dict.fromkeys(self._texts):
+            numbers = self._batches(text)
+            hidden, ids = [acts.hidden[n] for n in numbers], [self._windows[n] for n in numbers]
+            found[text] = negative_log_likelihood(model, acts.like(hidden), ids)
+        return found
+
+    def _batches(self, text: str) -> list[int]:
+        return [number for number, name in enumerate(self._texts) if name == text]
+
+    @staticmethod
+    def _described(before: float, after: float, windows: Sequence[Tensor]) -> dict[str, Any]:
+        tokens = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in windows)
         return {
-            "before": perplexity_of(self._before, tokens),
+            "before": perplexity_of(before, tokens),
             "after": perplexity_of(after, tokens),
-            "windows": sum(ids.shape[0] for ids in self._windows),
-            "seq_len": self._windows[0].shape[1],
+            "windows": sum(ids.shape[0] for ids in windows),
+            "seq_len": windows[0].shape[1],
             "tokens": tokens,
         }
+
+    @property
+    def calibration_as_made(self) -> Activations:
+        """`calibration`, with the arguments that blocks of the made model are called with."""
+        return self._enter_made[0]
 
     def _as_made(self, stream: Activations, windows: Sequence[Tensor]) -> Activations:
         """The same hidden states, held once, with the arguments that the made model's blocks are called with."""
         return stream if self._made is self._source else self._made.embed(windows).like(stream.hidden)
+
+
+def _loss(perplexity: dict[str, Any]) -> float:
+    """By what factor it rose; infinite where it is no number."""
+    ratio = perplexity["after"] / perplexity["before"]
+    return math.inf if math.isnan(ratio) else ratio

@@ -73,6 +73,20 @@ VERBS: dict[str, Verb] = {
         "llmsparse.quantization.pipeline:quantize",
         shipped="quantize",
     ),
+    "shrink": Verb(
+        "llmsparse.shrinking.keys",
+        "llmsparse.shrinking.recipe:ShrinkRecipe",
+        "llmsparse.shrinking.plan:make_plan",
+        "llmsparse.shrinking.pipeline:shrink",
+        shipped="shrink",
+    ),
+    "scores": Verb(
+        "llmsparse.scoring.keys",
+        "llmsparse.scoring.recipe:ScoresRecipe",
+        "llmsparse.scoring.plan:make_plan",
+        "llmsparse.scoring.pipeline:scores",
+        shipped="scores",
+    ),
     "tune": Verb(
         "llmsparse.tuning.keys",
         "llmsparse.tuning.recipe:TuneRecipe",

@@ -1,7 +1,7 @@
 """Safetensors checkpoints as a stream: tensors read one by one, and written in place at offsets planned from headers.
 
 Memory is the tensors asked for and nothing else; nothing stays mapped. What lies inside one file is `shard.py`'s
-business, here shards become a checkpoint. Pickled weights (`.bin`) are not read.
+business, here shards become a checkpoint. Pickled weights (`.bin`) are `pickled.py`'s.
 """
 
 # pyright: reportUnknownVariableType=false
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmsparse.errors import CheckpointError
 from llmsparse.storage.disk import disk_error, fsync, replace_file, reserve, write_all
-from llmsparse.storage.shard import Header, TensorSpec, bytes_of, lay_out, read_header, read_into
+from llmsparse.storage.shard import PLAIN, Header, TensorSpec, bytes_of, lay_out, read_header, read_into
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -72,6 +72,10 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder}: holds no tensor {key!r}")
         return self._specs[key]
 
+    def is_stored(self, key: str) -> bool:
+        """Whether the bytes on disk are those of the tensor, so that they can be copied."""
+        return True
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -79,7 +83,7 @@ class CheckpointReader:
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, on CPU, in memory of their own."""
-        return {key: _read(self.spec(key)) for key in keys}
+        return {key: read_tensor(self.spec(key)) for key in keys}
 
     def fingerprint(self) -> dict[str, Any]:
         """Per shard: size, modification time and hash of the header; changes when the checkpoint does."""
@@ -103,7 +107,15 @@ class CheckpointWriter:
     one that is missing or differs is a CheckpointError.
     """
 
-    def __init__(self, folder: Path, specs: Planned, max_shard_bytes: int, *, resuming: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        specs: Planned,
+        max_shard_bytes: int,
+        *,
+        resuming: bool = False,
+        metadata: Mapping[str, str] = PLAIN,
+    ) -> None:
         from huggingface_hub import split_state_dict_into_shards_factory
 
         self.folder = Path(folder)
@@ -118,7 +130,7 @@ class CheckpointWriter:
         headers: dict[Path, bytes] = {}
         for name, keys in (split.filename_to_tensors or {SINGLE: []}).items():
             file = self.folder / name
-            headers[file], placed = lay_out(file, {key: specs[key] for key in keys})
+            headers[file], placed = lay_out(file, {key: specs[key] for key in keys}, metadata)
             self._specs |= placed
         self._index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         self._sharded = len(headers) > 1
@@ -146,14 +158,18 @@ class CheckpointWriter:
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """What was written before, by this run or by the one it resumes."""
-        return {key: _read(self.spec(key)) for key in keys}
+        return {key: read_tensor(self.spec(key)) for key in keys}
 
     def copy(self, reader: CheckpointReader, keys: Iterable[str], *, named: Mapping[str, str] | None = None) -> None:
         """The named tensors byte for byte from another checkpoint, `CHUNK_BYTES` at a time whatever their size; `named`
         says which have another name there."""
         buffer = memoryview(bytearray(CHUNK_BYTES))
         for key in keys:
-            source, target = reader.spec((named or {}).get(key, key)), self.spec(key)
+            name = (named or {}).get(key, key)
+            if not reader.is_stored(name):
+                self.write({key: reader.read([name])[name]})
+                continue
+            source, target = reader.spec(name), self.spec(key)
             _check_same(key, target, source.shape, source.dtype)
             for offset in range(0, source.end - source.begin, CHUNK_BYTES):
                 chunk = buffer[: min(CHUNK_BYTES, source.end - source.begin - offset)]
@@ -217,7 +233,8 @@ class CheckpointWriter:
         self._touched |= set(new)
 
 
-def _read(spec: TensorSpec) -> Tensor:
+def read_tensor(spec: TensorSpec) -> Tensor:
+    """A tensor from disk, in memory of its own."""
     tensor = torch.empty(spec.shape, dtype=spec.dtype)
     read_into(spec, 0, bytes_of(tensor))
     return tensor

@@ -42,6 +42,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+PLAIN = {"format": "pt"}  # metadata of a file of weights
 CHECKED = 2**18  # elements looked at together: they stay in a cache
 EXPONENTS = {  # dtype → its bits as an integer, and those of the exponent
     torch.bfloat16: (torch.int16, 0x7F80),
@@ -135,10 +136,10 @@ def _spec(file: Path, start: int, key: str, entry: Mapping[str, Any]) -> TensorS
 
 
 def lay_out(
-    file: Path, specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    file: Path, specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str] = PLAIN
 ) -> tuple[bytes, dict[str, TensorSpec]]:
     """Header of a shard and the place of each tensor: wider dtypes first, so that every tensor is aligned."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     cursor = 0
     for key in sorted(specs, key=lambda key: -specs[key][1].itemsize):
         shape, dtype = specs[key]

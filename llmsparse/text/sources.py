@@ -23,6 +23,7 @@ from llmsparse.errors import CalibrationError, MachineError
 from llmsparse.storage.home_folder import expand_home
 from llmsparse.text import builtin
 from llmsparse.text.columns import documents, joined
+from llmsparse.text.kinds import BUILDERS, KINDS, KNOWN, TEXT_SUFFIX, WIKITEXT_COPY, file_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,11 +32,6 @@ if TYPE_CHECKING:
 
 Purpose = Literal["calibration", "training", "evaluation"]
 
-TEXT_SUFFIX, TOKEN_FILE_SUFFIX = ".txt", ".safetensors"
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of tables, read through `datasets`
-COMPRESSED = (".gz", ".zst")  # behind .json and .jsonl
-KINDS = f"{TEXT_SUFFIX}, {', '.join(BUILDERS)} (.json and .jsonl also with .gz or .zst behind) or {TOKEN_FILE_SUFFIX}"
-WIKITEXT_COPY = "wikitext2:"  # before a file: rows joined as of wikitext2
 PART = 2**20  # characters of a text file read at once
 
 C4 = ("allenai/c4", "1588ec454efa1a09f29cd18ddd04fe05fc8653a2")
@@ -73,7 +69,7 @@ def open_texts(source: str, purpose: Purpose, text_field: str | None = None, tok
 
     Raises CalibrationError for what cannot be read and MachineError when it takes a network that is not there.
     """
-    if text_field is not None and source in ("builtin", "c4", "wikitext2"):
+    if text_field is not None and source in KNOWN:
         raise CalibrationError(
             f"{source}: its text is known, there is no column {text_field!r} to choose; leave it out"
         )
@@ -86,7 +82,7 @@ def open_texts(source: str, purpose: Purpose, text_field: str | None = None, tok
     if source.startswith(WIKITEXT_COPY):
         return _wikitext_copy(expand_home(source.removeprefix(WIKITEXT_COPY), CalibrationError), text_field)
     path = expand_home(source, CalibrationError)
-    if path.exists() or _kind(path):
+    if path.exists() or file_kind(path):
         return _file(path, text_field, tokenizer)
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.-]+))?", source)
     if hub is None:
@@ -94,11 +90,6 @@ def open_texts(source: str, purpose: Purpose, text_field: str | None = None, tok
             f"no text {source!r}: neither a file, nor builtin, c4 or wikitext2, nor a dataset such as org/name:split"
         )
     return _hub(hub[1], hub[2], hub[3], purpose, text_field, tokenizer)
-
-
-def is_token_file(source: str) -> bool:
-    """Whether a source names stored tokens, which need no tokenizer."""
-    return source.lower().endswith(TOKEN_FILE_SUFFIX)
 
 
 def _builtin(purpose: Purpose) -> Texts:
@@ -128,19 +119,11 @@ def _wikitext_copy(path: Path, text_field: str | None) -> Texts:
     return Texts(found.texts, False, {"file": path.name} | found.protocol)
 
 
-def _kind(path: Path) -> str | None:
-    """The ending of a file of text, in lower case, without that of its compression; None for another."""
-    name = path.name.lower()
-    for suffix in COMPRESSED:
-        name = name.removesuffix(suffix) if name.removesuffix(suffix).endswith((".json", ".jsonl")) else name
-    return next((suffix for suffix in (TEXT_SUFFIX, *BUILDERS) if name.endswith(suffix)), None)
-
-
 def _checked_kind(path: Path) -> str:
     """The kind of a file that can be read. CalibrationError for any other."""
     if path.is_dir():
         raise CalibrationError(f"{path}: is a folder, wanted one {KINDS} file")
-    kind = _kind(path)
+    kind = file_kind(path)
     if kind is None:
         raise CalibrationError(f"{path}: unknown kind of file, wanted {KINDS}")
     if not path.exists():

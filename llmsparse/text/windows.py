@@ -20,7 +20,8 @@ from torch import Tensor
 
 from llmsparse.errors import CalibrationError
 from llmsparse.storage.home_folder import expand_home
-from llmsparse.text.sources import TOKEN_FILE_SUFFIX, Purpose, is_token_file, open_texts
+from llmsparse.text.kinds import TOKEN_FILE_SUFFIX, is_token_file
+from llmsparse.text.sources import Purpose, open_texts
 from llmsparse.text.tokens import special_tokens, tokenize
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ class Windows:
     held_out: Tensor
     protocol: dict[str, Any]  # JSON-able; "note" where something is not as asked
     fingerprint: str  # sha256 of both tensors
+    held_out_of: tuple[
+        tuple[str, int], ...
+    ] = ()  # of a mix: each text and how many windows are held out of it, in order
+    ids_of: tuple[str, ...] = ()  # of a mix: the text of each window of `ids`
 
     @classmethod
     def of(cls, ids: Tensor, held_out: Tensor, protocol: dict[str, Any]) -> Windows:

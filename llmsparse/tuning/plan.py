@@ -13,6 +13,7 @@ import accelerate
 import torch
 from torch import Tensor
 
+from llmsparse.encodings.reader import open_checkpoint
 from llmsparse.errors import CheckpointError
 from llmsparse.factorization.containers import CONTAINERS, Container
 from llmsparse.factorization.plan import find_ffn
@@ -190,12 +191,12 @@ def make_plan(recipe: TuneRecipe, *, resume: bool = False, overwrite: bool = Fal
     opened = open_model(recipe, resume=resume, overwrite=overwrite, check=check, dtype_of=choose_product_dtype)
     container = CONTAINERS[opened.config.model_type]
     teacher = look_at_model(recipe.teacher, recipe.teacher_revision)
-    teacher_config = load_config(teacher.folder, recipe.trust_remote_code)
+    teacher_config = load_config(teacher.folder, recipe.trust_remote_code, encoded=True)
     check_output(opened.output, resume=resume, overwrite=overwrite, source=teacher.folder)
     check_teacher(opened.config, teacher_config, recipe.teacher)
     length = window_length(opened.config, recipe.seq_len, recipe.text)
     length = window_length(teacher_config, length, recipe.text)
-    teacher_reader = CheckpointReader(teacher.folder, teacher.absent)
+    teacher_reader = open_checkpoint(teacher.folder, teacher.absent)
     mixtures = find_mixtures(opened.model, container, recipe.model)
     dense = StreamedModel(
         teacher_reader, device=opened.device, dtype=opened.dtype, trust_remote_code=recipe.trust_remote_code
@@ -217,7 +218,7 @@ def make_plan(recipe: TuneRecipe, *, resume: bool = False, overwrite: bool = Fal
     if not teacher.absent or not download:
         return plan
     folder = fetch_model(recipe.teacher, teacher.commit or recipe.teacher_revision)
-    return replace(plan, teacher_origin=Origin(folder, commit=teacher.commit), teacher_reader=CheckpointReader(folder))
+    return replace(plan, teacher_origin=Origin(folder, commit=teacher.commit), teacher_reader=open_checkpoint(folder))
 
 
 def choose_product_dtype(name: str, device: torch.device, reader: CheckpointReader) -> torch.dtype:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,26 +139,6 @@ def test_same_seed_same_bytes(
 ) -> None:
     llmsparse.factorize(model=str(model), output=str(tmp_path / "out"), calibration=str(notes), **RUN)
     assert files(tmp_path / "out") == files(made[0])
-
-
-def test_killed_twice_and_resumed_gives_the_same_bytes(
-    model: Path, made: tuple[Path, llmsparse.FactorizeReport], notes: Path, tmp_path: Path
-) -> None:
-    """SIGKILL as soon as the first block is on disk, and again after the second."""
-    keys = {"model": str(model), "output": str(tmp_path / "out"), "calibration": str(notes), **RUN}
-    journal = tmp_path / "out.partial" / ".llmsparse" / "journal.jsonl"
-    for blocks in (1, 2):
-        code = f"import llmsparse; llmsparse.factorize(resume={blocks > 1}, **{keys})"
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
-        while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > blocks):
-            time.sleep(0.01)
-        process.kill()
-        _, err = process.communicate()
-        assert not err, err.decode()
-        assert not (tmp_path / "out").exists()
-    llmsparse.factorize(resume=True, **keys)
-    assert files(tmp_path / "out") == files(made[0])
-    assert not (tmp_path / "out.partial").exists()
 
 
 class Failing(Silent):

@@ -39,11 +39,12 @@ def model_with(folder: Path, config: object) -> Path:
 
 
 class Hub(Replying):
-    """A hub with one good model, one gated, one only pickled; everything else is not found."""
+    """A hub with one good model, one gated, one only pickled, one without weights; everything else is not found."""
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
         names = [name for name in HUB_FILES if "pickled" not in path or "safetensors" not in name]
+        names = [name for name in names if "empty" not in path or name == "config.json"]
         if "revision/nope" in path:
             self.reply(404, X_Error_Code="RevisionNotFound")
         elif path.startswith(("/api/models/good/", "/api/models/bad/")) and "/tree/" in path:
@@ -103,9 +104,9 @@ def hub() -> Iterator[str]:
 
 
 def test_hub_answers(tmp_path: Path, hub: str) -> None:
-    good, missing, gated, revision, broken, pickled = resolve_in_process(
+    good, missing, gated, revision, broken, pickled, empty = resolve_in_process(
         tmp_path,
-        *("good/model", "no/such", "bad/gated", "good/model@nope", "no/broken", "bad/pickled"),
+        *("good/model", "no/such", "bad/gated", "good/model@nope", "no/broken", "bad/pickled", "bad/empty"),
         HF_HUB_OFFLINE="0",
         HF_ENDPOINT=hub,
     )
@@ -117,9 +118,10 @@ def test_hub_answers(tmp_path: Path, hub: str) -> None:
     assert revision[:2] == ["CheckpointError", 2]
     assert "good/model: has no revision 'nope'" in revision[2]
     assert broken[:2] == ["MachineError", 3]
-    assert pickled[:2] == ["CheckpointError", 2]
-    assert "bad/pickled: its hub repository holds no safetensors" in pickled[2]
-    assert not any("\n" in answer[2] for answer in (missing, gated, revision, broken, pickled))
+    assert pickled == ["ok", 0, ["config.json", "pytorch_model.bin"]]
+    assert empty[:2] == ["CheckpointError", 2]
+    assert "bad/empty: its hub repository holds neither safetensors nor pytorch_model.bin" in empty[2]
+    assert not any("\n" in answer[2] for answer in (missing, gated, revision, broken, empty))
 
     offline, other = resolve_in_process(tmp_path, "good/model", "no/such", HF_HUB_OFFLINE="1", HF_ENDPOINT=hub)
     assert offline == good  # from the cache

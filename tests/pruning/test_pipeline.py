@@ -5,12 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import random
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -281,95 +275,6 @@ def test_a_pattern_that_does_not_divide_is_refused_with_weight_and_width(
         llmsparse.plan(model=str(model), output=str(tmp_path / "out"), pattern="2:4", calibration=str(notes), **RUN)
 
 
-SCRIPT = """
-import sys, torch, llmsparse
-torch.set_num_threads(1)
-model, out, notes, resume = sys.argv[1:]
-llmsparse.prune(model=model, output=out, method="sparsegpt", sparsity=0.5, calibration=notes, calibration_samples=8,
-                seq_len=32, match_steps=4, device="cpu", max_shard_size="100KB", resume=resume == "resume")
-"""
-
-
-def start(model: Path, out: Path, notes: Path, resume: bool) -> subprocess.Popen[bytes]:
-    arguments = [sys.executable, "-c", SCRIPT, str(model), str(out), str(notes), "resume" if resume else "anew"]
-    return subprocess.Popen(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def blocks_done(out: Path) -> int:
-    journal = out.with_name(out.name + ".partial") / ".llmsparse" / "journal.jsonl"
-    return journal.read_bytes().count(b"\n") if journal.exists() else 0
-
-
-def kill_and_resume(model: Path, notes: Path, out: Path, moments: list[float]) -> None:
-    """Kill the run each time it is `moment` journal entries in (a fraction waits a little longer), then let it finish."""
-    process = start(model, out, notes, resume=False)
-    for moment in moments:
-        while blocks_done(out) < int(moment) and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep((moment % 1) * 0.2)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if out.exists():
-            return  # it was done before the kill came
-        process = start(model, out, notes, resume=blocks_done(out) > 0 or run_known(out))
-        if not run_known(out):
-            process.wait()
-            return
-    assert process.wait() == 0
-
-
-def run_known(out: Path) -> bool:
-    return (out.with_name(out.name + ".partial") / ".llmsparse" / "run.json").exists()
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tiny_llama: Build, notes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model, and the result of a run over it that was left alone."""
-    folder = tmp_path_factory.mktemp("resume")
-    model = tiny_llama(folder / "model", layers=6, shards=2)
-    assert start(model, folder / "out", notes, resume=False).wait() == 0
-    return model, (folder / "out").rename(folder / "whole")
-
-
-def test_a_run_killed_twice_resumes_to_the_same_bytes(uninterrupted: tuple[Path, Path], notes: Path) -> None:
-    model, whole = uninterrupted
-    out = whole.with_name("out")  # the name of the other run: recipe, report and card quote it
-    kill_and_resume(model, notes, out, [2.3, 5.1])
-    assert files(out) == files(whole)
-    shutil.rmtree(out)
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_twenty_random_moments_resumes_to_the_same_bytes(
-    uninterrupted: tuple[Path, Path], notes: Path
-) -> None:
-    model, whole = uninterrupted
-    out = whole.with_name("out")
-    rng = random.Random(0)
-    for trial in range(20):
-        kill_and_resume(model, notes, out, [rng.uniform(1, 8)])
-        assert files(out) == files(whole), trial
-        shutil.rmtree(out)
-
-
-def test_a_resume_under_changed_conditions_is_refused_by_name(
-    uninterrupted: tuple[Path, Path], notes: Path, tmp_path: Path
-) -> None:
-    model, _ = uninterrupted
-    out = tmp_path / "out"
-    process = start(model, out, notes, resume=False)
-    while blocks_done(out) < 2:
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-    common: dict[str, Any] = {"model": str(model), "output": str(out), "method": "sparsegpt", "calibration": str(notes)}
-    with pytest.raises(RecipeError, match="recipe") as caught:
-        llmsparse.prune(**common, sparsity=0.6, resume=True, **RUN)
-    assert "\n" not in str(caught.value)
-    assert blocks_done(out) >= 2, "a refused resume loses nothing"
-
-
 class Interrupted(Silent):
     """Ctrl-C as the last of `blocks` blocks begins."""
 
@@ -382,6 +287,11 @@ class Interrupted(Silent):
             raise KeyboardInterrupt
 
 
+def blocks_done(out: Path) -> int:
+    journal = out.with_name(out.name + ".partial") / ".llmsparse" / "journal.jsonl"
+    return journal.read_bytes().count(b"\n")
+
+
 def interrupted(model: Path, notes: Path, out: Path, **options: Any) -> dict[str, Any]:
     """The keys of a run that was stopped in its third block, after three entries of the journal."""
     keys = {"model": str(model), "output": str(out), "method": "wanda", "sparsity": 0.5, "calibration": str(notes)}
@@ -390,6 +300,14 @@ def interrupted(model: Path, notes: Path, out: Path, **options: Any) -> dict[str
         llmsparse.prune(**keys, progress=Interrupted(3))
     assert blocks_done(out) == 3
     return keys
+
+
+def test_a_resume_under_changed_conditions_is_refused_by_name(model: Path, notes: Path, tmp_path: Path) -> None:
+    keys = interrupted(model, notes, tmp_path / "out")
+    with pytest.raises(RecipeError, match="recipe") as caught:
+        llmsparse.prune(**keys | {"sparsity": 0.6}, resume=True)
+    assert "\n" not in str(caught.value)
+    assert blocks_done(tmp_path / "out") == 3, "a refused resume loses nothing"
 
 
 @pytest.mark.parametrize("damage", ["lost", "truncated"])

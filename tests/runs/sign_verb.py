@@ -7,10 +7,9 @@ from pathlib import Path
 from llmsparse.runs.keys import CALIBRATION, MACHINE, MAX_SHARD_SIZE, Key
 from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.plan import RunPlan
-from llmsparse.runs.recipe import Count, Device, Dtype, PathText, RunRecipe, Seed, ShardSize, Source
-from llmsparse.runs.report import RunReport, perplexity_line
+from llmsparse.runs.recipe import Count, Device, Dtype, PathText, RunRecipe, Seed, ShardSize, Source, Texts
+from llmsparse.runs.report import RunReport, perplexity_lines
 from llmsparse.runs.run import Made, Run
-from llmsparse.runs.streams import Streams
 
 HELP, EXAMPLE = "Replace every matrix of MODEL by its signs times a mean.", "seed=1"
 OUTPUT = {"output": Key("Folder to write.", None, "DIR"), "max_shard_size": MAX_SHARD_SIZE}
@@ -20,7 +19,7 @@ KEYS = {"Calibration": CALIBRATION, "Machine and model": MACHINE, "Output": OUTP
 class SignRecipe(RunRecipe):
     model: Source
     output: PathText = "signs"
-    calibration: PathText = "builtin"
+    calibration: Texts = "builtin"
     text_field: str | None = None
     calibration_samples: Count = 8
     seq_len: Count | None = None
@@ -58,7 +57,7 @@ class SignReport(RunReport):
     stored = lambda self: asdict(self) | {"timings": None, "seconds": 0, "peak_memory_bytes": 0}  # noqa: E731
     warn = lambda self: self.warnings.append("signs alone say little")  # noqa: E731
     card = lambda self: f"---\n---\n# {self.model}, signs\n"  # noqa: E731
-    findings = lambda self: [perplexity_line(self.perplexity)]  # noqa: E731
+    findings = lambda self: perplexity_lines(self.perplexity)  # noqa: E731
 
 
 def make_plan(recipe, *, resume=False, overwrite=False, download=True):
@@ -70,7 +69,7 @@ def sign(recipe, *, resume=False, overwrite=False, progress=None):
     plan = make_plan(recipe, resume=resume, overwrite=overwrite)
     with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
         run.copy_the_rest()
-        streams, report = Streams(plan.model, plan.batches, plan.held_out), SignReport(**plan.described())
+        streams, report = plan.streams(), SignReport(**plan.described())
         for block in run.blocks():
             streams.through_source(block)
             made = run.block(block.name, Signed, lambda block=block: signed(block))

@@ -14,8 +14,17 @@ static float widen(uint16_t half) {
     return wide;
 }
 
+INLINE float get(const void *p, int64_t i, int dtype) {
+    return dtype == FP32 ? ((const float *)p)[i] : widen(((const uint16_t *)p)[i]);
+}
+
 static uint16_t narrow(float wide) { /* to nearest, ties to even; NaN stays NaN */
     uint32_t bits;
     memcpy(&bits, &wide, sizeof bits);
     return wide == wide ? (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : (uint16_t)(bits >> 16 | 0x40);
+}
+
+INLINE void put(void *p, int64_t i, int dtype, float value) {
+    if (dtype == FP32) ((float *)p)[i] = value;
+    else ((uint16_t *)p)[i] = narrow(value);
 }

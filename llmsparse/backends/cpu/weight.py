@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmsparse.backends.cpu import pages
 from llmsparse.backends.cpu.library import COLUMNS, DTYPES, ROWS, SLACK, Matrix, library
 from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.formats.bitmask import Bitmask, nofm
@@ -124,13 +125,12 @@ def prepare(packed: Bitmask) -> CpuWeight:
     tiles, groups = -(-out // ROWS), -(-width // COLUMNS)
     firsts = torch.arange(matrices)[:, None] * out + torch.arange(tiles) * ROWS  # (matrices, tiles): rows
     weight = CpuWeight(
-        torch.empty(nnz + SLACK, dtype=dtype),
-        torch.zeros((matrices, tiles, groups, ROWS), dtype=torch.int32),
+        pages.zeros((nnz + SLACK,), dtype),
+        pages.zeros((matrices, tiles, groups, ROWS), torch.int32),
         torch.cat((offsets[firsts.flatten()], offsets[-1:])),
         packed.shape,
         packed.pattern,
     )
-    weight.values[nnz:] = 0
     for number, matrix in enumerate(weight.matrices):
         here = number * out
         pointers = (values.data_ptr(), mask.data_ptr() + here * -(-width // 8), offsets[here:].data_ptr())

@@ -20,7 +20,7 @@ static void product(const struct weight *w, const void *dense, int32_t k, int x_
         for (int64_t r = 0; r < w->rows; r++) {
             double wanted = with_bias ? get(bias, r, bias_dtype) : 0, magnitude = fabs(wanted);
             for (int64_t c = 0; c < w->columns; c++) {
-                double term = get(dense, r * w->columns + c, w->dtype) * get(x, j * w->columns + c, x_dtype);
+                double term = (double)get(dense, r * w->columns + c, w->dtype) * get(x, j * w->columns + c, x_dtype);
                 wanted += term, magnitude += fabs(term);
             }
             double bound = (x_dtype == BF16 ? 1.0 / 256 : 1e-7) * fabs(wanted) + 1e-6 * magnitude;

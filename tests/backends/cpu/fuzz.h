@@ -17,13 +17,6 @@ static void *buffer(int64_t elements, int64_t size) {
     return bytes;
 }
 
-static double get(const void *p, int64_t i, int dtype) {
-    return dtype == FP32 ? ((const float *)p)[i] : widen(((const uint16_t *)p)[i]);
-}
-static void put(void *p, int64_t i, int dtype, float value) {
-    if (dtype == FP32) ((float *)p)[i] = value;
-    else ((uint16_t *)p)[i] = narrow(value);
-}
 static void fill(void *p, int64_t elements, int dtype) {
     for (int64_t i = 0; i < elements; i++) put(p, i, dtype, (float)draw(2001) / 1000 - 1);
 }

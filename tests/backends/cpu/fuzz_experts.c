@@ -31,7 +31,7 @@ static struct drawn random_mixture(void) {
 static double row_dot(const void *weight, int64_t row, const struct drawn *d, int64_t token) {
     double sum = 0;
     for (int64_t c = 0; c < d->e.width; c++)
-        sum += get(weight, row * d->e.width + c, d->e.dtype) * get(d->x, token * d->e.width + c, d->e.dtype);
+        sum += (double)get(weight, row * d->e.width + c, d->e.dtype) * get(d->x, token * d->e.width + c, d->e.dtype);
     return sum;
 }
 

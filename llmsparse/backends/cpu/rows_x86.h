@@ -1,4 +1,4 @@
-/* The kernels of experts.c for x86-64, each compiled for the instructions it uses and chosen by what the CPU has. */
+/* The kernels of rows.h for x86-64, each compiled for the instructions it uses and chosen by what the CPU has. */
 #include "avx.h"
 
 #define WITH_BF16 __attribute__((target("avx512f,avx512bw,avx512bf16")))

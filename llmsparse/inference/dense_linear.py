@@ -1,0 +1,73 @@
+"""Linear layers that stay dense in a packed model, such as its head: for few tokens by the C kernel of `cpu-dense`.
+
+A tied head runs from the embedding's own memory. More tokens at once, gradients, autocast and `torch.compile` are left to torch.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llmsparse.backends.cpu import dense
+from llmsparse.backends.cpu_dense import why_not
+from llmsparse.inference.gradient import wants_gradient
+
+LEAST = 2**18  # weights; torch is as fast with fewer, which stay in the cache
+
+
+class DenseLinear(nn.Linear):
+    """An `nn.Linear` by another way of multiplying. Made of one that is there by `quicken`, and back by `slow_down`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) → (..., out)."""
+        return dense.matvec(self.weight, x, self.bias) if self._fits(x) else super().forward(x)
+
+    def _fits(self, x: Tensor) -> bool:
+        weight = self.weight
+        if torch.compiler.is_compiling() or type(weight) is not nn.Parameter or x.dtype != weight.dtype:
+            return False
+        if not 0 < x.numel() <= most_tokens(weight) * weight.shape[1] or not weight.is_contiguous():
+            return False
+        return not torch.is_autocast_enabled("cpu") and not wants_gradient(x, weight, self.bias)
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """What runs a dense layer, up to so many tokens at once; for more of them torch."""
+
+    layer: str
+    runs: str
+    tokens: int
+    because: str
+
+
+def quicken(model: nn.Module) -> None:
+    """Let the dense linear layers of a model on the CPU run by the kernel, where it is of use."""
+    for module in model.modules():
+        large = type(module) is nn.Linear and module.weight.numel() >= LEAST
+        if large and why_not(module.weight.device, module.weight.dtype) is None:
+            module.__class__ = DenseLinear
+
+
+def slow_down(model: nn.Module) -> None:
+    """Let them run by torch again."""
+    for module in model.modules():
+        if isinstance(module, DenseLinear):
+            module.__class__ = nn.Linear
+
+
+def dense_layers(model: nn.Module) -> Iterator[DenseLayer]:
+    """The layers of a model that the kernel runs."""
+    for name, module in model.named_modules():
+        if isinstance(module, DenseLinear) and (tokens := most_tokens(module.weight)):
+            yield DenseLayer(name, "cpu-dense", tokens, "not packed; read where it lies, by a faster loop than torch's")
+
+
+def most_tokens(weight: Tensor) -> int:
+    """Up to how many tokens at once the kernel runs; 0 where it cannot."""
+    usable = why_not(weight.device, weight.dtype) is None
+    return dense.kernel_rows(weight.dtype, weight.shape[1]) if usable else 0

@@ -1,0 +1,73 @@
+"""Measure the experts of a mixture, block by block, on the model as it is: what `shrink` needs for any number of experts."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmsparse.models.streamed import Activations, Block
+from llmsparse.runs.progress import Progress
+from llmsparse.runs.recipe import from_arguments
+from llmsparse.runs.run import Made, Run
+from llmsparse.scoring.file import tensors_of
+from llmsparse.scoring.plan import ScoresPlan, make_plan
+from llmsparse.scoring.recipe import ScoresRecipe
+from llmsparse.scoring.report import ScoredBlock, ScoresReport
+from llmsparse.scoring.scores import super_experts
+from llmsparse.scoring.statistics import blend
+from llmsparse.scoring.watcher import Watcher
+
+
+def scores(
+    recipe: ScoresRecipe | str | Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **keys: Any,
+) -> ScoresReport:
+    """Measure a mixture's experts, as a ScoresRecipe says, or a model and keys of one: `scores("…", output="s.safetensors")`.
+
+    The run writes `<output>.partial/`, whose one file gets its name when all is done; `resume` takes up one that was
+    interrupted and gives the same bytes. Raises a LlmsparseError of one line.
+    """
+    plan = make_plan(from_arguments(ScoresRecipe, recipe, keys), resume=resume, overwrite=overwrite)
+    with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
+        run.copy_the_rest()
+        acts = plan.model.embed(plan.batches)
+        report = ScoresReport(**plan.described(), texts=plan.texts)
+        last = max(plan.mixtures)
+        for block in run.blocks():
+            if block.index > last:
+                break
+            if (block.index not in plan.mixtures or run.has(block.name)) and block.index < last:
+                block.run(acts, into=acts)
+            if block.index in plan.mixtures:
+                made = run.block(block.name, ScoredBlock, partial(measure, plan, block, acts, run.progress))
+                report.blocks.append(made.record)
+        return run.publish(report)
+
+
+@torch.no_grad()
+def measure(plan: ScoresPlan, block: Block, acts: Activations, progress: Progress) -> Made[ScoredBlock]:
+    """Sums of the block's experts; takes `acts` through the block."""
+    started = time.perf_counter()
+    watcher = Watcher(block, plan.mixtures[block.index], plan.texts_of_batches)
+    advance = progress.batches(f"measuring {block.name}", len(acts.hidden))
+    for batch, hidden in enumerate(acts.hidden):
+        with watcher.watching(batch):
+            acts.hidden[batch] = block.call(acts, batch).to(hidden.device)
+        advance()
+    statistics = {text: sums.cpu() for text, sums in watcher.statistics.items()}
+    record = ScoredBlock(
+        block.name,
+        plan.mixtures[block.index].experts,
+        {text: int((sums.tokens == 0).sum()) for text, sums in statistics.items()},
+        super_experts(blend(statistics, plan.texts)),
+        time.perf_counter() - started,
+    )
+    return Made(tensors_of(block.name, plan.texts, statistics), record)

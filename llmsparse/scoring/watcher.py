@@ -1,0 +1,44 @@
+"""The experts of one block, watched while calibration batches run through it: statistics of every text by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from llmsparse.models.streamed import Block
+from llmsparse.scoring.mixture import Call, Mixture, intercepted
+from llmsparse.scoring.statistics import ExpertStatistics
+
+
+class Watcher:
+    """`texts` names, batch by batch, the text of every window. `statistics` are summed up under these names, on the device
+    that computes; `outputs`, if kept, are (tokens, width) of every batch: what the experts gave together."""
+
+    def __init__(
+        self, block: Block, mixture: Mixture, texts: Sequence[Sequence[str]], keep_outputs: bool = False
+    ) -> None:
+        self._block, self._mixture, self._texts, self._keep = block, mixture, texts, keep_outputs
+        self.statistics: dict[str, ExpertStatistics] = {}
+        self.outputs: list[Tensor] = []
+
+    @contextmanager
+    def watching(self, batch: int) -> Iterator[None]:
+        """Open while batch number `batch` runs through the block."""
+
+        def observe(call: Call) -> Tensor:
+            seen = call.observe()
+            windows, device = self._texts[batch], seen.index.device
+            owner = torch.arange(len(windows), device=device).repeat_interleave(len(seen.index) // len(windows))
+            for text in dict.fromkeys(windows):
+                own = torch.tensor([window == text for window in windows], device=device)[owner]  # (tokens,)
+                sums = self.statistics.setdefault(text, ExpertStatistics.empty(self._mixture.experts, device))
+                sums.add(seen.index[own], seen.gates[own], seen.norms[own])
+            if self._keep:
+                self.outputs.append(seen.output)
+            return seen.returned
+
+        with intercepted(self._block, self._mixture, observe):
+            yield

@@ -1,0 +1,1 @@
+"""A smaller model of the same kind: fewer experts, fewer blocks, narrower FFNs and attention."""

@@ -1,0 +1,132 @@
+"""One block: watched whole on the calibration batches, cut, and what is left fitted to what the whole one did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsparse.calibration.matching import Match, autocast_dtype, match
+from llmsparse.models.streamed import Activations, Block, StreamedModel
+from llmsparse.runs.progress import Progress
+from llmsparse.runs.run import Made
+from llmsparse.shrinking.reduction import Cut, Reduction
+
+
+@dataclass(frozen=True)
+class ShrinkOptions:
+    """What the work on a block is told, besides what to cut."""
+
+    reductions: Sequence[Reduction]
+    refit: bool
+    match_steps: int
+    seed: int
+    device: torch.device
+    dtype: torch.dtype  # to run blocks in
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """What the journal keeps of a finished block."""
+
+    name: str
+    rows: dict[str, dict[str, Any]]  # name of a reduction → what it says of the block
+    match: dict[str, Any] | None  # relative output error before and after block matching
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> BlockRecord:
+        return cls(entry["name"], entry["rows"], entry["match"], entry["seconds"])
+
+
+@torch.no_grad()
+def shrink_block(
+    block: Block,
+    target: int,
+    made: StreamedModel,
+    watched: Activations,
+    entering: Activations,
+    options: ShrinkOptions,
+    progress: Progress,
+    onwards: bool = False,
+) -> Made[BlockRecord]:
+    """The on-disk tensors of block `target` of `made`, and what is to be said of them.
+
+    `watched` enters the whole block, and is taken through it where it goes `onwards`; `entering` enters the made one: the
+    same batches behind what has been made, with the arguments that blocks of `made` are called with. Evicts `block`.
+    """
+    started = time.perf_counter()
+    cuts = {reduction.name: reduction.begin(block) for reduction in options.reductions}
+    outputs: list[Tensor] = []
+    if onwards or options.match_steps or any(cut.watches for cut in cuts.values()):
+        advance = progress.batches(f"watching {block.name}", len(watched.hidden))
+        outputs = watch(block, watched, list(cuts.values()), bool(options.match_steps), onwards, advance)
+
+    tensors = dict(block.stored)
+    for cut in cuts.values():
+        tensors = cut.cut(tensors)
+    block.evict()
+    made_block = made.block(target, {key: tensor.contiguous() for key, tensor in tensors.items()})
+    if options.refit:
+        for cut in cuts.values():
+            cut.refit(made_block, entering)
+    rows = {name: row for name, cut in cuts.items() if (row := cut.row())}
+    matched = match_made(made_block, entering, outputs, options, progress) if options.match_steps and rows else None
+    result = made_block.stored
+    made_block.evict()
+    seconds = time.perf_counter() - started
+    return Made(result, BlockRecord(block.name, rows, asdict(matched) if matched else None, seconds))
+
+
+def watch(
+    block: Block, acts: Activations, cuts: Sequence[Cut], keep: bool, onwards: bool, advance: Callable[[], None]
+) -> list[Tensor]:
+    """Run every batch through the block, which is whole; returns its outputs where they are to be kept. `onwards` they take
+    the place of the inputs."""
+    outputs: list[Tensor] = []
+    for batch, hidden in enumerate(acts.hidden):
+        with ExitStack() as stack:
+            for cut in cuts:
+                stack.enter_context(cut.watching(batch))
+            output = block.call(acts, batch).to(hidden.device)
+        if keep:
+            outputs.append(output)
+        if onwards:
+            acts.hidden[batch] = output
+        advance()
+    return outputs
+
+
+def match_made(
+    made: Block, acts: Activations, targets: Sequence[Tensor], options: ShrinkOptions, progress: Progress
+) -> Match:
+    """Tune every matrix of the made block, routers aside, so that its output comes back to the whole one's."""
+    weights = [weight for weight in made.weights if weight.prunable]
+    free = {key: torch.zeros(tensor.shape, dtype=torch.bool) for key, tensor in made.stored.items()}
+    for weight in weights:
+        made.view(weight, free).fill_(True)
+    movable = {name: mask for name, mask in made.in_module(free).items() if mask.any()}
+    tuned, result = match(
+        made,
+        acts,
+        targets,
+        movable,
+        steps=options.match_steps,
+        seed=options.seed,
+        autocast=autocast_dtype(options.dtype, options.device),
+        advance=progress.batches(f"matching {made.name}", options.match_steps),
+    )
+    if result.improved:
+        on_disk = made.on_disk(tuned)
+        made.stored = {key: tensor.clone() for key, tensor in made.stored.items()}
+        for weight in weights:
+            made.store(weight, made.view(weight, on_disk))
+    return result

@@ -1,0 +1,138 @@
+"""Which blocks a model can do without.
+
+`influence` asks how far a block turns the hidden states: 1 − cos(input, output), the mean over tokens (ShortGPT, arXiv
+2403.03853); the blocks with the least go at once. `suffix` asks what the rest of the model makes of it: the divergence
+KL(p ‖ q) of the output without the block, q, from that of the whole model, p; the block with the least goes, and all that are
+left are asked again.
+"""
+
+# pyright: reportUnknownMemberType=false
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmsparse.errors import NumericalError
+from llmsparse.models.likelihood import LOGIT_ELEMENTS
+from llmsparse.models.streamed import Activations, StreamedModel
+
+SUFFIX_TOKENS = 2**13  # of calibration that divergences are measured on
+NOTHING = -1  # a candidate that skips no block
+STREAM_BYTES = 2**31  # of hidden states without one block each, held at once
+
+Advance = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A block that goes, and the score that it had when it was chosen."""
+
+    index: int
+    score: float
+
+
+def by_influence(model: StreamedModel, batches: Sequence[Tensor], count: int, advance: Advance) -> list[Removal]:
+    """The `count` blocks of the least influence on these batches of (batch, tokens) ids, least first."""
+    scores: list[float] = []
+    acts = model.embed(batches)
+    for block in model.blocks():
+        angles = torch.zeros((), dtype=torch.float64)
+        for batch, hidden in enumerate(acts.hidden):
+            with torch.no_grad():
+                output = block.call(acts, batch).to(hidden.device)
+            angles += F.cosine_similarity(hidden.float(), output.float(), dim=-1).double().sum().cpu()
+            acts.hidden[batch] = output
+        scores.append(1 - angles.item() / sum(ids.numel() for ids in batches))
+        advance()
+    removed = [Removal(index, _finite(score, index)) for index, score in enumerate(scores)]
+    return sorted(removed, key=lambda one: one.score)[:count]
+
+
+def by_suffix(model: StreamedModel, batches: Sequence[Tensor], count: int, advance: Advance) -> list[Removal]:
+    """`count` blocks, each the one without which the output stays closest to the whole model's once those before it are gone.
+
+    `advance` is called for every candidate.
+    """
+    start = model.embed(few := first_batches(batches, SUFFIX_TOKENS))
+    whole = without(model, start, [], [NOTHING])[NOTHING]
+    held = sum(hidden.nbytes for hidden in start.hidden)
+    removed: list[Removal] = []
+    for _ in range(count):
+        gone = [one.index for one in removed]
+        left = [index for index in range(len(model.block_names)) if index not in gone]
+        scores: dict[int, float] = {}
+        for group in _groups(left, max(1, STREAM_BYTES // held)):
+            ends = without(model, start, gone, group)
+            scores |= {index: _finite(score, index) for index, score in divergences(model, whole, ends).items()}
+            for _ in group:
+                advance()
+        best = min(scores, key=lambda index: scores[index])
+        removed.append(Removal(best, scores[best] / sum(ids.numel() for ids in few)))
+    return removed
+
+
+SCORES: dict[str, Callable[[StreamedModel, Sequence[Tensor], int, Advance], list[Removal]]] = {
+    "suffix": by_suffix,
+    "influence": by_influence,
+}
+
+
+@torch.no_grad()
+def without(
+    model: StreamedModel, start: Activations, gone: Sequence[int], candidates: Sequence[int]
+) -> dict[int, Activations]:
+    """What leaves the last block when those in `gone` are skipped, and one candidate besides. NOTHING is a candidate, too.
+
+    One pass: each block is loaded once, and run for all candidates before it.
+    """
+    common = start.like(list(start.hidden))  # skips what is gone, and no candidate yet
+    skipping: dict[int, Activations] = {}
+    for block in model.blocks({name for index, name in enumerate(model.block_names) if index not in gone}):
+        for stream in skipping.values():
+            block.run(stream, into=stream)
+        if block.index in candidates:
+            skipping[block.index] = common.like(list(common.hidden))
+        if NOTHING in candidates or block.index < max(candidates):
+            block.run(common, into=common)
+    return skipping | ({NOTHING: common} if NOTHING in candidates else {})
+
+
+@torch.no_grad()
+def divergences(model: StreamedModel, whole: Activations, others: dict[int, Activations]) -> dict[int, float]:
+    """Σ over tokens of KL(p ‖ q) in nats, p the output of `whole`, q that of each other, of hidden states after the last
+    block."""
+    found = dict.fromkeys(others, 0.0)
+    for batch, hidden in enumerate(whole.hidden):  # (batch, tokens, width)
+        tokens = max(1, LOGIT_ELEMENTS // (2 * hidden.shape[0] * model.vocabulary))
+        for start in range(0, hidden.shape[1], tokens):
+            part = slice(start, start + tokens)
+            p = model.logits(hidden[:, part]).float().log_softmax(-1)  # (batch, tokens, vocabulary)
+            for index, other in others.items():
+                q = model.logits(other.hidden[batch][:, part]).float().log_softmax(-1)
+                found[index] += F.kl_div(q, p, reduction="sum", log_target=True).item()
+    return found
+
+
+def first_batches(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """The first ones, until they hold so many tokens."""
+    found: list[Tensor] = []
+    for ids in batches:
+        if sum(one.numel() for one in found) >= tokens:
+            break
+        found.append(ids)
+    return found
+
+
+def _groups(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
+
+
+def _finite(score: float, index: int) -> float:
+    if score != score or score in (float("inf"), -float("inf")):
+        raise NumericalError(f"the score of block {index} is {score}; try --dtype float32, or check the model")
+    return score

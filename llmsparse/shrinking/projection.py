@@ -1,0 +1,101 @@
+"""The matrix that takes pieces in, channels of an FFN or heads: which of them matter, and what it becomes without the others.
+
+A piece adds W_p x_p to the output; its energy is Σ ‖W_p x_p‖² over calibration tokens, for a channel (Σ h²)·‖w‖². What is
+cut is made up for in closed form: the columns that stay are fitted to the output of the whole matrix
+(calibration/least_squares), judged on tokens held back.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llmsparse.calibration.least_squares import HELD_BACK, JUDGES, error, fit
+from llmsparse.errors import NumericalError
+from llmsparse.sparsity.stats import Gram
+
+
+@dataclass
+class Seen:
+    """What calibration says of the input of one projection, x (tokens, width) in `pieces` equal pieces."""
+
+    width: int
+    pieces: int
+    device: torch.device
+    fits: bool  # XᵀX as a whole is wanted, not only what lies within a piece
+    judges: int = JUDGES  # tokens held back, at most
+    tokens: int = 0
+    gram: Gram | None = None
+    squares: Tensor | None = None  # of each piece its part of XᵀX, (pieces, size, size)
+    held: list[Tensor] = field(default_factory=list[Tensor])  # rows of the tokens held back
+
+    def update(self, x: Tensor) -> None:
+        """Take in x (tokens, width)."""
+        number = torch.arange(self.tokens, self.tokens + len(x), device=x.device)
+        self.tokens += len(x)
+        if not self.fits:
+            self.squares = self._within(x.float()) + (0 if self.squares is None else self.squares)
+            return
+        judge = number % HELD_BACK == HELD_BACK - 1
+        if sum(map(len, self.held)) < self.judges:
+            self.held.append(x[judge].clone())
+        self.gram = self.gram or Gram(self.width, self.device)
+        self.gram.update(x[~judge])
+
+    def _within(self, x: Tensor) -> Tensor:
+        parts = x.view(len(x), self.pieces, -1)
+        return torch.einsum("tpa,tpb->pab", parts, parts)
+
+    def within(self) -> Tensor:
+        """Σ x_p x_pᵀ of each piece, (pieces, size, size) fp32. NumericalError where an activation was NaN or Inf."""
+        size = self.width // self.pieces
+        if self.squares is None and self.gram is not None:
+            whole = self.gram.xtx.view(self.pieces, size, self.pieces, size)
+            self.squares = torch.diagonal(whole, dim1=0, dim2=2).permute(2, 0, 1)
+        if self.squares is None:
+            return torch.zeros(self.pieces, size, size, device=self.device)
+        if not bool(torch.isfinite(self.squares).all()):
+            raise NumericalError("the activations are NaN or Inf; try --dtype float32, or check the model")
+        return self.squares
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A projection without the pieces that were cut."""
+
+    weight: Tensor  # (out, what stays) fp32
+    before: float | None  # relative squared error of the output on the tokens held back: as it was cut …
+    after: float | None  # … and as it was fitted; None where nothing was held back
+    damp: float | None  # of the fit; None where it was left as it was cut
+
+
+def energies(weight: Tensor, seen: Seen) -> Tensor:
+    """Σ ‖W_p x_p‖² of every piece, for W (out, width) fp32: (pieces,)."""
+    parts = weight.view(len(weight), seen.pieces, -1)  # (out, pieces, size)
+    return (torch.einsum("opa,opb->pab", parts, parts) * seen.within()).sum((1, 2))
+
+
+def loudest(weight: Tensor, seen: Seen, count: int) -> Tensor:
+    """The numbers of the `count` pieces of the highest energy, ascending; by the weight alone where no token was seen."""
+    alone = weight.view(len(weight), seen.pieces, -1).square().sum((0, 2))
+    energy = energies(weight, seen) if seen.tokens else alone
+    return energy.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def fit_columns(weight: Tensor, columns: Tensor, seen: Seen) -> Fitted:
+    """W (out, width) fp32 with these columns alone, fitted to Wx where that is better on the tokens held back."""
+    start = weight[:, columns]
+    if seen.gram is None or not seen.held:
+        return Fitted(start, None, None, None)
+    gram = seen.gram.xtx[columns]  # (what stays, width)
+    rows = [x.float() for x in seen.held]
+    judges = [(x[:, columns], x @ weight.T) for x in rows]
+    whole = sum(y.square().sum().item() for _, y in judges)
+    if not gram.any() or not whole:
+        return Fitted(start, None, None, None)
+    fitted = fit(gram[:, columns].contiguous(), gram @ weight.T, start, judges)
+    before, after = (error(one, judges) / whole for one in (start, fitted.weight))
+    return Fitted(fitted.weight, before, after, fitted.damp)

@@ -1,0 +1,106 @@
+"""Windows of several texts in the shares that were asked for, in seeded order, and held-out windows of each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmsparse.errors import CalibrationError
+from llmsparse.text.kinds import has_columns, is_file_name, is_token_file
+from llmsparse.text.shares import Share, Sources, apportion, split_shares
+from llmsparse.text.sources import Purpose
+from llmsparse.text.windows import Windows, load_windows, stored_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LEAST_HELD_OUT = 8  # windows to measure on of each text of a mix
+
+
+def load_mix(
+    sources: Sources,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    seq_len: int | None,
+    samples: int,
+    seed: int,
+    held_out: int = 0,
+    text_field: str | None = None,
+    vocabulary: int | None = None,
+    purpose: Purpose = "calibration",
+) -> Windows:
+    """`load_windows` of one text; of several, windows of each in its share, shuffled by the seed.
+
+    `held_out` windows are then divided between the texts, eight of each at least, one text after the other
+    (`Windows.held_out_of`). A column is looked for where there are columns.
+    CalibrationError, beside what `load_windows` refuses, for a text that is too short for its share.
+    """
+    options: dict[str, Any] = {"seed": seed, "vocabulary": vocabulary, "purpose": purpose}
+    shares = split_shares(sources)
+    if len(shares) == 1:
+        known: dict[str, Any] = options | {"seq_len": seq_len, "samples": samples, "held_out": held_out}
+        return load_windows(shares[0].source, tokenizer, text_field=text_field, **known)
+    if text_field is not None and not any(has_columns(share.source) for share in shares):
+        raise CalibrationError(f"no table is among the texts, so there is no column {text_field!r}; leave it out")
+    length = seq_len or _stored_length(shares)
+    counts = apportion(samples, shares)
+    held_of_each = max(LEAST_HELD_OUT, held_out // len(shares)) if held_out else 0
+    parts: list[Windows] = []
+    for share, count in zip(shares, counts, strict=True):
+        column = text_field if has_columns(share.source) else None
+        known = options | {"seq_len": length, "samples": count, "held_out": held_of_each}
+        part = load_windows(share.source, tokenizer, text_field=column, **known)
+        if len(part.ids) < count:
+            raise CalibrationError(
+                f"{share.source}: {len(part.ids)} windows of {part.ids.shape[1]} tokens beside {len(part.held_out)} held "
+                f"out, and its share is {count}; give more of it, a smaller weight, or fewer --calibration-samples"
+            )
+        parts.append(part)
+    return mixed(shares, parts, seed)
+
+
+def mixed(shares: Sequence[Share], parts: Sequence[Windows], seed: int) -> Windows:
+    """The windows of `parts`, one for each share, as one: shuffled by the seed; held-out ones part after part."""
+    order = torch.randperm(sum(len(part.ids) for part in parts), generator=torch.Generator().manual_seed(seed))
+    ids = torch.cat([part.ids for part in parts])[order]
+    held = torch.cat([part.held_out for part in parts])
+    named = list(zip(names(shares), shares, parts, strict=True))
+    sources = [{"source": name, "weight": share.weight} | part.protocol for name, share, part in named]
+    notes = [f"{name}: {part.protocol['note']}" for name, _, part in named if "note" in part.protocol]
+    protocol: dict[str, Any] = {"sources": sources, "order": "seeded", "seed": seed, "held_out_from": "each of them"}
+    made = Windows.of(ids, held, protocol | ({"note": "; ".join(notes)} if notes else {}))
+    owners = [name for name, _, part in named for _ in part.ids]
+    ids_of = tuple(owners[place] for place in order.tolist())
+    return replace(made, held_out_of=tuple((name, len(part.held_out)) for name, _, part in named), ids_of=ids_of)
+
+
+def names(shares: Sequence[Share]) -> list[str]:
+    """What a report calls each text: a file by its name alone, where no other one has it."""
+    short = [Path(source).name if is_file_name(source) else source for source, _ in shares]
+    return [name if short.count(name) == 1 else share.source for name, share in zip(short, shares, strict=True)]
+
+
+def _stored_length(shares: Sequence[Share]) -> int | None:
+    """Tokens in a row of the token files among them; None where there is none."""
+    lengths = {share.source: stored_length(share.source, None) for share in shares if is_token_file(share.source)}
+    for source, length in lengths.items():
+        first, wanted = next(iter(lengths.items()))
+        if length != wanted:
+            raise CalibrationError(
+                f"{source}: rows of {length} tokens, and those of {first} have {wanted}; a mix takes rows of one length"
+            )
+    return next(iter(lengths.values()), None)
+
+
+def held_out_parts(windows: Windows) -> list[tuple[str, Tensor]]:
+    """The held-out windows text by text, (n, seq_len) each, under their names; "" where there is one text alone."""
+    if not windows.held_out_of:
+        return [("", windows.held_out)]
+    counts = [count for _, count in windows.held_out_of]
+    texts = [name for name, _ in windows.held_out_of]
+    return list(zip(texts, windows.held_out.split(counts), strict=True))  # pyright: ignore[reportUnknownArgumentType, reportUnknownMemberType]

@@ -1,0 +1,77 @@
+"""The closed form against numpy, and what is kept of the inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmsparse.calibration.least_squares import DAMPS, HELD_BACK
+from llmsparse.errors import NumericalError
+from llmsparse.shrinking.projection import Seen, energies, fit_columns, loudest
+
+CPU = torch.device("cpu")
+
+
+def correlated(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, 3, generator=generator) @ torch.randn(3, width, generator=generator) + 0.3 * torch.randn(
+        tokens, width, generator=generator
+    )
+
+
+def seen_of(x: torch.Tensor, pieces: int, fits: bool = True) -> Seen:
+    seen = Seen(x.shape[1], pieces, CPU, fits)
+    for part in x.split(7):
+        seen.update(part)
+    return seen
+
+
+def test_refit_is_the_closed_form() -> None:
+    x, weight = correlated(400, 12), torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
+    columns = torch.tensor([0, 2, 3, 7, 9, 11])
+    fitted = fit_columns(weight, columns, seen_of(x, 12))
+    assert fitted.damp in DAMPS
+
+    h, w = x.numpy().astype(float), weight.numpy().astype(float)
+    judge = np.arange(len(h)) % HELD_BACK == HELD_BACK - 1
+    gram = h[~judge].T @ h[~judge]
+    kept = columns.numpy()
+    damping = fitted.damp * np.diag(gram)[kept].mean()
+    left = gram[np.ix_(kept, kept)] + damping * np.eye(len(kept))
+    right = gram[kept] @ w.T + damping * w[:, kept].T
+    assert fitted.weight.numpy() == pytest.approx(np.linalg.solve(left, right).T, abs=1e-3)
+
+    for matrix, error in ((w[:, kept], fitted.before), (fitted.weight.numpy(), fitted.after)):
+        lost = h[judge] @ w.T - h[judge][:, kept] @ matrix.T
+        assert error == pytest.approx((lost**2).sum() / ((h[judge] @ w.T) ** 2).sum(), rel=1e-3)
+
+
+@given(st.sampled_from([1, 2, 3]), st.booleans())
+def test_the_energy_of_a_piece_is_what_it_adds_to_the_output(size: int, fits: bool) -> None:
+    x, weight = correlated(40, 6 * size), torch.randn(5, 6 * size, generator=torch.Generator().manual_seed(2))
+    seen = seen_of(x, 6, fits)
+    counted = x[torch.arange(40) % HELD_BACK != HELD_BACK - 1] if fits else x
+    for piece, energy in enumerate(energies(weight, seen)):
+        part = slice(piece * size, (piece + 1) * size)
+        assert energy.item() == pytest.approx((counted[:, part] @ weight[:, part].T).square().sum().item(), rel=1e-4)
+
+
+def test_pieces_come_in_order_and_ties_go_to_the_first() -> None:
+    x, weight = torch.ones(16, 4), torch.tensor([[1.0, 3.0, 3.0, 3.0]])
+    assert loudest(weight, seen_of(x, 4), 2).tolist() == [1, 2]
+    assert loudest(weight, Seen(4, 4, CPU, fits=True), 1).tolist() == [1], "by the weight where no token was seen"
+
+
+def test_columns_that_say_nothing_are_left_as_they_are() -> None:
+    weight = torch.ones(2, 4)
+    for seen in (Seen(4, 4, CPU, fits=True), seen_of(torch.zeros(32, 4), 4), seen_of(torch.ones(4, 4), 4)):
+        fitted = fit_columns(weight, torch.tensor([0, 1]), seen)
+        assert fitted.damp is None and torch.equal(fitted.weight, weight[:, :2])
+
+
+def test_activations_that_are_no_numbers_are_an_error() -> None:
+    with pytest.raises(NumericalError, match="NaN or Inf"):
+        energies(torch.ones(2, 4), seen_of(torch.full((4, 4), float("nan")), 4, fits=False))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmsparse.formats import PackedTensor
+from llmsparse.formats.nested import Nested
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,14 @@ class WeightSpec:
     transposed: bool = False  # the module that it stands for keeps (in, out)
     whole: bool = False  # the module multiplies with it in a way of its own: it must be handed over unpacked
     format: str = "bitmask"  # of FORMATS
+    group: int | None = None  # columns that share a step; of nested weights
+    stored: torch.dtype | None = None  # that these are rounded to, whatever they are computed with in
 
     @classmethod
     def of(cls, packed: PackedTensor, transposed: bool = False, whole: bool = False) -> WeightSpec:
         where = (packed.dtype, packed.device)
-        return cls(packed.shape, packed.pattern, packed.nnz, *where, transposed, whole, packed.FORMAT)
+        few = (packed.group, packed.stored) if isinstance(packed, Nested) else (None, None)
+        return cls(packed.shape, packed.pattern, packed.nnz, *where, transposed, whole, packed.FORMAT, *few)
 
     @property
     def sparsity(self) -> float:

@@ -67,10 +67,11 @@ class Nested:
         *_, out, width = q.shape
         tile = max(1, min(out, -(-TILE // max(1, TILE_ROWS * width)) * TILE_ROWS))
         group = -(-width // steps.shape[1]) if steps.shape[1] else max(1, width)
-        return cls._written(q, steps, code, tile, group, dtype)
+        return cls.written(q, steps, code, tile, group, dtype)
 
     @classmethod
-    def _written(cls, q: Tensor, steps: Tensor, code: Code, tile: int, group: int, dtype: torch.dtype) -> Self:
+    def written(cls, q: Tensor, steps: Tensor, code: Code, tile: int, group: int, dtype: torch.dtype) -> Self:
+        """As `encode`, by a code and in tiles that are given."""
         parts: list[bytes] = []
         for rows in _tile_slices(tuple(q.shape), tile):
             parts.append(encode(q.reshape(-1, q.shape[-1])[rows].numpy().reshape(-1), code))
@@ -220,7 +221,7 @@ class Nested:
         one = stop > start and (stop - 1) // out == start // out and first % self.tile_rows == 0
         if not one or (last % self.tile_rows and last != out):
             q = self.numbers().view(-1, width)[start:stop]
-            part = self._written(q, self.steps[start:stop].cpu(), self.code, self.tile_rows, self.group, self.stored)
+            part = self.written(q, self.steps[start:stop].cpu(), self.code, self.tile_rows, self.group, self.stored)
             return part.moved(self.device, self.dtype)
         at = start // out * -(-out // self.tile_rows) + first // self.tile_rows
         tiles = self.tiles[at : at + -(-(stop - start) // self.tile_rows) + 1]
@@ -248,6 +249,12 @@ class Nested:
     def emptied(self) -> Self:
         return replace(
             self, **{key: tensor.clone() for key, tensor in zip(TENSORS, self.tensors().values(), strict=True)}
+        )
+
+    def emptied_of_tensors(self) -> Self:
+        """What `written` needs to know beside numbers and steps."""
+        return replace(
+            self, **{key: tensor.new_empty(0) for key, tensor in zip(TENSORS, self.tensors().values(), strict=True)}
         )
 
     def filled(self, weight: Tensor) -> Self:

@@ -15,8 +15,9 @@ from llmsparse.calibration.selection import matching_weights
 from llmsparse.errors import RecipeError
 from llmsparse.models.prunable import refuse_flat_experts, refuse_shared_blocks, refuse_stored
 from llmsparse.models.streamed import HEAD, StreamedModel, Weight
+from llmsparse.packing.values import LARGEST
 from llmsparse.quantization.block import STEPS, Choice, QuantizeOptions, dense_for_values, steps_shape
-from llmsparse.quantization.recipe import LARGEST, QuantizeRecipe
+from llmsparse.quantization.recipe import QuantizeRecipe
 from llmsparse.quantization.weight import SPARSE, Problem
 from llmsparse.runs.memory import available_bytes, freed_bytes
 from llmsparse.runs.opening import OpenedModel, fetched, open_model, read_windows

@@ -27,7 +27,6 @@ from llmsparse.runs.recipe import (
 from llmsparse.text.shares import Sources
 
 MOST_BITS = 8
-LARGEST = {"int8": 127, "int4": 7}  # |q|
 
 
 def _bits(value: Any) -> float:

@@ -14,6 +14,7 @@ from llmsparse.errors import NumericalError
 from llmsparse.formats.digits import LARGEST
 from llmsparse.formats.nested import STEPS, Nested
 from llmsparse.formats.shortest import shortest_code
+from llmsparse.packing.values import value_steps
 from llmsparse.pruners.sparsegpt import factor_hessian
 from llmsparse.quantization.gptq import quantize_columns, refitted
 from llmsparse.quantization.rounding import round_by, thresholds
@@ -24,7 +25,6 @@ SPARSE = 0.05  # fraction of zeros that no dense weight has by chance: these zer
 START = 1.2  # steps in root mean squares of a row, where the search begins ...
 LEAST, MOST = 2**-5, 6.0  # ... and between which it stays
 TRIED_ROWS = 256  # of a larger weight only so many rows, evenly spread, are tried until their step fits
-SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of the largest value that so few levels reach: the best is taken
 
 
 @dataclass(frozen=True)
@@ -74,20 +74,9 @@ class Problem:
 
     def to_values(self, largest: int) -> Quantized:
         """Numbers up to ±`largest` for what is not 0."""
-        extent = self._grouped(self.weight.abs(), lambda part: part.amax(2)) / largest
-        shrinks = SHRINK if largest < LARGEST else SHRINK[:1]
+        importance = self.stat.xtx.diagonal() if self.stat else None
+        steps = value_steps(self.weight, largest, self.group, importance)
         rounding = partial(round_by, above=thresholds(self.weight, 0.0), most=largest)
-        best = torch.full_like(extent, torch.inf)
-        steps = torch.ones_like(extent, dtype=STEPS)
-        diagonal = (
-            self.stat.xtx.diagonal() if self.stat else torch.ones(self.weight.shape[1], device=self.weight.device)
-        )
-        for shrink in shrinks:
-            tried = _as_steps(extent * shrink, up=shrink == 1.0)
-            each = self._spread(tried.float())
-            lost = (self.weight - rounding(self.weight / each) * each).square() * diagonal
-            error = self._grouped(lost, lambda part: part.sum(2))
-            steps, best = torch.where(error < best, tried, steps), torch.minimum(error, best)
         return self._finished(self._solve(steps, rounding), steps, None)
 
     def bits_of(self, q: Tensor, steps: Tensor) -> float:
@@ -141,12 +130,11 @@ class Problem:
         return reduced(values.view(len(values), -1, self.group))
 
 
-def _as_steps(steps: Tensor, up: bool = False) -> Tensor:
-    """As they are stored, above 0; `up`: none is smaller than it was. NumericalError for what is no number."""
+def _as_steps(steps: Tensor) -> Tensor:
+    """As they are stored, above 0. NumericalError for what is no number."""
     if not bool(steps.isfinite().all()):
         raise NumericalError("a weight that is NaN or Inf has no step; check the checkpoint")
-    rounded = torch.where(steps > 0, steps, 1.0).to(STEPS)
-    return torch.where(up & (rounded.float() < steps), rounded * (1 + 2**-7), rounded).to(STEPS)
+    return torch.where(steps > 0, steps, 1.0).to(STEPS)
 
 
 def coded(q: Tensor, steps: Tensor, dtype: torch.dtype) -> Nested:

@@ -152,7 +152,9 @@ def test_a_copy_has_memory_of_its_own_and_what_does_not_fit_is_refused() -> None
     made, x = nested.prepare(packed), torch.randn(2, 70).to(BF16)
     assert torch.equal(nested.matvec(copy.deepcopy(made), x), nested.matvec(made, x))
     large = weight_of(64, 1024)
-    assert 8 * nested.prepare(large).nbytes / large.numbers().numel() < 3.0, "2 bits, 4 for each escape, and little beside"
+    assert 8 * nested.prepare(large).nbytes / large.numbers().numel() < 3.0, (
+        "2 bits, 4 for each escape, and little beside"
+    )
     for wrong in (torch.randn(2, 71).to(BF16), torch.randn(2, 70)):
         with pytest.raises(ValueError, match="wanted"):
             nested.matvec(made, wrong)

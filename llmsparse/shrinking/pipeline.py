@@ -21,6 +21,7 @@ from llmsparse.shrinking.plan import ShrinkPlan, make_plan
 from llmsparse.shrinking.recipe import ShrinkRecipe
 from llmsparse.shrinking.report import ShrinkReport
 from llmsparse.storage.checkpoint import CheckpointReader
+from llmsparse.storage.heap import release_freed
 
 
 def shrink(
@@ -64,5 +65,6 @@ def shrink(
             written = made.block(target, found.tensors)
             streams.through_made(written)
             written.evict()
+            release_freed()
         report.perplexity = streams.perplexity()
         return run.publish(report)

@@ -3,6 +3,7 @@
 # pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -52,6 +53,7 @@ class ShrinkPlan(RunPlan[ShrinkRecipe]):
         reductions = [reduction.survey(self, run) for reduction in self.reductions]
         plan = replace(self, reductions=reductions).with_config()
         check_made(plan.model.config, plan.config.raw, plan.tensors, plan.folder, plan.trust_remote_code)
+        gc.collect()  # models without weights that shapes were learned from: their modules hold each other
         return plan
 
     @property
@@ -186,5 +188,6 @@ def make_plan(
     windows = read_windows(opened, recipe.calibration_samples)
     plan = ShrinkPlan(**opened.fields, windows=windows, reductions=reductions, raw=raw).with_config()
     check_made(opened.config, plan.config.raw, plan.tensors, plan.folder, plan.trust_remote_code)
+    gc.collect()
     check_room(opened.output, plan.bytes_to_write + parse_size("1MB"), held_bytes(opened.output))
     return fetched(plan, download)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from llmsparse.formats.bitmask import Bitmask
+from llmsparse.formats import PackedTensor
+from llmsparse.formats.nested import Nested
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,15 @@ class WeightSpec:
     device: torch.device
     transposed: bool = False  # the module that it stands for keeps (in, out)
     whole: bool = False  # the module multiplies with it in a way of its own: it must be handed over unpacked
+    format: str = "bitmask"  # of FORMATS
+    group: int | None = None  # columns that share a step; of nested weights
+    stored: torch.dtype | None = None  # that these are rounded to, whatever they are computed with in
 
     @classmethod
-    def of(cls, packed: Bitmask, transposed: bool = False, whole: bool = False) -> WeightSpec:
-        values = packed.values
-        return cls(packed.shape, packed.pattern, values.numel(), values.dtype, values.device, transposed, whole)
+    def of(cls, packed: PackedTensor, transposed: bool = False, whole: bool = False) -> WeightSpec:
+        where = (packed.dtype, packed.device)
+        few = (packed.group, packed.stored) if isinstance(packed, Nested) else (None, None)
+        return cls(packed.shape, packed.pattern, packed.nnz, *where, transposed, whole, packed.FORMAT, *few)
 
     @property
     def sparsity(self) -> float:
@@ -45,8 +51,13 @@ class Backend(Protocol):
     def name(self) -> str: ...
 
     @property
+    def formats(self) -> tuple[str, ...] | None:
+        """Of which of FORMATS it can make its layout; None: of any."""
+        ...
+
+    @property
     def compiles(self) -> bool:
-        """`torch.compile` traces through `run`; otherwise the graph breaks around it."""
+        """`torch.compile` traces through `run`; otherwise a graph has it as an op of torch."""
         ...
 
     def why_not(self, spec: WeightSpec) -> str | None:
@@ -61,7 +72,7 @@ class Backend(Protocol):
         """Up to how many rows of activations at once `run` beats unpacking the weight for a product; None: any number."""
         ...
 
-    def prepare(self, packed: Bitmask, spec: WeightSpec) -> Any:
+    def prepare(self, packed: Any, spec: WeightSpec) -> Any:
         """Repack for the kernel. The neutral tensors may be dropped afterwards."""
         ...
 
@@ -77,6 +88,15 @@ class Backend(Protocol):
         """The same for a moment: the next call from this thread may overwrite it."""
         ...
 
-    def restore(self, prepared: Any) -> Bitmask:
+    def restore(self, prepared: Any) -> PackedTensor:
         """What `prepare` was given: equal tensors, which is what is saved."""
+        ...
+
+
+@runtime_checkable
+class RunsMany(Protocol):
+    """A backend that multiplies the same activations with several weights in one call."""
+
+    def run_many(self, prepared: Sequence[Any], x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
+        """`run` for each of the weights, in contiguous tensors of their own."""
         ...

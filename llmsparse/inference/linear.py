@@ -18,11 +18,13 @@ from torch.nn import functional
 
 from llmsparse.backends import BACKENDS, WeightSpec
 from llmsparse.backends.choice import AUTO, Choice, choose_backend
+from llmsparse.backends.protocol import RunsMany
 from llmsparse.errors import RecipeError
-from llmsparse.formats.bitmask import SUFFIXES, Bitmask, layout
-from llmsparse.formats.slicing import moved
+from llmsparse.formats import PackedTensor, format_of, layout, restore
+from llmsparse.inference import graphed
 from llmsparse.inference.gradient import PackedProduct, wants_gradient
 from llmsparse.inference.read_only import LOST, read_only
+from llmsparse.inference.shared_input import shared_product
 
 
 class Packed(Protocol):
@@ -34,26 +36,34 @@ class Packed(Protocol):
     dtype: torch.dtype
     described: dict[str, Any]  # for config.json
 
-    def __init__(self, packed: Bitmask, choice: Choice, transposed: bool = False) -> None: ...
+    def __init__(self, packed: PackedTensor, choice: Choice, transposed: bool = False) -> None: ...
 
-    def packed(self) -> Bitmask: ...
+    def packed(self) -> PackedTensor: ...
 
 
 Held = TypeVar("Held", bound=Packed)
+DTYPES = "dtypes_of_packed"  # attribute of a module that waits for packed weights: leaf → dtype to unpack to
 
 
 class PackedMatrix:
     """A packed weight in the hands of a backend: (out, in), or all experts of a stack (experts, out, in)."""
 
-    def __init__(self, packed: Bitmask, choice: Choice, transposed: bool = False) -> None:
+    def __init__(self, packed: PackedTensor, choice: Choice, transposed: bool = False) -> None:
         spec = WeightSpec.of(packed, transposed, choice.whole)
         self.choice = choice
         self.backend = BACKENDS[choice.backend]
         self.transposed = transposed
         self.device, self.dtype = spec.device, spec.dtype
         self.described = packed.describe() | ({"transposed": True} if transposed else {})  # for config.json
+        self.out_features = packed.shape[-2]
         self.prepared: Any = self.backend.prepare(packed, spec)
         self.copy = self.backend.dense(self.prepared) if choice.dense_copy else None
+        self.runs_many = isinstance(self.backend, RunsMany)
+        self.handle = graphed.name(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.handle = graphed.name(self)  # a copy is another weight
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., in) → x · Wᵀ + bias (..., out), with gradients for x and bias."""
@@ -76,7 +86,7 @@ class PackedMatrix:
         """The weight, unpacked."""
         return self.backend.dense(self.prepared) if self.copy is None else self.copy
 
-    def packed(self) -> Bitmask:
+    def packed(self) -> PackedTensor:
         """The neutral tensors, as they were loaded."""
         return self.backend.restore(self.prepared)
 
@@ -95,6 +105,7 @@ class PackedLayer(nn.Module):
         self.out_features, self.in_features = (int(size) for size in described["shape"])
         self.matrix: PackedMatrix | None = None
         self.bias = bias
+        self.group: Any = 0  # of layers that share its input
         place(self, "weight", described, dtype)
 
     def prepare(self, name: str, described: Mapping[str, Any], backend: str = AUTO, optimize: str = "memory") -> None:
@@ -108,8 +119,10 @@ class PackedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) → (..., out)."""
         assert self.matrix is not None
-        run = product if self.matrix.backend.compiles else uncompiled_product
-        return run(self.matrix, x, self.bias)
+        if torch.compiler.is_compiling():
+            return product_in_graph(self.matrix, x, self.bias)
+        shared = shared_product(self, x)
+        return self.matrix(x, self.bias) if shared is None else shared
 
     def __getattr__(self, name: str) -> Any:
         matrix = self.__dict__.get("matrix")
@@ -156,27 +169,29 @@ class SparseLinear(PackedLayer, nn.Linear):  # pyright: ignore[reportIncompatibl
     """An `nn.Linear` whose weight is packed."""
 
 
-def product(matrix: PackedMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
-    """x · Wᵀ + bias."""
-    return matrix(x, bias)
-
-
-# a compiled graph breaks around it, and says nothing
-uncompiled_product: Callable[[PackedMatrix, Tensor, Tensor | None], Tensor] = cast(Any, torch.compiler).disable(product)
+def product_in_graph(matrix: PackedMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x · Wᵀ + bias in a graph that is being compiled: by an op of ours where torch cannot trace through the backend."""
+    if matrix.backend.compiles:
+        return matrix(x, bias)
+    if torch.is_autocast_enabled(x.device.type):  # torch's products cast their operands, ops of others do not
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, bias = x.to(dtype), bias if bias is None else bias.to(dtype)
+    return cast(Tensor, graphed.packed_linear(x, bias, matrix.handle, matrix.out_features))
 
 
 def place(module: nn.Module, leaf: str, described: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Give a module empty neutral tensors, on meta, in place of its parameter `leaf`; values in `dtype`."""
+    """Give a module empty neutral tensors, on meta, in place of its parameter `leaf`, which is to be of `dtype`."""
     module._parameters.pop(leaf, None)
-    for suffix, (shape, stored) in layout(described).items():
+    for suffix, (shape, stored) in layout({**described, "dtype": _name(dtype)}).items():
         if suffix:
             module.register_buffer(leaf + suffix, torch.empty(shape, dtype=stored, device="meta"))
         else:
-            values = torch.empty(shape, dtype=dtype, device="meta")
+            values = torch.empty(shape, dtype=stored, device="meta")
             module.register_parameter(leaf, nn.Parameter(values, requires_grad=False))
+    vars(module).setdefault(DTYPES, {})[leaf] = dtype
 
 
-def fill(module: nn.Module, leaf: str, packed: Bitmask) -> None:
+def fill(module: nn.Module, leaf: str, packed: PackedTensor) -> None:
     """Put the tensors of `packed` into the places made by `place`."""
     for suffix, tensor in packed.tensors().items():
         if suffix:
@@ -185,19 +200,20 @@ def fill(module: nn.Module, leaf: str, packed: Bitmask) -> None:
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
-def take(module: nn.Module, leaf: str, name: str, described: Mapping[str, Any]) -> Bitmask:
+def take(module: nn.Module, leaf: str, name: str, described: Mapping[str, Any]) -> PackedTensor:
     """The neutral tensors of a module, checked, and no longer the module's. CheckpointError where they are damaged."""
     tensors: dict[str, Tensor] = {}
-    for suffix in SUFFIXES:
+    for suffix in layout(described):
         held = module._buffers.pop(leaf + suffix, None) if suffix else module._parameters.pop(leaf)
         if held is not None:
             tensors[suffix] = held.detach()
-    dtype = str(tensors[""].dtype).removeprefix("torch.")  # a model may be loaded in another one than is stored
-    return Bitmask.restore(name, {**described, "dtype": dtype}, tensors)
+    dtype = vars(module)[DTYPES].pop(leaf)
+    values = tensors[""].dtype  # transformers loads some in float32, whatever the model is in
+    return restore(name, described, tensors, values if values.is_floating_point else dtype)
 
 
 def chosen(
-    name: str, packed: Bitmask, *, transposed: bool = False, whole: bool = False, backend: str, optimize: str
+    name: str, packed: PackedTensor, *, transposed: bool = False, whole: bool = False, backend: str, optimize: str
 ) -> Choice:
     """The choice for a packed weight."""
     size = sum(tensor.nbytes for tensor in packed.tensors().values())
@@ -209,28 +225,27 @@ def carried(held: Held, fn: Callable[[Tensor], Tensor]) -> Held:
     target = fn(torch.empty(0, dtype=held.dtype, device=held.device))
     if (target.device, target.dtype) == (held.device, held.dtype):
         return held
-    return _anew(held, moved(held.packed(), target.device, target.dtype))
+    return _anew(held, held.packed().moved(target.device, target.dtype))
 
 
 def reloaded(held: Held, name: str, state_dict: dict[str, Any], missing: list[str]) -> Held:
     """A packed weight after `load_state_dict`, whose tensors for it are taken out of `state_dict`, or their absence noted
     in `missing`. RecipeError for a dense one, CheckpointError for one that is damaged or of another shape."""
-    given = {end: state_dict.pop(name + end) for end in SUFFIXES if name + end in state_dict}
+    wanted = layout(held.described)
+    given = {end: state_dict.pop(name + end) for end in wanted if name + end in state_dict}
     if not given:
         missing.append(name)
         return held
-    if "_mask" not in given:
+    if len(wanted) > 1 and given.keys() == {""}:
         raise RecipeError(
             f"{name}: a dense weight for a layer that is packed; load it into a dense model (model.dequantize(), or "
             "from_pretrained of the dense folder)"
         )
-    values: Tensor = given[""].to(held.dtype)
-    described = {**held.described, "dtype": str(held.dtype).removeprefix("torch."), "nnz": values.numel()}
-    packed = Bitmask.restore(name, described, {**given, "": values})
-    return _anew(held, moved(packed, held.device))
+    packed = restore(name, format_of(held.described).redescribed(held.described, given), given, held.dtype)
+    return _anew(held, packed.moved(held.device))
 
 
-def _anew(held: Held, packed: Bitmask) -> Held:
+def _anew(held: Held, packed: PackedTensor) -> Held:
     """The same choice made again, for other values or another place."""
     before = held.choice
     choice = chosen(
@@ -242,3 +257,7 @@ def _anew(held: Held, packed: Bitmask) -> Held:
         optimize=before.optimize,
     )
     return type(held)(packed, choice, held.transposed)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

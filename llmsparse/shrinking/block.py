@@ -81,6 +81,9 @@ def shrink_block(
         for cut in cuts.values():
             cut.refit(made_block, entering)
     rows = {name: row for name, cut in cuts.items() if (row := cut.row())}
+    if outputs and rows:
+        for cut in cuts.values():
+            outputs = cut.aim(outputs)
     matched = match_made(made_block, entering, outputs, options, progress) if options.match_steps and rows else None
     result = made_block.stored
     made_block.evict()

@@ -48,14 +48,6 @@ class ShrinkPlan(RunPlan[ShrinkRecipe]):
             reduction.change(raw)
         return replace(self, config=NewConfig(raw))
 
-    def surveyed(self, run: Run) -> Self:
-        """The plan once all is known that the shapes of the result depend on."""
-        reductions = [reduction.survey(self, run) for reduction in self.reductions]
-        plan = replace(self, reductions=reductions).with_config()
-        check_made(plan.model.config, plan.config.raw, plan.tensors, plan.folder, plan.trust_remote_code)
-        gc.collect()  # models without weights that shapes were learned from: their modules hold each other
-        return plan
-
     @property
     def fits(self) -> bool:
         """Something is fitted to what the whole block did."""
@@ -171,6 +163,15 @@ class ShrinkPlan(RunPlan[ShrinkRecipe]):
             **plan["shrinks"],
             "fit": ", ".join(fit) or "none",
         }
+
+
+def surveyed(run: Run[ShrinkPlan]) -> ShrinkPlan:
+    """The plan of a run once all is known that the shapes of the result depend on."""
+    reductions = [reduction.survey(run.plan, run) for reduction in run.plan.reductions]
+    plan = replace(run.plan, reductions=reductions).with_config()
+    check_made(plan.model.config, plan.config.raw, plan.tensors, plan.folder, plan.trust_remote_code)
+    gc.collect()  # models without weights, which shapes were learned from: their modules hold each other
+    return plan
 
 
 def make_plan(

@@ -30,7 +30,6 @@ import packed_reader
 from llmsparse.backends import cpu
 from llmsparse.errors import LlmsparseError
 from llmsparse.formats.bitmask import Bitmask
-from llmsparse.formats.slicing import joined, rows_of
 from llmsparse.models.origin import is_packed, read_config
 from llmsparse.packing.folder import RECORD, PackedCheckpoint, quantization_config
 from llmsparse.storage.checkpoint import SINGLE
@@ -194,8 +193,8 @@ def check(packed: Bitmask, dense: Tensor, expected: Any) -> None:
     weight = packed.unpack()
     if len(packed.shape) > 2 and packed.shape[0]:
         out = packed.shape[-2]
-        parts = [rows_of(packed, e * out, (e + 1) * out) for e in range(packed.shape[0])]
-        assert same(joined(parts), packed), "other parts"
+        parts = [packed.rows(e * out, (e + 1) * out) for e in range(packed.shape[0])]
+        assert same(Bitmask.joined(parts), packed), "other parts"
     if packed.values.dtype in (torch.bfloat16, torch.float32):
         held = cpu.prepare(packed)
         assert same(held.packed(), packed), "not restored"

@@ -164,7 +164,7 @@ def test_defaults_yield_to_the_recipe_and_the_recipe_to_flags_and_assignments(wr
     recipe = PruneRecipe.load(path, {"model": "m", "seed": "2", "seq_len": None}, ["calibration_samples=9"])
     assert (recipe.sparsity, recipe.seed, recipe.calibration_samples, recipe.seq_len) == (0.5, 2, 9, None)
     assert recipe.only == ("*.q_proj",)
-    assert (recipe.method, recipe.match_steps, recipe.calibration) == ("sparsegpt", "auto", "c4")
+    assert (recipe.method, recipe.match_steps, recipe.calibration) == ("sparsegpt", "auto", "auto")
 
 
 def test_dotted_assignments_reach_into_methods_and_rules(write: Any) -> None:

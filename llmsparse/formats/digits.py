@@ -142,8 +142,15 @@ def sizes(data: Any, items: int, code: Code) -> list[int]:
 
 def nonzeros(data: Any, items: int, code: Code) -> int:
     """How many numbers other than 0 are in a stream that `sizes` has passed."""
-    digit, _ = _read(data, items, code.digits[0], 0 in code.fours)
-    return int(np.count_nonzero(digit))
+    width = code.digits[0]
+    raw, behind = _take(data, -(-items // 4) if 0 in code.fours else items, width)
+    if 0 in code.fours:
+        raw, _ = _take(behind, 4 * int(np.bitwise_count(raw).sum()), 1)
+    if width == 1:
+        return int(np.bitwise_count(raw).sum())
+    return int(
+        np.bitwise_count((raw | raw >> 1) & 0x55).sum() if width == 2 else np.count_nonzero(unpack(raw, items, width))
+    )
 
 
 def pack(digit: Any, width: int) -> bytes:

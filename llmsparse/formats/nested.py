@@ -143,7 +143,8 @@ class Nested:
     def check(cls, name: str, described: Mapping[str, Any]) -> None:
         shape: Any = described.get("shape")
         counts = [described.get(key) for key in ("nnz", "bytes", "tile", "group")]
-        if not isinstance(shape, list) or len(shape) < 2 or not _whole([*shape, *counts]) or 0 in counts[2:]:
+        fits = isinstance(shape, list) and len(shape) > 1 and _whole([*shape, *counts]) and 0 not in counts[2:]
+        if not fits or counts[3] > max(1, shape[-1]):
             raise CheckpointError(
                 f"{name}: shape {shape!r}, nnz, bytes, tile and group {counts!r}: wanted two or more sizes and four counts"
             )
@@ -199,16 +200,20 @@ class Nested:
         ends = self.tiles.to("cpu", torch.int64)
         if int(ends[0]) != 0 or int(ends[-1]) != self.stream.numel() or bool((ends.diff() < 0).any()):
             return "tiles do not cut the stream into parts"
-        if not bool((self.steps.isfinite() & (self.steps >= 0)).all()):
-            return "a step is negative, NaN or Inf"
+        most = torch.finfo(self.stored).max / 2**7 if self.stored.is_floating_point else 0.0
+        if not bool(((self.steps.float() <= most) & (self.steps >= 0)).all()):
+            return f"a step is negative, NaN or too large for {str(self.stored).removeprefix('torch.')}"
+        nnz = 0
         for rows, data in self._tiles():
+            items = (rows.stop - rows.start) * self.shape[-1]
             try:
-                extra = len(data) - sum(sizes(data, (rows.stop - rows.start) * self.shape[-1], self.code))
+                extra = len(data) - sum(sizes(data, items, self.code))
             except DamagedStream as error:
                 return f"the stream of rows {rows.start} to {rows.stop} {error}"
             if extra:
                 return f"the stream of rows {rows.start} to {rows.stop} has {extra} bytes too many"
-        return None
+            nnz += nonzeros(data, items, self.code)
+        return None if nnz == self.nnz else f"the stream has {nnz} numbers other than 0, the config says {self.nnz}"
 
     def moved(self, device: torch.device, dtype: torch.dtype | None = None) -> Self:
         stream, steps, tiles = (tensor.to(device) for tensor in self.tensors().values())

@@ -118,7 +118,7 @@ def test_descriptions_that_cannot_be(case: str) -> None:
         ("", lambda t: t[:-1], "stream is"),
         ("_steps", lambda t: t.float(), "_steps is"),
         ("_steps", lambda t: -t, "a step is negative"),
-        ("_steps", lambda t: t * float("nan"), "a step is negative, NaN or Inf"),
+        ("_steps", lambda t: t * float("nan"), "a step is negative, NaN or too large"),
         ("_tiles", lambda t: t.flip(0), "tiles do not cut"),
         ("_tiles", lambda t: t.clamp(max=int(t[-2])), "tiles do not cut"),
         ("_tiles", lambda t: torch.cat((t[:1], t[1:2] - 1, t[2:])), "the stream of rows 0 to"),

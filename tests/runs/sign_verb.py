@@ -66,8 +66,9 @@ def make_plan(recipe, *, resume=False, overwrite=False, download=True):
 
 
 def sign(recipe, *, resume=False, overwrite=False, progress=None):
-    plan = make_plan(recipe, resume=resume, overwrite=overwrite)
-    with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
+    with Run(
+        make_plan(recipe, resume=resume, overwrite=overwrite), progress, resume=resume, overwrite=overwrite
+    ) as run:
         plan = run.plan
         run.copy_the_rest()
         streams, report = plan.streams(), SignReport(**plan.described())

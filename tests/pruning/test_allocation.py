@@ -54,8 +54,8 @@ def test_every_allocation_makes_the_exact_total_and_empties_no_weight(name: Any,
     assert zeros(report) == as_uniform(report)
     assert all(0 <= row.sparsity <= 0.925 + 1e-3 for row in report.rows)
     assert len(report.allocated.units) == {"block": 3, "projection": 21, "weight": 21}[level]
-    by_block = {round(row.sparsity_asked, 2) for row in report.rows if ".layers.1." in row.name}
-    assert level != "block" or len(by_block) == 1
+    of_one = [row.sparsity_asked for row in report.rows if ".layers.1." in row.name]
+    assert level != "block" or max(of_one) - min(of_one) < 0.005  # counts are whole numbers
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "dsnot", "alps", "random"])

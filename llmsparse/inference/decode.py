@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,10 +24,10 @@ GREEDY = Sampling(temperature=0)
 
 def why_not(model: Any) -> str | None:
     """Why a model's answers must be left to transformers' `generate`, in a few words; None if they need not."""
-    own = type(model)
-    if own.generate is not GenerationMixin.generate:
+    own, usual = type(model), cast(Any, GenerationMixin)
+    if own.generate is not usual.generate:
         return "it has a way of generating of its own"
-    if own.prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+    if own.prepare_inputs_for_generation is not usual.prepare_inputs_for_generation:
         return "it prepares its inputs in a way of its own"
     takes = inspect.signature(model.forward).parameters
     if "past_key_values" not in takes or "logits_to_keep" not in takes:
@@ -37,6 +37,13 @@ def why_not(model: Any) -> str | None:
     rules = Rules(model)
     asked = [*rules.not_served(), *(["stop_strings"] if rules.stops else [])]
     return f"its generation_config asks for {', '.join(asked)}" if asked else None
+
+
+def refuse_nan(ids: Tensor, logits: Tensor) -> Tensor:
+    """NumericalError where logits (batch, vocabulary) hold NaN, of which the largest would be taken all the same."""
+    if bool(logits.isnan().any()):
+        raise NumericalError(NO_NUMBERS)
+    return logits
 
 
 @torch.no_grad()

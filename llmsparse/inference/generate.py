@@ -8,8 +8,10 @@ tokens per second are those after it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,11 +19,11 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from llmsparse.backends.choice import AUTO
-from llmsparse.errors import RecipeError
+from llmsparse.errors import CheckpointError, LlmsparseError, RecipeError, one_line
 from llmsparse.inference import decode
 from llmsparse.inference.detokenizer import Detokenizer
 from llmsparse.inference.explain import explain
-from llmsparse.inference.load import load_model
+from llmsparse.inference.load import GENERATION, load_model
 from llmsparse.models.origin import fetch_model, load_tokenizer, read_config
 from llmsparse.runs.device import choose_device
 from llmsparse.runs.memory import PeakMemory, used_bytes
@@ -100,7 +102,7 @@ def generate(
     with PeakMemory(place) as memory:
         started = time.perf_counter()
         tokenizer = load_tokenizer(folder, trust_remote_code)
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]  # (1, tokens)
+        ids = tokenizer(_readable(prompt), return_tensors="pt", verbose=False)["input_ids"]  # (1, tokens)
         _check_length(read_config(folder), ids.shape[1], max_new_tokens)
         loaded = load_model(
             folder,
@@ -112,8 +114,10 @@ def generate(
             trust_remote_code=trust_remote_code,
         )
         load_seconds = time.perf_counter() - started
+        _check_tokens(ids, loaded)
         clock = Clock(tokenizer, ids[0].tolist(), place, write)
-        new = _continue(loaded, tokenizer, ids.to(place), max_new_tokens, clock)
+        with _told_of(folder / GENERATION):
+            new = _continue(loaded, tokenizer, ids.to(place), max_new_tokens, clock)
         explained = explain(loaded)
         return Generation(
             model=model,
@@ -151,9 +155,38 @@ def _continue(model: Any, tokenizer: Any, ids: Tensor, new: int, clock: Clock) -
         num_beams=1,  # tokens are handed on as they come
         tokenizer=tokenizer,  # for a generation_config with stop_strings
         streamer=clock,
+        logits_processor=[decode.refuse_nan],
         pad_token_id=pad,
     )
     return output.shape[1] - ids.shape[1]
+
+
+@contextmanager
+def _told_of(file: Path) -> Generator[None]:
+    """Within it, a setting of the model's that transformers refuses is a CheckpointError that names its file."""
+    try:
+        yield
+    except LlmsparseError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: transformers cannot generate by it: {one_line(error)}") from error
+
+
+def _check_tokens(ids: Tensor, model: Any) -> None:
+    """CheckpointError for a token without a row in the embedding, as a tokenizer has that grew and the model did not."""
+    largest, rows = int(ids.max()), int(model.get_input_embeddings().weight.shape[0])
+    if largest >= rows:
+        raise CheckpointError(
+            f"the prompt's token {largest} is none of the model's, which are 0 to {rows - 1}: the tokenizer is another model's"
+        )
+
+
+def _readable(prompt: str) -> str:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise RecipeError("the prompt is not UTF-8: give --prompt text that is") from None
+    return prompt
 
 
 class Clock(TextStreamer):

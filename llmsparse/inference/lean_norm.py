@@ -1,6 +1,7 @@
 """The norms of a packed model on the CPU, in one pass of a C kernel: those that do on a random token what the kernel does."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ class LeanNorm(nn.Module):
             return super().forward(x)
         if wants_gradient(x, weight) or x.dtype not in DTYPES:
             return super().forward(x)
-        return norm.rms_norm(x, weight, epsilon(self))
+        return norm.rms_norm(x, weight, epsilon(self) or 0.0)
 
 
 def quicken_norms(model: nn.Module) -> None:

@@ -124,7 +124,7 @@ class Sampler:
         return int(torch.multinomial(chances, 1, generator=self._generator))
 
 
-NO_NUMBERS = "the model's logits are no numbers here (NaN); another --dtype may help"
+NO_NUMBERS = "the model's logits are NaN: its weights hold NaN or Inf, or --dtype is too narrow for it"
 
 
 class _Counted:

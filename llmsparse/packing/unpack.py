@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmsparse.errors import CheckpointError
-from llmsparse.formats import compressed_tensors
+from llmsparse.errors import CheckpointError, RecipeError
+from llmsparse.formats import compressed_tensors, format_of
 from llmsparse.models.empty_model import build_empty, quiet
 from llmsparse.models.naming import Naming
 from llmsparse.models.origin import copy_side_files, fetch_model, is_packed, load_config, read_config
@@ -27,6 +27,7 @@ from llmsparse.runs.progress import Progress, Silent
 from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter
 from llmsparse.storage.disk import parse_size
 from llmsparse.storage.heap import release_freed
+from llmsparse.storage.home_folder import expand_home
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -74,11 +75,12 @@ def unpack(
     """
     progress = progress or Silent()
     folder, shard_bytes = fetch_model(model, revision), parse_size(max_shard_size)
-    config, out = read_config(folder), Path(output)
+    config, out = read_config(folder), expand_home(output, RecipeError)
     orphaned = compressed_tensors.format_of(config)
     if is_packed(config):
         packed = PackedCheckpoint(folder)
-        reader, weights, what = packed.reader, len(packed.layers), "llmsparse bitmask"
+        reader, weights = packed.reader, len(packed.layers)
+        what = f"llmsparse {' and '.join(sorted({format_of(one).FORMAT for one in packed.layers.values()}))}"
 
         def write(target: Path) -> CheckpointWriter:
             return _write_packed(packed, target, shard_bytes, trust_remote_code, progress)
@@ -112,6 +114,10 @@ def _write_packed(
     copy_side_files(packed.folder, target, leaving=(*REPLACED, RECORD))
     if packed.record is not None:
         files, specs = packed.record.files, packed.record.specs()
+        if "config.json" not in files:
+            raise CheckpointError(
+                f"{packed.folder / RECORD}: does not hold the config.json of what was packed; pack it again"
+            )
     else:
         config = {key: value for key, value in packed.config.items() if key != "quantization_config"}
         files = {"config.json": json.dumps(config, indent=2) + "\n"}

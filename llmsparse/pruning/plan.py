@@ -10,14 +10,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from llmsparse.calibration.matching import HELD_OUT_SHARE, LEARNING_RATES, batches_per_step, probe_steps
 from llmsparse.errors import RecipeError
-from llmsparse.formats.bitmask import stored_bytes
+from llmsparse.formats import stored_bytes
+from llmsparse.models.streamed import StreamedModel
+from llmsparse.packing.values import LARGEST, group_of
+from llmsparse.pruning.allocation import Allocation, Search, Uniform
+from llmsparse.pruning.allocation.exact import bounds_of
+from llmsparse.pruning.allocation.units import Group, groups_of, levels_of, refuse_bounds
 from llmsparse.pruning.block import PruneOptions
 from llmsparse.pruning.memory import peak_bytes
 from llmsparse.pruning.recipe import PruneRecipe
@@ -27,8 +32,9 @@ from llmsparse.runs.memory import available_bytes
 from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
 from llmsparse.runs.plan import RunPlan
+from llmsparse.sparsity.patterns import Pattern
 from llmsparse.storage.checkpoint import CheckpointReader
-from llmsparse.storage.disk import check_room
+from llmsparse.storage.disk import check_room, spell_size
 
 PACKED_LAST = "; the dense checkpoint stands beside it until the run is done"
 MATCH_STEPS = (300, 150, 75)  # of block matching by default: the most that is affordable, or none
@@ -54,6 +60,39 @@ class PrunePlan(RunPlan[PruneRecipe]):
         """As many at least as matching needs to hold some out."""
         size, width = self.recipe.batch_size, self.model.hidden_size
         return split_batches(self.windows.ids, size, self.device, width, least=HELD_OUT_SHARE)
+
+    @property
+    def allocation(self) -> Allocation:
+        return self.recipe.allocator
+
+    @property
+    def allocates(self) -> bool:
+        """Units get sparsities of their own."""
+        return not isinstance(self.allocation, Uniform) and bool(self.units)
+
+    @cached_property
+    def units(self) -> list[Group]:
+        """What shares one sparsity each."""
+        return groups_of(self.choices, self.recipe.allocation_level)
+
+    @property
+    def allocated_sparsity(self) -> float:
+        """Of all units together."""
+        pattern = self.units[0].choices[0].pattern
+        return cast(float, self.recipe.sparsity) if self.recipe.beside_dense else pattern.sparsity
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        if self.recipe.allocation_bounds is None:
+            return bounds_of(self.allocated_sparsity)
+        low, high = self.recipe.allocation_bounds
+        return low, high
+
+    @property
+    def levels(self) -> list[Pattern]:
+        """The patterns that there are for a unit; none where any number of zeros will do."""
+        mixed = self.recipe.sparsity if self.recipe.beside_dense else None
+        return levels_of(self.units[0].choices[0].pattern, mixed)
 
     @cached_property
     def selected_keys(self) -> set[str]:
@@ -120,8 +159,18 @@ class PrunePlan(RunPlan[PruneRecipe]):
             "prune": f"{len(plan['weights'])} weights, {plan['parameters_to_prune']:,} parameters, "
             f"by {', '.join(plan['methods'])} to {', '.join(patterns)}",
             "matching": f"{self.match_steps} steps a block" if self.match_steps else "off",
+            **({"allocation": self._spell_allocation()} if self.allocates else {}),
             "format": f"{plan['format']}{PACKED_LAST if plan['format'] == 'packed' else ''}",
         }
+
+    def _spell_allocation(self) -> str:
+        name, level = type(self.allocation).__name__, self.recipe.allocation_level
+        passes = self.allocation.generations if isinstance(self.allocation, Search) else 0
+        more = passes + self.allocation.looks
+        cost = (
+            f", {more} more {'passes' if more > 1 else 'pass'} over the model, {spell_size(more * self.reader.nbytes)}"
+        )
+        return f"{name} over {len(self.units)} {level}s{cost if more else ''}"
 
 
 def make_plan(
@@ -135,16 +184,18 @@ def make_plan(
     reader = opened.reader
     choices = choose_weights(recipe, opened.model)
     needed = reader.nbytes
-    packed = packed_bytes(reader, choices)
+    _refuse_values(recipe, opened.model, choices)
+    packed = packed_bytes(reader, choices, recipe.values)
     if recipe.format == "packed" and packed == needed:
         raise RecipeError(
             "--format packed: at this sparsity no weight would become smaller; prune more, or write dense"
         )
     check_room(opened.output, needed + (packed if recipe.format == "packed" else 0), held_bytes(opened.output))
     windows = read_windows(opened, recipe.calibration_samples)
-    draft = fetched(
-        PrunePlan(**opened.fields, windows=windows, choices=choices, match_steps=0, packed_bytes=packed), download
-    )
+    draft = PrunePlan(**opened.fields, windows=windows, choices=choices, match_steps=0, packed_bytes=packed)
+    if draft.allocates:
+        refuse_bounds(draft.allocated_sparsity, draft.bounds)
+    draft = fetched(draft, download)
     return replace(
         draft, match_steps=default_match_steps(draft) if recipe.match_steps == "auto" else recipe.match_steps
     )
@@ -169,13 +220,27 @@ def default_match_steps(plan: PrunePlan) -> int:
     return 0
 
 
-def packed_bytes(reader: CheckpointReader, choices: Mapping[str, list[Choice]]) -> int:
-    """Bytes of the whole checkpoint with every chosen weight packed that gains by it."""
+def _refuse_values(recipe: PruneRecipe, model: StreamedModel, choices: Mapping[str, list[Choice]]) -> None:
+    """RecipeError for bf16 values of weights that are stored otherwise: packing as such rounds nothing."""
+    if recipe.values == "bf16":
+        for choice in (choice for members in choices.values() for choice in members):
+            if (dtype := model.dtype_of(choice.weight)) != torch.bfloat16:
+                raise RecipeError(
+                    f"--values bf16: {choice.weight.name} is stored in {str(dtype).removeprefix('torch.')}; leave --values "
+                    "out to store values as they are"
+                )
+
+
+def packed_bytes(reader: CheckpointReader, choices: Mapping[str, list[Choice]], values: str | None = None) -> int:
+    """Bytes of the whole checkpoint with every chosen weight packed that gains by it; with values of 8 or 4 bits at most."""
     total = reader.nbytes
     for choice in (choice for members in choices.values() for choice in members):
         numel, dtype = math.prod(choice.weight.shape), reader.spec(choice.weight.key).dtype
         nnz = numel - round(choice.pattern.sparsity * numel)
         described = {"shape": choice.weight.shape, "nnz": nnz, "pattern": str(choice.pattern)}
         packed = stored_bytes(described | {"dtype": str(dtype).removeprefix("torch.")})
+        if values in LARGEST:
+            steps = 2 * numel // group_of(values, choice.weight.shape[1])
+            packed = numel // 8 + nnz * (LARGEST[values].bit_length() + 1) // 8 + steps
         total -= max(0, numel * dtype.itemsize - packed)
     return total

@@ -23,6 +23,7 @@ from llmsparse.storage.disk import disk_error, fsync, replace_file
 from llmsparse.storage.home_folder import expand_home
 
 STATE_FOLDER = ".llmsparse"
+NOTED = {"fingerprint": dict, "overwrite": bool, "resumable": bool}  # in run.json
 
 
 class PartialOutput:
@@ -159,7 +160,10 @@ class _RunFolder:
 
     def __init__(self, out: Path, source: Path | None, single_file: bool = False) -> None:
         self._single_file = single_file
-        self.out = expand_home(out, RecipeError).resolve()
+        try:
+            self.out = expand_home(out, RecipeError).resolve()
+        except RuntimeError:
+            raise RecipeError(f"{out}: a symbolic link that leads back to itself; choose another output") from None
         if os.path.ismount(self.out):
             raise RecipeError(f"{self.out}: a mount point, which cannot be replaced; name a folder inside it")
         self.folder = self.out.with_name(self.out.name + ".partial")
@@ -234,8 +238,10 @@ class _RunFolder:
         if file.is_file():
             try:
                 run: Any = {"resumable": True} | json.loads(file.read_bytes())
-                return {key: run[key] for key in ("fingerprint", "overwrite", "resumable")}
-            except (ValueError, KeyError, TypeError) as error:
+                if any(type(run[key]) is not kind for key, kind in NOTED.items()):
+                    raise TypeError("not what is noted")
+                return {key: run[key] for key in NOTED}
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise RecipeError(f"{file}: corrupt; delete {self.folder} and start anew") from error
         if self.folder.exists() and any(path.name != STATE_FOLDER for path in self.folder.iterdir()):
             raise RecipeError(f"{self.folder}: in the way, and not written by llmsparse; move it elsewhere")
@@ -273,8 +279,12 @@ class _Lock:
                     f"{out}: another run (process {holder}) is writing there; wait for it, or choose another output"
                 ) from error
             os.close(self._descriptor)
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+        except OSError:  # a full disk
+            self.release()
+            raise
 
     def release(self) -> None:
         """Let go; safe to call again."""
@@ -316,8 +326,10 @@ def _read_journal(file: Path) -> dict[str, Any]:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             note: Any = json.loads(line)
+            if not isinstance(note["entry"], dict):
+                raise TypeError("no entry")
             finished[note["block"]] = note["entry"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{file}:{number}: corrupt; start anew with --overwrite") from error
     if len(whole) < len(data):
         os.truncate(file, len(whole))

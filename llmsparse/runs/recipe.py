@@ -46,6 +46,8 @@ def _no_bool(wanted: str) -> BeforeValidator:
 
 
 def _path_text(value: Any) -> Any:
+    if value == "":
+        raise ValueError("got '', wanted a name or a path")
     return os.fspath(value) if isinstance(value, os.PathLike) else value  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
 
 
@@ -66,7 +68,7 @@ def _texts(value: Any) -> Sources:
 
 
 PathText = Annotated[str, BeforeValidator(_path_text)]  # a name or a path, from Python also a pathlib.Path
-Source = Annotated[PathText, Field(min_length=1)]
+Source = PathText
 Texts = Annotated[Sources, PlainValidator(_texts)]
 Whole = Annotated[int, _no_bool("whole number"), Field(ge=0)]
 Count = Annotated[int, _no_bool("whole number"), Field(ge=1)]

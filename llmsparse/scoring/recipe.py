@@ -17,7 +17,7 @@ class ScoresRecipe(RunRecipe):
 
     model: Source
     output: PathText | None = None
-    calibration: Texts = "c4"
+    calibration: Texts = "auto"
     text_field: str | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None

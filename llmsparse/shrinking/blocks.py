@@ -53,7 +53,7 @@ class Blocks(Reduction):
     def change(self, raw: dict[str, Any]) -> None:
         raw.update(self.fields)
 
-    def survey(self, plan: ShrinkPlan, run: Run) -> Reduction:
+    def survey(self, plan: ShrinkPlan, run: Run[Any]) -> Reduction:
         count = self.depth - len(self.kept)
         passes = self.depth if self.score == "influence" else sum(self.depth - gone for gone in range(count))
         advance = run.progress.batches(f"choosing {count} blocks", passes)

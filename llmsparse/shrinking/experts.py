@@ -106,7 +106,7 @@ class Experts(Reduction):
     def watches(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.scores is None or self.recipe.refit
 
-    def survey(self, plan: ShrinkPlan, run: Run) -> Experts:
+    def survey(self, plan: ShrinkPlan, run: Run[Any]) -> Experts:
         """Which windows are of which text; and that scores measured before are of this very model."""
         if self.scores is None:
             return replace(self, texts=plan.texts_of_batches, weights=plan.texts)

@@ -46,12 +46,13 @@ def fold(
     weight = last_matrix(made, hidden_size)
     if weight is None:
         return None
-    matrix = made.view(weight).to(acts.hidden[0].device, torch.float32)  # (out, in)
+    device = made.module.get_parameter(weight.slot[0]).device
+    matrix = made.view(weight).to(device, torch.float32)  # (out, in)
     if not adds_up(made, acts, weight, matrix):
         return None
     wanted = beyond([made.call(acts, batch).to(hidden.device) for batch, hidden in enumerate(acts.hidden)])
-    gram = Gram(matrix.shape[1], matrix.device)
-    targets = torch.zeros(matrix.shape[1], matrix.shape[0], device=matrix.device)
+    gram = Gram(matrix.shape[1], device)
+    targets = torch.zeros(matrix.shape[1], matrix.shape[0], device=device)
     judges: list[tuple[Tensor, Tensor]] = []
     added, seen = 0.0, 0
     for batch, target in enumerate(wanted):
@@ -93,8 +94,13 @@ def adds_up(block: Block, acts: Activations, weight: Weight, matrix: Tensor) -> 
     finally:
         parameter.data = own
     expected, found = entering @ matrix.T, (output.float() - without.float()).flatten(0, -2)
-    rounding = 2 * torch.finfo(output.dtype).eps * output.float().norm().item()
-    return (found - expected).norm().item() <= ADDED * expected.norm().item() + rounding
+    rounding = 2 * torch.finfo(output.dtype).eps * length(output)
+    return length(found - expected) <= ADDED * length(expected) + rounding
+
+
+def length(x: Tensor) -> float:
+    """‖x‖."""
+    return float(x.float().square().sum().sqrt())
 
 
 def entering_last(block: Block, acts: Activations, batch: int, slot: Slot) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,7 @@ class Reduction(ABC):
     def change(self, raw: dict[str, Any]) -> None:
         """Write what changes into a config.json, which the reductions before it have changed already."""
 
-    def survey(self, plan: ShrinkPlan, run: Run) -> Reduction:
+    def survey(self, plan: ShrinkPlan, run: Run[Any]) -> Reduction:
         """The same reduction once all is known that the shapes of the result depend on; what it finds goes into
         `run.fact`, so that a resumed run does not look again."""
         return self

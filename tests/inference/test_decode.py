@@ -16,7 +16,8 @@ FAMILIES = ["llama", "gpt2", "gemma2", "mixtral", "deepseek_v3", "phi", "qwen2"]
 
 
 def model_of(family: str, dtype: torch.dtype = torch.bfloat16, **generation: Any) -> Any:
-    model = random_model(tiny_config(family)).to(dtype).eval()
+    model: Any = random_model(tiny_config(family))
+    model = model.to(dtype).eval()
     for key, value in generation.items():
         setattr(model.generation_config, key, value)
     return model
@@ -80,7 +81,7 @@ def test_logits_that_are_no_numbers_are_an_error() -> None:
     model, (ids,) = model_of("llama", torch.float32), windows((1, 4))
     with torch.no_grad():
         model.lm_head.weight[3] = torch.nan
-    with pytest.raises(NumericalError, match="no numbers"):
+    with pytest.raises(NumericalError, match="logits are NaN"):
         list(decode(model, ids, 2))
 
 

@@ -31,7 +31,8 @@ def norms(model: Any) -> list[str]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("family", [*LIKE_LLAMA, *OTHERS])
 def test_a_model_says_what_it_said_before(family: str, dtype: torch.dtype) -> None:
-    model: Any = random_model(tiny_config(family)).to(dtype).eval()
+    model: Any = random_model(tiny_config(family))
+    model = model.to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -24,7 +24,7 @@ WINDOWS: dict[str, Any] = {"calibration_samples": 8, "seq_len": 32, "device": "c
 PRUNE: dict[str, Any] = {"method": "sparsegpt", "sparsity": 0.7, "match_steps": 4, "max_shard_size": "100KB"}
 FACTORIZE: dict[str, Any] = {"experts": 4, "shared": 1, "active": 1, "router_steps": 20}
 TUNE: dict[str, Any] = {"seq_len": 32, "batch_size": 8, "steps": 20, "save_every": 3, "device": "cpu"}
-RUNS = ["prune", "prune to packed", "factorize", "tune", "pack"]
+RUNS = ["prune", "prune to packed", "factorize", "shrink", "tune", "pack"]
 
 
 class Case:
@@ -113,6 +113,8 @@ def case_of(
         if name == "pack":
             sparse = save_sparse("llama", folder / "sparse", num_hidden_layers=12)
             return {"model": str(sparse), "max_shard_size": "40KB"}
+        if name == "shrink":
+            return {"model": dense, "ffn": "75%", "heads": "50%", **windows}
         prune = {"model": dense, "format": "packed" if "packed" in name else "dense", **PRUNE, **windows}
         return factorize if name == "factorize" else prune
 

@@ -49,7 +49,7 @@ def main() -> None:
 
     import llmsparse
 
-    verbs = {name: getattr(llmsparse, name) for name in ("prune", "factorize", "tune", "pack", "unpack")}
+    verbs = {name: getattr(llmsparse, name) for name in ("prune", "factorize", "shrink", "tune", "pack")}
     torch.set_num_threads(1)
     torch.autograd.set_multithreading_enabled(False)
     answers = os.dup(1)

@@ -99,7 +99,7 @@ def subjects(data: Path | None, only: list[str]) -> Iterator[Subject]:
         yield Subject("builtin", BUILTIN_FOLDER, "builtin", builtin_windows(BUILTIN_FOLDER))
     if "stories260K" in only and data is not None:
         tokens = data / "data" / "reference"
-        held_out = load_file(tokens / "stories260K_evaluation.safetensors")["input_ids"][:WINDOWS, :LENGTH]
+        held_out = load_file(tokens / "stories260K_evaluation.safetensors")["input_ids"][:WINDOWS, :LENGTH].long()
         calibration = str(tokens / "stories260K_calibration.safetensors")
         yield Subject("stories260K", data / "models" / "stories260K", calibration, held_out)
 

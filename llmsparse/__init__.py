@@ -51,6 +51,9 @@ if TYPE_CHECKING:
     from llmsparse.pruning.recipe import PruneRecipe as PruneRecipe
     from llmsparse.pruning.recipe import Rule as Rule
     from llmsparse.pruning.report import PruneReport as PruneReport
+    from llmsparse.quantization.pipeline import quantize as quantize
+    from llmsparse.quantization.recipe import QuantizeRecipe as QuantizeRecipe
+    from llmsparse.quantization.report import QuantizeReport as QuantizeReport
     from llmsparse.runs.plan import plan as plan
     from llmsparse.scoring.pipeline import scores as scores
     from llmsparse.scoring.recipe import ScoresRecipe as ScoresRecipe
@@ -78,6 +81,8 @@ _LAZY = {  # name → the module it stands in
     "PrunePlan": "pruning.plan",
     "PruneRecipe": "pruning.recipe",
     "PruneReport": "pruning.report",
+    "QuantizeRecipe": "quantization.recipe",
+    "QuantizeReport": "quantization.report",
     "Rule": "pruning.recipe",
     "ScoresRecipe": "scoring.recipe",
     "ScoresReport": "scoring.report",
@@ -97,6 +102,7 @@ _LAZY = {  # name → the module it stands in
     "perplexity": "evaluation.perplexity",
     "plan": "runs.plan",
     "prune": "pruning.pipeline",
+    "quantize": "quantization.pipeline",
     "scores": "scoring.pipeline",
     "shrink": "shrinking.pipeline",
     "tune": "tuning.pipeline",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from llmsparse.backends.cpu_bitmask import CpuBitmask
 from llmsparse.backends.cpu_dense import CpuDense
+from llmsparse.backends.cpu_nested import CpuNested
 from llmsparse.backends.cusparselt import CuSparseLt
 from llmsparse.backends.dense import Dense, DenseLowMemory
 from llmsparse.backends.protocol import Backend, WeightSpec
@@ -18,6 +19,7 @@ BACKENDS: dict[str, Backend] = {
     "dense": Dense(),
     "dense-lowmem": DenseLowMemory(),
     "cpu-bitmask": CpuBitmask(),
+    "cpu-nested": CpuNested(),
     "cpu-dense": CpuDense(),
     "mma24": TritonOp("mma24", most=32, pattern="2:4"),
     "split24": TritonOp("split24", most=32),

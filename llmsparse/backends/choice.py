@@ -51,6 +51,9 @@ def why_not(backend: str, spec: WeightSpec) -> str | None:
     """Why a backend cannot run a weight here, in a few words; None if it can."""
     if spec.whole and backend not in UNPACKING:
         return "the module multiplies with this weight in a way of its own"
+    formats = BACKENDS[backend].formats
+    if formats is not None and spec.format not in formats:
+        return f"for weights packed as {' or '.join(formats)}, this one is {spec.format}"
     return BACKENDS[backend].why_not(spec)
 
 

@@ -38,6 +38,7 @@ SCRATCH = Scratch()
 
 class CpuBitmask:
     name = "cpu-bitmask"
+    formats = ("bitmask",)
     compiles = False
 
     def why_not(self, spec: WeightSpec) -> str | None:

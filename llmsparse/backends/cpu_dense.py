@@ -9,12 +9,12 @@ from llmsparse.backends.cpu import dense, pages
 from llmsparse.backends.cpu.library import DTYPES
 from llmsparse.backends.dense import DenseWeight
 from llmsparse.backends.protocol import WeightSpec
-from llmsparse.formats.bitmask import Bitmask
-from llmsparse.formats.slicing import repacked
+from llmsparse.formats import PackedTensor
 
 
 class CpuDense:
     name = "cpu-dense"
+    formats = None
     compiles = False
 
     def why_not(self, spec: WeightSpec) -> str | None:
@@ -26,8 +26,8 @@ class CpuDense:
     def tokens(self, spec: WeightSpec) -> int | None:
         return dense.kernel_rows(spec.dtype, spec.shape[-1])
 
-    def prepare(self, packed: Bitmask, spec: WeightSpec) -> DenseWeight:
-        return DenseWeight(pages.copy(packed.unpack()), packed.mask.clone(), packed.pattern)
+    def prepare(self, packed: PackedTensor, spec: WeightSpec) -> DenseWeight:
+        return DenseWeight(pages.copy(packed.unpack()), packed.emptied())
 
     def run(self, prepared: DenseWeight, x: Tensor, bias: Tensor | None) -> Tensor:
         if not x.numel():
@@ -39,8 +39,8 @@ class CpuDense:
 
     borrow = dense
 
-    def restore(self, prepared: DenseWeight) -> Bitmask:
-        return repacked(prepared.weight, prepared.mask, prepared.pattern)
+    def restore(self, prepared: DenseWeight) -> PackedTensor:
+        return prepared.emptied.filled(prepared.weight)
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

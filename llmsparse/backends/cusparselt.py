@@ -14,7 +14,6 @@ from torch.nn import functional
 
 from llmsparse.backends.protocol import WeightSpec
 from llmsparse.formats.bitmask import Bitmask
-from llmsparse.formats.slicing import repacked
 
 TILE = 64  # rows and columns must be multiples of it
 
@@ -24,11 +23,12 @@ class SemiStructured:
     """torch's sparse tensor, and which places are stored."""
 
     weight: Tensor
-    mask: Tensor
+    places: Bitmask  # emptied
 
 
 class CuSparseLt:
     name = "cusparselt"
+    formats = ("bitmask",)
     compiles = True
 
     def why_not(self, spec: WeightSpec) -> str | None:
@@ -53,7 +53,7 @@ class CuSparseLt:
         return None
 
     def prepare(self, packed: Bitmask, spec: WeightSpec) -> SemiStructured:
-        return SemiStructured(torch.sparse.to_sparse_semi_structured(packed.unpack()), packed.mask)
+        return SemiStructured(torch.sparse.to_sparse_semi_structured(packed.unpack()), packed.emptied())
 
     def run(self, prepared: SemiStructured, x: Tensor, bias: Tensor | None) -> Tensor:
         return functional.linear(x, prepared.weight, bias)
@@ -64,4 +64,4 @@ class CuSparseLt:
     borrow = dense
 
     def restore(self, prepared: SemiStructured) -> Bitmask:
-        return repacked(self.dense(prepared), prepared.mask, "2:4")
+        return prepared.places.filled(self.dense(prepared))

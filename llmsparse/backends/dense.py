@@ -13,23 +13,22 @@ from torch import Tensor
 from torch.nn import functional
 
 from llmsparse.backends.protocol import WeightSpec
-from llmsparse.formats.bitmask import Bitmask
-from llmsparse.formats.slicing import repacked, rows_of
+from llmsparse.formats import PackedTensor
 
 BLOCK = 2**22  # weights unpacked at a time: 8 MB in bf16, which stays in most caches
 
 
 @dataclass(frozen=True)
 class DenseWeight:
-    """A weight, and which of its places are stored: a kept zero must be found again when the model is saved."""
+    """A weight, and what tells how it was packed: a kept zero must be found again when the model is saved."""
 
     weight: Tensor  # (..., out, in)
-    mask: Tensor  # as Bitmask.mask
-    pattern: str
+    emptied: PackedTensor
 
 
 class Dense:
     name = "dense"
+    formats = None
     compiles = True
 
     def why_not(self, spec: WeightSpec) -> str | None:
@@ -41,8 +40,8 @@ class Dense:
     def tokens(self, spec: WeightSpec) -> int | None:
         return None
 
-    def prepare(self, packed: Bitmask, spec: WeightSpec) -> DenseWeight:
-        return DenseWeight(laid_out(packed.unpack(), spec.transposed), packed.mask.clone(), packed.pattern)
+    def prepare(self, packed: PackedTensor, spec: WeightSpec) -> DenseWeight:
+        return DenseWeight(laid_out(packed.unpack(), spec.transposed), packed.emptied())
 
     def run(self, prepared: DenseWeight, x: Tensor, bias: Tensor | None) -> Tensor:
         return functional.linear(x, prepared.weight, bias)
@@ -52,8 +51,8 @@ class Dense:
 
     borrow = dense
 
-    def restore(self, prepared: DenseWeight) -> Bitmask:
-        return repacked(prepared.weight, prepared.mask, prepared.pattern)
+    def restore(self, prepared: DenseWeight) -> PackedTensor:
+        return prepared.emptied.filled(prepared.weight)
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,14 @@ class KeptPacked:
     """A packed weight as it is, and the same in blocks of rows: where each begins is read once, since on a GPU every look
     into a tensor waits for all that was asked of it before."""
 
-    packed: Bitmask
+    packed: PackedTensor
     transposed: bool
-    blocks: list[tuple[slice, Bitmask]]  # they share its memory; none of a stack, which only `dense` reads
+    blocks: list[tuple[slice, PackedTensor]]  # they share its memory; none of a stack, which only `dense` reads
 
 
 class DenseLowMemory:
     name = "dense-lowmem"
+    formats = None
     compiles = True
 
     def why_not(self, spec: WeightSpec) -> str | None:
@@ -79,13 +79,13 @@ class DenseLowMemory:
     def tokens(self, spec: WeightSpec) -> int | None:
         return None
 
-    def prepare(self, packed: Bitmask, spec: WeightSpec) -> KeptPacked:
-        blocks: list[tuple[slice, Bitmask]] = []
+    def prepare(self, packed: PackedTensor, spec: WeightSpec) -> KeptPacked:
+        blocks: list[tuple[slice, PackedTensor]] = []
         if len(packed.shape) == 2:
             out, width = packed.shape
-            step = max(1, BLOCK // max(1, width))
+            step = max(1, BLOCK // max(1, width * packed.tile_rows)) * packed.tile_rows
             starts = range(0, max(1, out), step)
-            blocks = [(slice(at, min(at + step, out)), rows_of(packed, at, min(at + step, out))) for at in starts]
+            blocks = [(slice(at, min(at + step, out)), packed.rows(at, min(at + step, out))) for at in starts]
         return KeptPacked(packed, spec.transposed, blocks)
 
     def run(self, prepared: KeptPacked, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -100,7 +100,7 @@ class DenseLowMemory:
 
     borrow = dense
 
-    def restore(self, prepared: KeptPacked) -> Bitmask:
+    def restore(self, prepared: KeptPacked) -> PackedTensor:
         return prepared.packed
 
 

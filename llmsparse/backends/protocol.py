@@ -10,7 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from llmsparse.formats.bitmask import Bitmask
+from llmsparse.formats import PackedTensor
+from llmsparse.formats.nested import Nested
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,15 @@ class WeightSpec:
     device: torch.device
     transposed: bool = False  # the module that it stands for keeps (in, out)
     whole: bool = False  # the module multiplies with it in a way of its own: it must be handed over unpacked
+    format: str = "bitmask"  # of FORMATS
+    group: int | None = None  # columns that share a step; of nested weights
+    stored: torch.dtype | None = None  # that these are rounded to, whatever they are computed with in
 
     @classmethod
-    def of(cls, packed: Bitmask, transposed: bool = False, whole: bool = False) -> WeightSpec:
-        values = packed.values
-        return cls(packed.shape, packed.pattern, values.numel(), values.dtype, values.device, transposed, whole)
+    def of(cls, packed: PackedTensor, transposed: bool = False, whole: bool = False) -> WeightSpec:
+        where = (packed.dtype, packed.device)
+        few = (packed.group, packed.stored) if isinstance(packed, Nested) else (None, None)
+        return cls(packed.shape, packed.pattern, packed.nnz, *where, transposed, whole, packed.FORMAT, *few)
 
     @property
     def sparsity(self) -> float:
@@ -44,6 +49,11 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def formats(self) -> tuple[str, ...] | None:
+        """Of which of FORMATS it can make its layout; None: of any."""
+        ...
 
     @property
     def compiles(self) -> bool:
@@ -62,7 +72,7 @@ class Backend(Protocol):
         """Up to how many rows of activations at once `run` beats unpacking the weight for a product; None: any number."""
         ...
 
-    def prepare(self, packed: Bitmask, spec: WeightSpec) -> Any:
+    def prepare(self, packed: Any, spec: WeightSpec) -> Any:
         """Repack for the kernel. The neutral tensors may be dropped afterwards."""
         ...
 
@@ -78,7 +88,7 @@ class Backend(Protocol):
         """The same for a moment: the next call from this thread may overwrite it."""
         ...
 
-    def restore(self, prepared: Any) -> Bitmask:
+    def restore(self, prepared: Any) -> PackedTensor:
         """What `prepare` was given: equal tensors, which is what is saved."""
         ...
 

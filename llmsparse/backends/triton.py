@@ -15,7 +15,6 @@ from torch import Tensor
 
 from llmsparse.backends.protocol import WeightSpec
 from llmsparse.formats.bitmask import Bitmask
-from llmsparse.formats.slicing import repacked
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,7 @@ class LaidOut:
     """A weight as a kernel reads it, and which of its places are stored: their layouts add places and drop zeros."""
 
     weight: Any
-    mask: Tensor  # as Bitmask.mask, in the memory of the CPU: it is for saving only
-    pattern: str
+    places: Bitmask  # emptied, in the memory of the CPU: it is for saving only
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,7 @@ class TritonOp:
     most: int  # rows of activations
     pattern: str | None = None  # the only pattern that its layout holds
     compiles: bool = True  # its kernels are torch ops
+    formats: tuple[str, ...] = ("bitmask",)
 
     def why_not(self, spec: WeightSpec) -> str | None:
         if spec.device.type != "cuda":
@@ -53,11 +52,11 @@ class TritonOp:
         return self.most
 
     def prepare(self, packed: Bitmask, spec: WeightSpec) -> LaidOut:
-        return LaidOut(self._op.prepare(packed.unpack()), packed.mask.cpu(), packed.pattern)
+        return LaidOut(self._op.prepare(packed.unpack()), packed.emptied().moved(torch.device("cpu")))
 
     def run(self, prepared: LaidOut, x: Tensor, bias: Tensor | None) -> Tensor:
         if not x.numel():
-            return x.new_empty(*x.shape[:-1], prepared.mask.shape[-2])
+            return x.new_empty(*x.shape[:-1], prepared.places.shape[-2])
         y: Tensor = self._op.linear(x.reshape(-1, x.shape[-1]), prepared.weight, bias)
         return y.view(*x.shape[:-1], -1)
 
@@ -67,8 +66,7 @@ class TritonOp:
     borrow = dense
 
     def restore(self, prepared: LaidOut) -> Bitmask:
-        weight = self.dense(prepared)
-        return repacked(weight, prepared.mask.to(weight.device), prepared.pattern)
+        return prepared.places.filled(self.dense(prepared))
 
     @property
     def _op(self) -> Any:

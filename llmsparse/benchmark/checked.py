@@ -14,13 +14,13 @@ import torch
 from llmsparse.backends import BACKENDS, WeightSpec
 from llmsparse.backends.choice import why_not
 from llmsparse.errors import one_line
-from llmsparse.formats.bitmask import Bitmask
+from llmsparse.formats import PackedTensor, restore
 
 BOUND = {torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}  # rms of the difference of two products, each rounded once
 EXACT = 2e-5  # the same where nothing is rounded but sums
 
 
-def laid_out(name: str, packed: Bitmask, spec: WeightSpec, copies: int, batches: Sequence[int]) -> list[Any] | str:
+def laid_out(name: str, packed: PackedTensor, spec: WeightSpec, copies: int, batches: Sequence[int]) -> list[Any] | str:
     """Copies of a weight as a backend reads it, or why it must not be timed, in a few words."""
     backend = BACKENDS[name]
     reason = why_not(name, spec) or backend.wrong(spec.device)
@@ -33,7 +33,7 @@ def laid_out(name: str, packed: Bitmask, spec: WeightSpec, copies: int, batches:
         return f"fails: {type(error).__name__}: {one_line(error)}"
 
 
-def differs(name: str, prepared: Any, packed: Bitmask, spec: WeightSpec, batches: Sequence[int]) -> str | None:
+def differs(name: str, prepared: Any, packed: PackedTensor, spec: WeightSpec, batches: Sequence[int]) -> str | None:
     """How a backend's products differ from dense ones, for every batch that it takes; None if they do not."""
     backend, bound = BACKENDS[name], BOUND.get(spec.dtype, EXACT)
     weight, most = packed.unpack(), backend.tokens(spec)
@@ -51,6 +51,6 @@ def differs(name: str, prepared: Any, packed: Bitmask, spec: WeightSpec, batches
     return None
 
 
-def _copy(packed: Bitmask) -> Bitmask:
-    offsets = None if packed.offsets is None else packed.offsets.clone()
-    return Bitmask(packed.values.clone(), packed.mask.clone(), offsets, packed.shape, packed.pattern)
+def _copy(packed: PackedTensor) -> PackedTensor:
+    tensors = {suffix: tensor.clone() for suffix, tensor in packed.tensors().items()}
+    return restore("the copy", packed.describe(), tensors, packed.dtype)

@@ -23,7 +23,6 @@ from llmsparse.benchmark.report import DENSE, GAIN, Benchmark, Measured, Mixture
 from llmsparse.benchmark.timing import cache_bytes, copies_for, copy_bandwidth, current, side_by_side
 from llmsparse.benchmark.workloads import Workload, of_model, of_shapes
 from llmsparse.errors import CheckpointError, LlmsparseError, MachineError, RecipeError
-from llmsparse.formats.slicing import moved
 from llmsparse.inference.fused_experts import NAME
 from llmsparse.inference.load import load_model
 from llmsparse.models.origin import fetch_model, is_packed, read_config
@@ -122,7 +121,7 @@ def time_weight(
     seconds: float,
 ) -> Measured:
     """One weight, on every backend that can run it and is right, and for every batch that this one takes."""
-    packed = moved(workload.packed, device)
+    packed = workload.packed.moved(device)
     spec = WeightSpec.of(packed)
     packed_bytes = sum(tensor.nbytes for tensor in packed.tensors().values())
     sizes = {name: spec.dense_bytes if name == DENSE else packed_bytes for name in names}

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from llmsparse.errors import RecipeError, did_you_mean
+from llmsparse.formats import PackedTensor
 from llmsparse.formats.bitmask import Bitmask
-from llmsparse.formats.slicing import rows_of
 from llmsparse.models.origin import is_packed, read_config
 from llmsparse.packing.folder import PackedCheckpoint
 from llmsparse.packing.pack import select_packable
@@ -36,7 +36,7 @@ class Workload:
 
     name: str
     count: int
-    packed: Bitmask
+    packed: PackedTensor
 
 
 def of_model(folder: Path, trust_remote_code: bool, progress: Progress) -> list[Workload]:
@@ -48,10 +48,10 @@ def of_model(folder: Path, trust_remote_code: bool, progress: Progress) -> list[
     for name, packed in _weights(folder, trust_remote_code, progress):
         shape = packed.shape[-2:]  # (out, in)
         experts = math.prod(packed.shape[:-2])
-        matrix = rows_of(packed, 0, shape[0]) if len(packed.shape) > 2 else packed
-        key = (shape, packed.values.dtype, packed.pattern)
+        matrix = packed.rows(0, shape[0]) if len(packed.shape) > 2 else packed
+        key = (shape, packed.FORMAT, packed.dtype, packed.pattern)
         before = groups.get(key)
-        if before is None or before.packed.values.numel() < matrix.values.numel():
+        if before is None or before.packed.nnz < matrix.nnz:
             groups[key] = Workload(name, experts + (before.count if before else 0), matrix)
         else:
             groups[key] = Workload(before.name, before.count + experts, before.packed)
@@ -84,13 +84,11 @@ def _shapes(named: str) -> dict[Shape, int]:
     return shapes
 
 
-def _weights(folder: Path, trust_remote_code: bool, progress: Progress) -> Iterator[tuple[str, Bitmask]]:
+def _weights(folder: Path, trust_remote_code: bool, progress: Progress) -> Iterator[tuple[str, PackedTensor]]:
     if is_packed(read_config(folder)):
         checkpoint = PackedCheckpoint(folder)
         for name in checkpoint.layers:
-            packed = checkpoint.weight(name)
-            assert isinstance(packed, Bitmask)
-            yield name, packed
+            yield name, checkpoint.weight(name)
         return
     with progress:
         selection = select_packable(folder, trust_remote_code, progress)

@@ -1,42 +1,58 @@
-"""How zeros are stored: each format packs a weight without its zeros and gives it back bit for bit.
+"""How weights with zeros are stored: each format packs a weight and gives it back bit for bit.
 
 A format is one file and one line in FORMATS. What lies on disk is neutral: kernels repack it when a model is loaded.
+docs/packed-format.md specifies each, and the folder around it, for whoever writes a reader.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, Protocol, Self
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from llmsparse.errors import CheckpointError, did_you_mean
 from llmsparse.formats.bitmask import Bitmask
+from llmsparse.formats.nested import Nested
+from llmsparse.formats.protocol import Layout, PackedTensor
+
+__all__ = ["FIRST", "FORMATS", "PackedTensor", "check_description", "format_of", "layout", "restore", "stored_bytes"]
+
+FORMATS: dict[str, type[PackedTensor]] = {"bitmask": Bitmask, "nested": Nested}
+
+FIRST = "bitmask"  # what an entry is that names no format: the first version knew of one
 
 
-class PackedTensor(Protocol):
-    """A weight of shape (..., out, in) without its zeros."""
-
-    @classmethod
-    def pack(cls, weight: Tensor, pattern: str, keep: Tensor | None = None) -> Self:
-        """Pack a weight; `pattern` is `unstructured` or `N:M`, `keep` a bool mask of its shape if it is known."""
-        ...
-
-    def unpack(self) -> Tensor:
-        """The weight: `unpack(pack(w))` equals `w` bit for bit."""
-        ...
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by the suffix that its name gets behind the weight's own."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """What `config.json` says of it: enough, with `tensors()`, to unpack."""
-        ...
-
-    @classmethod
-    def restore(cls, name: str, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """The inverse of `describe()` and `tensors()`; CheckpointError naming `name` where they do not agree."""
-        ...
+def format_of(described: Mapping[str, Any]) -> type[PackedTensor]:
+    """The format of a weight that `check_description` has passed."""
+    return FORMATS[described.get("format", FIRST)]
 
 
-FORMATS: dict[str, type[PackedTensor]] = {"bitmask": Bitmask}
+def check_description(name: str, described: Mapping[str, Any]) -> None:
+    """CheckpointError naming `name` for an entry of a config that `layout` cannot be asked about."""
+    wanted: Any = described.get("format", FIRST)
+    if not isinstance(wanted, str) or wanted not in FORMATS:
+        hint = did_you_mean(str(wanted), list(FORMATS))
+        raise CheckpointError(f"{name}: format {wanted!r} is not known{hint}")
+    FORMATS[wanted].check(name, described)
+
+
+def layout(described: Mapping[str, Any]) -> Layout:
+    """Suffix → (shape, dtype) of the tensors that store a weight, from what `describe()` says of it."""
+    return format_of(described).layout(described)
+
+
+def stored_bytes(described: Mapping[str, Any]) -> int:
+    """Bytes of all tensors that store a weight."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout(described).values())
+
+
+def restore(
+    name: str, described: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> PackedTensor:
+    """A weight of its description and its tensors, to unpack to `dtype` if one is given. CheckpointError naming `name`
+    where they do not agree."""
+    check_description(name, described)
+    return format_of(described).restore(name, described, tensors, dtype)

@@ -16,34 +16,53 @@ docs/packed-format.md specifies it, and the folder around it, for whoever writes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llmsparse.errors import CheckpointError, PatternError
-from llmsparse.sparsity.patterns import PATTERNS, NofM, parse_pattern
+from llmsparse.formats.mask import bits_of, nofm, obeys, set_bits
+from llmsparse.formats.protocol import Layout
+from llmsparse.sparsity.patterns import PATTERNS, NofM
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes an element → dtype of its bit pattern
-SUFFIXES = ("", "_mask", "_offsets")  # values keep the weight's own name, so that other software fails on their shape
 CHUNK = 2**22  # elements packed at once: temporaries stay small beside the weight
-
-SET_BITS = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8)  # of each byte
 
 
 @dataclass(frozen=True)
 class Bitmask:
     """A weight of `shape` (..., out, in), packed."""
 
+    FORMAT: ClassVar[str] = "bitmask"
+    SINCE: ClassVar[int] = 1
+    MARK: ClassVar[tuple[str, torch.dtype]] = ("_mask", torch.uint8)
+    SUFFIXES: ClassVar[tuple[str, ...]] = ("", "_mask", "_offsets")
+
     values: Tensor
     mask: Tensor
     offsets: Tensor | None
     shape: tuple[int, ...]
     pattern: str  # unstructured, or N:M
+
+    @property
+    def nnz(self) -> int:
+        return self.values.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def tile_rows(self) -> int:
+        return 1
 
     @classmethod
     def pack(cls, weight: Tensor, pattern: str = "unstructured", keep: Tensor | None = None) -> Self:
@@ -77,7 +96,7 @@ class Bitmask:
 
     def keep(self) -> Tensor:
         """The keep-mask, bool of the weight's shape, on the device of `mask`."""
-        return _places(self.mask, self.shape[-1])
+        return bits_of(self.mask, self.shape[-1])
 
     def unpack(self) -> Tensor:
         """The weight, (..., out, in) in its dtype, on the device of `mask`."""
@@ -87,30 +106,104 @@ class Bitmask:
 
     def tensors(self) -> dict[str, Tensor]:
         held = (self.values, self.mask, self.offsets)
-        return {suffix: tensor for suffix, tensor in zip(SUFFIXES, held, strict=True) if tensor is not None}
+        return {suffix: tensor for suffix, tensor in zip(self.SUFFIXES, held, strict=True) if tensor is not None}
 
     def describe(self) -> dict[str, Any]:
         dtype = str(self.values.dtype).removeprefix("torch.")
         return {"shape": list(self.shape), "dtype": dtype, "nnz": self.values.numel(), "pattern": self.pattern}
 
     @classmethod
-    def restore(cls, name: str, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """What `describe()` and `tensors()` gave. CheckpointError where shapes, dtype, counts or offsets disagree, so
-        that nothing that comes after can read outside of `values`."""
-        check_description(name, described)
-        absent = [suffix for suffix in SUFFIXES[:2] if suffix not in tensors]
+    def check(cls, name: str, described: Mapping[str, Any]) -> None:
+        shape, nnz = described.get("shape"), described.get("nnz")
+        whole: Any = isinstance(shape, list) and [*shape, nnz]
+        if not whole or len(whole) < 3 or not all(type(number) is int and number >= 0 for number in whole):
+            raise CheckpointError(f"{name}: shape {shape!r}, nnz {nnz!r}: wanted two or more sizes and a count")
+        check_dtype(name, described)
+        try:
+            group = nofm(str(described.get("pattern")))
+        except PatternError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+        if group is not None and (whole[-2] % group.m or nnz != math.prod(whole[:-1]) * group.n // group.m):
+            raise CheckpointError(f"{name}: {group} of shape {shape} does not have nnz {nnz}")
+
+    @classmethod
+    def redescribed(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {**described, "nnz": tensors[""].numel()}
+
+    @classmethod
+    def layout(cls, described: Mapping[str, Any]) -> Layout:
+        shape, nnz = tuple(int(n) for n in described["shape"]), int(described["nnz"])
+        rows, width = math.prod(shape[:-1]), shape[-1]
+        group = nofm(str(described["pattern"]))
+        values = (nnz,) if group is None else (rows, width * group.n // group.m)
+        stored: Layout = {
+            "": (values, getattr(torch, str(described["dtype"]))),
+            "_mask": ((*shape[:-1], -(-width // 8)), torch.uint8),
+        }
+        if group is None:
+            stored["_offsets"] = ((rows + 1,), torch.int32 if nnz < 2**31 else torch.int64)
+        return stored
+
+    @classmethod
+    def restore(
+        cls, name: str, described: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    ) -> Self:
+        cls.check(name, described)
+        absent = [suffix for suffix in cls.SUFFIXES[:2] if suffix not in tensors]
         if absent:
             raise CheckpointError(f"{name}: {name}{absent[0]} is missing; the packed file is damaged")
         pattern, shape = str(described["pattern"]), tuple(described["shape"])
         packed = cls(tensors[""], tensors["_mask"], tensors.get("_offsets"), shape, pattern)
+        if dtype is not None:  # a model may be loaded in another one than is stored
+            described = {**described, "dtype": str(dtype).removeprefix("torch.")}
+            packed = packed.moved(packed.device, dtype)
         problem = packed.problem(described)
         if problem:
             raise CheckpointError(f"{name}: {problem}; the packed file is damaged, pack the checkpoint again")
         return packed
 
+    def moved(self, device: torch.device, dtype: torch.dtype | None = None) -> Self:
+        offsets = None if self.offsets is None else self.offsets.to(device)
+        values = self.values.to(device, dtype or self.values.dtype)
+        return type(self)(values, self.mask.to(device), offsets, self.shape, self.pattern)
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Copies no value."""
+        width = self.shape[-1]
+        mask = self.mask.view(-1, self.mask.shape[-1])[start:stop]
+        shape = (stop - start, width)
+        if self.offsets is None:
+            return type(self)(self.values[start:stop], mask, None, shape, self.pattern)
+        offsets = self.offsets[start : stop + 1]
+        values = self.values[int(offsets[0]) : int(offsets[-1])]
+        return type(self)(values, mask, offsets - offsets[0], shape, self.pattern)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        first = parts[0]
+        values, mask = torch.cat([part.values for part in parts]), torch.stack([part.mask for part in parts])
+        shape = (len(parts), *first.shape)
+        if first.offsets is None:
+            return cls(values, mask, None, shape, first.pattern)
+        offsets, before = [torch.zeros(1, dtype=torch.int64, device=values.device)], 0
+        for part in parts:
+            assert part.offsets is not None
+            offsets.append(part.offsets[1:].long() + before)
+            before += part.values.numel()
+        kind = torch.int32 if before < 2**31 else torch.int64
+        return cls(values, mask, torch.cat(offsets).to(kind), shape, first.pattern)
+
+    def emptied(self) -> Self:
+        return type(self)(self.values.new_empty(0), self.mask.clone(), None, self.shape, self.pattern)
+
+    def filled(self, weight: Tensor) -> Self:
+        """A kept place may hold a zero, so the mask says what is stored."""
+        packed = self.pack(weight.detach().cpu(), self.pattern, self.keep().cpu())
+        return packed.moved(weight.device)
+
     def problem(self, described: Mapping[str, Any]) -> str | None:
         """What is wrong with the tensors, in a few words, or None. Counts are checked where tensors are not on meta."""
-        wanted = layout(described)
+        wanted = self.layout(described)
         for suffix, tensor in self.tensors().items():
             if suffix not in wanted:
                 return f"unexpected tensor {suffix}"
@@ -127,10 +220,10 @@ class Bitmask:
         if width % 8 and bool((mask[:, -1] >> (width % 8)).any()):
             return "mask has bits beyond the last column"
         if group is not None:
-            whole = _obeys(mask, width, group, exactly=True)
+            whole = obeys(mask, width, group, exactly=True)
             return None if whole else f"mask has a group that does not keep {self.pattern}"
         assert self.offsets is not None
-        ends = _set_bits(mask).cumsum(0)  # (rows,)
+        ends = set_bits(mask).cumsum(0)  # (rows,)
         if int(self.offsets[0]) != 0 or not torch.equal(self.offsets[1:].to(torch.int64), ends):
             return "mask and offsets disagree"
         return None
@@ -145,7 +238,7 @@ def describe_unpacked(weight: Tensor) -> dict[str, Any]:
         kept: Any = (part != 0).numpy()
         nnz += int(np.count_nonzero(kept))
         mask = torch.from_numpy(np.packbits(kept, axis=1, bitorder="little"))
-        obeyed = [group for group in obeyed if _obeys(mask, width, group)]
+        obeyed = [group for group in obeyed if obeys(mask, width, group)]
     if obeyed:
         nnz = weight.numel() * obeyed[0].n // obeyed[0].m
     dtype = str(weight.dtype).removeprefix("torch.")
@@ -153,57 +246,18 @@ def describe_unpacked(weight: Tensor) -> dict[str, Any]:
     return {"shape": list(weight.shape), "dtype": dtype, "nnz": nnz, "pattern": pattern}
 
 
-def layout(described: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Suffix → (shape, dtype) of the tensors that store a weight, from what `describe()` says of it."""
-    shape, nnz = tuple(int(n) for n in described["shape"]), int(described["nnz"])
-    rows, width = math.prod(shape[:-1]), shape[-1]
-    group = nofm(str(described["pattern"]))
-    values = (nnz,) if group is None else (rows, width * group.n // group.m)
-    stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "": (values, getattr(torch, str(described["dtype"]))),
-        "_mask": ((*shape[:-1], -(-width // 8)), torch.uint8),
-    }
-    if group is None:
-        stored["_offsets"] = ((rows + 1,), torch.int32 if nnz < 2**31 else torch.int64)
-    return stored
-
-
-def stored_bytes(described: Mapping[str, Any]) -> int:
-    """Bytes of all tensors that store a weight."""
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout(described).values())
-
-
-def check_description(name: str, described: Mapping[str, Any]) -> None:
-    """CheckpointError naming `name` unless `layout` can be asked about it: what a stranger wrote into a config."""
-    shape, nnz = described.get("shape"), described.get("nnz")
-    whole: Any = isinstance(shape, list) and [*shape, nnz]
+def check_dtype(name: str, described: Mapping[str, Any]) -> None:
+    """CheckpointError naming `name` where an entry has no dtype of weights, or does not say plainly how they are laid out."""
     dtype = getattr(torch, str(described.get("dtype")), None)
-    transposed = described.get("transposed", False)
-    if not whole or len(whole) < 3 or not all(type(number) is int and number >= 0 for number in whole):
-        raise CheckpointError(f"{name}: shape {shape!r}, nnz {nnz!r}: wanted two or more sizes and a count")
     if (
         str(dtype) != f"torch.{described.get('dtype')}"
         or not isinstance(dtype, torch.dtype)
         or dtype.itemsize not in BITS
     ):
         raise CheckpointError(f"{name}: dtype {described.get('dtype')!r} is not one that can be packed")
+    transposed = described.get("transposed", False)
     if not isinstance(transposed, bool):
         raise CheckpointError(f"{name}: transposed {transposed!r}: wanted true or false")
-    try:
-        group = nofm(str(described.get("pattern")))
-    except PatternError as error:
-        raise CheckpointError(f"{name}: {error}") from error
-    if group is not None and (whole[-2] % group.m or nnz != math.prod(whole[:-1]) * group.n // group.m):
-        raise CheckpointError(f"{name}: {group} of shape {shape} does not have nnz {nnz}")
-
-
-def nofm(pattern: str) -> NofM | None:
-    """N and M of `N:M`, None for `unstructured`."""
-    if pattern == "unstructured":
-        return None
-    parsed = parse_pattern(pattern, None, "row")
-    assert isinstance(parsed, NofM)
-    return parsed
 
 
 def _chunks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -213,44 +267,6 @@ def _chunks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
     step = max(1, CHUNK // max(1, weight.shape[-1]))
     for start in range(0, max(1, len(bits)), step):
         yield start, bits[start : start + step]
-
-
-def _lookup(table: Tensor, mask: Tensor) -> Tensor:
-    """table[byte] for every byte of a mask."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(table.numpy()[mask.numpy()])
-    return table.to(mask.device)[mask.int()]
-
-
-def _set_bits(mask: Tensor) -> Tensor:
-    """How many places each row of a mask (rows, ⌈in/8⌉) keeps: int64 (rows,)."""
-    if mask.device.type == "cpu":
-        bits: Any = mask.numpy()
-        words = bits.view(np.uint64) if bits.shape[1] % 8 == 0 else bits
-        return torch.from_numpy(np.bitwise_count(words).sum(axis=1, dtype=np.int64))
-    return _lookup(SET_BITS, mask).sum(-1, dtype=torch.int64)
-
-
-def _obeys(mask: Tensor, width: int, group: NofM, exactly: bool = False) -> bool:
-    """Every group of a mask (rows, ⌈in/8⌉) keeps at most N places of M; or `exactly` N."""
-    if width % 8 == 0 and 8 % group.m == 0:
-        return bool(_lookup(_bytes_of(group, exactly), mask).all())
-    kept = _places(mask, width).view(torch.uint8).reshape(len(mask), width // group.m, group.m).sum(-1)
-    return bool((kept == group.n if exactly else kept <= group.n).all())
-
-
-@cache
-def _bytes_of(group: NofM, exactly: bool) -> Tensor:
-    """bool (256,): the bytes of a mask whose groups all obey N:M."""
-    places = _places(torch.arange(256, dtype=torch.uint8)[:, None], 8)  # (256, 8)
-    kept = places.view(256, 8 // group.m, group.m).sum(-1)
-    return (kept == group.n if exactly else kept <= group.n).all(-1)
-
-
-def _places(mask: Tensor, width: int) -> Tensor:
-    """Mask (..., ⌈in/8⌉) → bool (..., in)."""
-    bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
-    return bits.view(torch.bool).flatten(-2)[..., :width]
 
 
 def _exactly(keep: Tensor, group: NofM, start: int) -> Tensor:

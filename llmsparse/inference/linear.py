@@ -20,8 +20,7 @@ from llmsparse.backends import BACKENDS, WeightSpec
 from llmsparse.backends.choice import AUTO, Choice, choose_backend
 from llmsparse.backends.protocol import RunsMany
 from llmsparse.errors import RecipeError
-from llmsparse.formats.bitmask import SUFFIXES, Bitmask, layout
-from llmsparse.formats.slicing import moved
+from llmsparse.formats import PackedTensor, format_of, layout, restore
 from llmsparse.inference import graphed
 from llmsparse.inference.gradient import PackedProduct, wants_gradient
 from llmsparse.inference.read_only import LOST, read_only
@@ -37,18 +36,19 @@ class Packed(Protocol):
     dtype: torch.dtype
     described: dict[str, Any]  # for config.json
 
-    def __init__(self, packed: Bitmask, choice: Choice, transposed: bool = False) -> None: ...
+    def __init__(self, packed: PackedTensor, choice: Choice, transposed: bool = False) -> None: ...
 
-    def packed(self) -> Bitmask: ...
+    def packed(self) -> PackedTensor: ...
 
 
 Held = TypeVar("Held", bound=Packed)
+DTYPES = "dtypes_of_packed"  # attribute of a module that waits for packed weights: leaf → dtype to unpack to
 
 
 class PackedMatrix:
     """A packed weight in the hands of a backend: (out, in), or all experts of a stack (experts, out, in)."""
 
-    def __init__(self, packed: Bitmask, choice: Choice, transposed: bool = False) -> None:
+    def __init__(self, packed: PackedTensor, choice: Choice, transposed: bool = False) -> None:
         spec = WeightSpec.of(packed, transposed, choice.whole)
         self.choice = choice
         self.backend = BACKENDS[choice.backend]
@@ -86,7 +86,7 @@ class PackedMatrix:
         """The weight, unpacked."""
         return self.backend.dense(self.prepared) if self.copy is None else self.copy
 
-    def packed(self) -> Bitmask:
+    def packed(self) -> PackedTensor:
         """The neutral tensors, as they were loaded."""
         return self.backend.restore(self.prepared)
 
@@ -180,17 +180,18 @@ def product_in_graph(matrix: PackedMatrix, x: Tensor, bias: Tensor | None) -> Te
 
 
 def place(module: nn.Module, leaf: str, described: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Give a module empty neutral tensors, on meta, in place of its parameter `leaf`; values in `dtype`."""
+    """Give a module empty neutral tensors, on meta, in place of its parameter `leaf`, which is to be of `dtype`."""
     module._parameters.pop(leaf, None)
-    for suffix, (shape, stored) in layout(described).items():
+    for suffix, (shape, stored) in layout({**described, "dtype": _name(dtype)}).items():
         if suffix:
             module.register_buffer(leaf + suffix, torch.empty(shape, dtype=stored, device="meta"))
         else:
-            values = torch.empty(shape, dtype=dtype, device="meta")
+            values = torch.empty(shape, dtype=stored, device="meta")
             module.register_parameter(leaf, nn.Parameter(values, requires_grad=False))
+    vars(module).setdefault(DTYPES, {})[leaf] = dtype
 
 
-def fill(module: nn.Module, leaf: str, packed: Bitmask) -> None:
+def fill(module: nn.Module, leaf: str, packed: PackedTensor) -> None:
     """Put the tensors of `packed` into the places made by `place`."""
     for suffix, tensor in packed.tensors().items():
         if suffix:
@@ -199,19 +200,20 @@ def fill(module: nn.Module, leaf: str, packed: Bitmask) -> None:
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
-def take(module: nn.Module, leaf: str, name: str, described: Mapping[str, Any]) -> Bitmask:
+def take(module: nn.Module, leaf: str, name: str, described: Mapping[str, Any]) -> PackedTensor:
     """The neutral tensors of a module, checked, and no longer the module's. CheckpointError where they are damaged."""
     tensors: dict[str, Tensor] = {}
-    for suffix in SUFFIXES:
+    for suffix in layout(described):
         held = module._buffers.pop(leaf + suffix, None) if suffix else module._parameters.pop(leaf)
         if held is not None:
             tensors[suffix] = held.detach()
-    dtype = str(tensors[""].dtype).removeprefix("torch.")  # a model may be loaded in another one than is stored
-    return Bitmask.restore(name, {**described, "dtype": dtype}, tensors)
+    dtype = vars(module)[DTYPES].pop(leaf)
+    values = tensors[""].dtype  # transformers loads some in float32, whatever the model is in
+    return restore(name, described, tensors, values if values.is_floating_point else dtype)
 
 
 def chosen(
-    name: str, packed: Bitmask, *, transposed: bool = False, whole: bool = False, backend: str, optimize: str
+    name: str, packed: PackedTensor, *, transposed: bool = False, whole: bool = False, backend: str, optimize: str
 ) -> Choice:
     """The choice for a packed weight."""
     size = sum(tensor.nbytes for tensor in packed.tensors().values())
@@ -223,28 +225,27 @@ def carried(held: Held, fn: Callable[[Tensor], Tensor]) -> Held:
     target = fn(torch.empty(0, dtype=held.dtype, device=held.device))
     if (target.device, target.dtype) == (held.device, held.dtype):
         return held
-    return _anew(held, moved(held.packed(), target.device, target.dtype))
+    return _anew(held, held.packed().moved(target.device, target.dtype))
 
 
 def reloaded(held: Held, name: str, state_dict: dict[str, Any], missing: list[str]) -> Held:
     """A packed weight after `load_state_dict`, whose tensors for it are taken out of `state_dict`, or their absence noted
     in `missing`. RecipeError for a dense one, CheckpointError for one that is damaged or of another shape."""
-    given = {end: state_dict.pop(name + end) for end in SUFFIXES if name + end in state_dict}
+    wanted = layout(held.described)
+    given = {end: state_dict.pop(name + end) for end in wanted if name + end in state_dict}
     if not given:
         missing.append(name)
         return held
-    if "_mask" not in given:
+    if len(wanted) > 1 and given.keys() == {""}:
         raise RecipeError(
             f"{name}: a dense weight for a layer that is packed; load it into a dense model (model.dequantize(), or "
             "from_pretrained of the dense folder)"
         )
-    values: Tensor = given[""].to(held.dtype)
-    described = {**held.described, "dtype": str(held.dtype).removeprefix("torch."), "nnz": values.numel()}
-    packed = Bitmask.restore(name, described, {**given, "": values})
-    return _anew(held, moved(packed, held.device))
+    packed = restore(name, format_of(held.described).redescribed(held.described, given), given, held.dtype)
+    return _anew(held, packed.moved(held.device))
 
 
-def _anew(held: Held, packed: Bitmask) -> Held:
+def _anew(held: Held, packed: PackedTensor) -> Held:
     """The same choice made again, for other values or another place."""
     before = held.choice
     choice = chosen(
@@ -256,3 +257,7 @@ def _anew(held: Held, packed: Bitmask) -> Held:
         optimize=before.optimize,
     )
     return type(held)(packed, choice, held.transposed)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -19,8 +19,7 @@ from torch.nn import functional
 
 from llmsparse.backends.choice import AUTO, Choice
 from llmsparse.errors import RecipeError
-from llmsparse.formats.bitmask import Bitmask
-from llmsparse.formats.slicing import joined, rows_of
+from llmsparse.formats import PackedTensor
 from llmsparse.inference.linear import PackedLayer, PackedMatrix, carried, chosen, reloaded, take
 from llmsparse.inference.read_only import LOST, read_only
 
@@ -29,13 +28,13 @@ class PackedStack:
     """The matrices of all experts, (experts, out, in), packed: one by one, or together where the backend is `dense` or
     the module wants the whole."""
 
-    def __init__(self, packed: Bitmask, choice: Choice, transposed: bool = False) -> None:
+    def __init__(self, packed: PackedTensor, choice: Choice, transposed: bool = False) -> None:
         self.choice = choice
         self.transposed = transposed
         self.described = packed.describe() | ({"transposed": True} if transposed else {})
         self.together = choice.whole or choice.backend == "dense"
         experts, out = packed.shape[0], packed.shape[-2]
-        parts = [packed] if self.together else [rows_of(packed, e * out, (e + 1) * out) for e in range(experts)]
+        parts = [packed] if self.together else [packed.rows(e * out, (e + 1) * out) for e in range(experts)]
         self.matrices = [PackedMatrix(part, choice, transposed) for part in parts]
         self.device, self.dtype = self.matrices[0].device, self.matrices[0].dtype
 
@@ -50,10 +49,10 @@ class PackedStack:
         weight = self.matrices[0].dense() if self.together else torch.stack([part.dense() for part in self.matrices])
         return weight.transpose(-1, -2) if self.transposed else weight
 
-    def packed(self) -> Bitmask:
+    def packed(self) -> PackedTensor:
         """The neutral tensors, as they were loaded."""
         parts = [matrix.packed() for matrix in self.matrices]
-        return parts[0] if self.together else joined(parts)
+        return parts[0] if self.together else type(parts[0]).joined(parts)
 
 
 class SparseExperts(nn.Module):

@@ -29,8 +29,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmsparse.backends.choice import AUTO, UNPACKING, check_names
 from llmsparse.errors import CheckpointError, RecipeError
-from llmsparse.formats.bitmask import Bitmask, describe_unpacked, layout, stored_bytes
-from llmsparse.formats.slicing import moved
+from llmsparse.formats import layout, stored_bytes
+from llmsparse.formats.bitmask import Bitmask, describe_unpacked
 from llmsparse.inference.counting import count_dense, count_packed
 from llmsparse.inference.decode_attention import mark_attention
 from llmsparse.inference.dense_linear import quicken
@@ -205,7 +205,8 @@ class SparseQuantizer(HfQuantizer):
         described = self.layers.get(param_name)
         if described is None or self.config.backend not in (AUTO, "dense"):
             return param.element_size()
-        return param.element_size() * math.prod(described["shape"]) / max(1, described["nnz"])
+        size = param.element_size() if param.is_floating_point() else getattr(torch, described["dtype"]).itemsize
+        return size * math.prod(described["shape"]) / max(1, math.prod(layout(described)[""][0]))
 
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True
@@ -247,7 +248,7 @@ class PackWhileLoading(ConversionOps):
             if stored_bytes(described) >= weight.nbytes:
                 left[name] = value
                 continue
-            packed = moved(Bitmask.pack(outputs_first, described["pattern"]), weight.device)
+            packed = Bitmask.pack(outputs_first, described["pattern"]).moved(weight.device)
             self.quantizer.hold(model, name, described | ({"transposed": True} if transposed else {}))
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)

@@ -46,7 +46,7 @@ class Group:
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers: list[weakref.ref[Any]] = [weakref.ref(layer) for layer in layers]
-        self._handles = handles_of(layers)  # of the weights that are known to be alike
+        self._handles = [layer.matrix.handle for layer in layers]  # of the weights that are known to be alike
         self._limit = min(layer.matrix.choice.tokens * layer.in_features for layer in layers)
         self._made: Made | None = None
         self._wasted = 0
@@ -61,9 +61,9 @@ class Group:
             y = made.take(layer, x)
             if not made.parts:
                 self._made = None
-            if y is not None and not wants_gradient(layer.bias):
+            if y is not None:
                 return y
-        if not 0 < x.numel() <= self._limit or wants_gradient(x, layer.bias) or autocasting(x):
+        if not 0 < x.numel() <= self._limit or torch.is_autocast_enabled(x.device.type):
             return None
         return self._multiply(layer, x)
 
@@ -71,23 +71,26 @@ class Group:
         layers = [one for held in self._layers if (one := held()) is not None]
         if self._made is not None:
             self._wasted += 1
-        if self._wasted > PATIENCE or not self._whole(layers):
+        matrices = [one.matrix for one in layers]
+        handles = [matrix.handle for matrix in matrices]
+        if self._wasted > PATIENCE or (handles != self._handles and not self._still(layers, handles)):
             self._give_up(layers)
             return None
-        matrices, biases = [one.matrix for one in layers], [one.bias for one in layers]
+        biases = [one.bias for one in layers]
+        if wants_gradient(x, *biases):
+            return None
         products = matrices[0].backend.run_many([matrix.prepared for matrix in matrices], x, biases)
-        made = Made(x, {id(one): part for one, *part in zip(layers, matrices, biases, products, strict=True)})
-        self._made = made
-        return made.parts.pop(id(layer))[-1]
+        parts = dict(zip(map(id, layers), zip(matrices, biases, products, strict=True), strict=True))
+        y = parts.pop(id(layer))[2]
+        self._made = Made(x, parts)
+        return y
 
-    def _whole(self, layers: Sequence[Any]) -> bool:
-        """Whether all of them are there, and one call can still run them."""
-        if len(layers) < len(self._layers):
+    def _still(self, layers: Sequence[Any], handles: list[int]) -> bool:
+        """Whether all of them are there, and one call can run what they have become."""
+        if len(layers) < len(self._layers) or not alike(layers):
             return False
-        handles = handles_of(layers)
-        if handles != self._handles and alike(layers):
-            self._handles = handles
-        return handles == self._handles
+        self._handles = handles
+        return True
 
     def _give_up(self, layers: Sequence[Any]) -> None:
         self._made = None
@@ -98,21 +101,27 @@ class Group:
 class Made:
     """Products of an input that wait to be picked up."""
 
-    def __init__(self, x: Tensor, parts: dict[int, list[Any]]) -> None:
+    __slots__ = ("_bits", "_mode", "parts", "x")
+
+    def __init__(self, x: Tensor, parts: dict[int, tuple[Any, Tensor | None, Tensor]]) -> None:
         """`parts`: id of a layer → its matrix and bias at the time, and the product."""
-        self.x, self.parts = x, parts
-        self._inferring = torch.is_inference_mode_enabled()
+        self.x, self.parts, self._mode = x, parts, mode()
         # how often x has been written to, which an inference tensor does not count: a copy of it
         self._bits = x.clone() if x.is_inference() else x._version
 
     def take(self, layer: Layer, x: Tensor) -> Tensor | None:
         """The product of a layer, once; None where there is none, or x or the layer are no longer what they were."""
-        if id(layer) not in self.parts:
+        part = self.parts.pop(id(layer), None)
+        if part is None or part[0] is not layer.matrix or part[1] is not layer.bias or self._mode != mode():
             return None
-        matrix, bias, y = self.parts.pop(id(layer))
-        same = torch.equal(x, self._bits) if isinstance(self._bits, Tensor) else x._version == self._bits
-        current = matrix is layer.matrix and bias is layer.bias and self._inferring == torch.is_inference_mode_enabled()
-        return y if same and current else None
+        bits = self._bits
+        same = torch.equal(x, bits) if isinstance(bits, Tensor) else x._version == bits
+        return part[2] if same else None
+
+
+def mode() -> tuple[bool, bool]:
+    """What may be done with a tensor depends on it."""
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
 class _Last(threading.local):
@@ -138,8 +147,11 @@ def shared_product(layer: Layer, x: Tensor) -> Tensor | None:
 
 def _notice(layer: Layer, x: Tensor) -> None:
     """See what a layer is given, and form a group of those that were given the input before this one."""
-    if not layer.matrix.runs_many:
+    matrix = layer.matrix
+    if not matrix.runs_many:
         layer.group = ALONE
+    elif x.numel() > matrix.choice.tokens * layer.in_features:
+        return  # a prompt: keeping its activations for a moment longer costs more than the moment
     elif _LAST.x is x and all(held() is not layer for held in _LAST.layers):
         _LAST.layers.append(weakref.ref(layer))
     else:
@@ -148,14 +160,6 @@ def _notice(layer: Layer, x: Tensor) -> None:
         for one in layers:
             one.group = together or (one.group + 1 if one.group < PATIENCE else ALONE)
         _LAST.x, _LAST.layers = x, [weakref.ref(layer)]
-
-
-def handles_of(layers: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(layer.matrix.handle for layer in layers)
-
-
-def autocasting(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
 
 
 def alike(layers: Sequence[Any]) -> bool:

@@ -19,29 +19,33 @@ import torch
 from torch import Tensor
 
 from llmsparse.errors import CheckpointError
-from llmsparse.formats import FORMATS, PackedTensor
-from llmsparse.formats.bitmask import check_description, layout
+from llmsparse.formats import FIRST, FORMATS, PackedTensor, check_description, format_of, layout, restore, stored_bytes
 from llmsparse.models.origin import PACKED, read_config
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.shard import DTYPES, TensorSpec
 
 RECORD = "llmsparse_packed.json"
-FORMAT = "bitmask"
-FORMAT_VERSION = 1
+FORMAT_VERSION = max(kind.SINCE for kind in FORMATS.values())  # the highest that is read
 # for who looks into a config.json that transformers calls an "unknown quantization type"
 HINT = "pip install llmsparse, and import it before the model is loaded, or start the program with: llmsparse run -- PROGRAM"
 
 
 def quantization_config(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The block that makes a `config.json` that of a packed checkpoint."""
+    """The block that makes a `config.json` that of a packed checkpoint, of the lowest version that can say it."""
+    version = format_version(layers)
     return {
         "quant_method": PACKED,
         "load_with": HINT,
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        **({"format": FIRST} if version == 1 else {}),
+        "format_version": version,
         "bit_order": "little",
         "layers": {name: dict(described) for name, described in layers.items()},
     }
+
+
+def format_version(layers: Mapping[str, Mapping[str, Any]]) -> int:
+    """The lowest version of the folder that can hold these weights."""
+    return max((format_of(described).SINCE for described in layers.values()), default=1)
 
 
 def read_layers(file: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -54,7 +58,9 @@ def read_layers(file: Path, config: Mapping[str, Any]) -> dict[str, dict[str, An
             f"{file}: packed in format version {version}, this llmsparse reads up to {FORMAT_VERSION}; "
             "install a newer llmsparse"
         )
-    fixed = {"format_version": FORMAT_VERSION, "format": FORMAT, "bit_order": "little"}
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{file}: quantization_config has format_version {version!r}, wanted 1 or more")
+    fixed = {"bit_order": "little"} | ({"format": FIRST} if version == 1 else {})
     for key, wanted in fixed.items():
         if block.get(key) != wanted:
             raise CheckpointError(f"{file}: quantization_config has {key} {block.get(key)!r}, wanted {wanted!r}")
@@ -63,14 +69,21 @@ def read_layers(file: Path, config: Mapping[str, Any]) -> dict[str, dict[str, An
         raise CheckpointError(f"{file}: quantization_config has no layers, which describe the packed weights")
     for name, described in layers.items():
         check_description(f"{file}: {name}", described)
+    needed = format_version(layers)
+    if needed > version:
+        raise CheckpointError(
+            f"{file}: format_version {version} has no weights as are described, which {needed} brought"
+        )
     return layers
 
 
 def refuse_undescribed(file: Path, layers: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> None:
     """CheckpointError where the files hold a packed weight that the config in `file` does not speak of."""
+    marks = dict(kind.MARK for kind in FORMATS.values())
     for key, spec in stored.items():
-        name = key.removesuffix("_mask")
-        if name != key and name in stored and name not in layers and spec.dtype == torch.uint8 and len(spec.shape) > 1:
+        suffix = next((suffix for suffix in marks if key.endswith(suffix)), "")
+        name = key.removesuffix(suffix)
+        if suffix and name in stored and name not in layers and spec.dtype == marks[suffix] and len(spec.shape) > 1:
             raise CheckpointError(
                 f"{file}: quantization_config does not describe {name}, which is packed in {spec.file.name}; the two do "
                 "not belong together, pack the checkpoint again"
@@ -87,7 +100,8 @@ class Record:
     tensors: dict[str, dict[str, Any]]  # the source's tensors, in order → {"dtype": as in safetensors, "shape"}
 
     def to_json(self) -> dict[str, Any]:
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        """As of the first version, which it has not changed since."""
+        return {"format_version": 1, **asdict(self)}
 
     @classmethod
     def read(cls, folder: Path) -> Record | None:
@@ -146,7 +160,7 @@ class PackedCheckpoint:
         described = self.layers[name]
         tensors = self.reader.read(name + suffix for suffix in layout(described))
         parts = {key.removeprefix(name): tensor for key, tensor in tensors.items()}
-        return FORMATS[FORMAT].restore(f"{self.folder}: {name}", described, parts)
+        return restore(f"{self.folder}: {name}", described, parts)
 
     def module_tensor(self, name: str) -> Tensor:
         """A tensor as the module holds it, unpacked if it is packed."""
@@ -167,8 +181,7 @@ class PackedCheckpoint:
 
     def stored_bytes(self, name: str) -> int:
         """What a packed weight takes on disk."""
-        specs = [self.reader.spec(name + suffix) for suffix in layout(self.layers[name])]
-        return sum(spec.end - spec.begin for spec in specs)
+        return stored_bytes(self.layers[name])
 
     def verify(self) -> None:
         """Check every packed weight, then every file's checksum. CheckpointError naming the first that is not right."""

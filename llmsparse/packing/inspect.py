@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from llmsparse.errors import CheckpointError
+from llmsparse.formats import format_of
+from llmsparse.formats.nested import Nested, entropy_of
 from llmsparse.models.origin import fetch_model, is_packed, read_config
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.packing.folder import PackedCheckpoint
@@ -39,6 +42,8 @@ class WeightInfo:
     pattern: str  # dense, unstructured, or N:M along the inputs
     dense_bytes: int
     packed: bool = False
+    entropy: float | None = None  # of the numbers of a nested weight, in bits
+    parts: dict[str, int] | None = None  # of one: bytes of what is stored, by what it says
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,11 @@ class Inspection:
     @property
     def packed(self) -> list[WeightInfo]:
         return [weight for weight in self.weights if weight.packed]
+
+    @property
+    def coded(self) -> list[WeightInfo]:
+        """Those that are stored as small integers."""
+        return [weight for weight in self.weights if weight.parts]
 
     @property
     def sparsity(self) -> float:
@@ -87,13 +97,16 @@ class Inspection:
         from rich.table import Table
 
         sizes = ("packed MB", "dense MB", "ratio") if self.packed else ("MB",)
-        table = Table("weight", "shape", "dtype", "sparsity", "pattern", *sizes, box=None, pad_edge=False)
+        coded = ("bits", "entropy") if self.coded else ()
+        table = Table("weight", "shape", "dtype", "sparsity", "pattern", *coded, *sizes, box=None, pad_edge=False)
         for weight in self.weights:
             shape = "×".join(map(str, weight.shape))
             dense, ratio = f"{weight.dense_bytes / 1e6:.2f}", f"{weight.bytes / max(1, weight.dense_bytes):.3f}"
             size = (f"{weight.bytes / 1e6:.2f}" if weight.packed else "", dense, ratio if weight.packed else "")
             cells = size if self.packed else (dense,)
-            table.add_row(weight.name, shape, weight.dtype, f"{weight.sparsity:.4f}", weight.pattern, *cells)
+            bits, entropy = f"{8 * weight.bytes / max(1, prod(weight.shape)):.3f}", f"{weight.entropy or 0:.3f}"
+            few = ((bits, entropy) if weight.parts else ("", "")) if coded else ()
+            table.add_row(weight.name, shape, weight.dtype, f"{weight.sparsity:.4f}", weight.pattern, *few, *cells)
         table.caption = "\n".join(self._totals())
         table.caption_justify = "left"
         return table
@@ -107,11 +120,28 @@ class Inspection:
         if self.packed:
             packed = compared(sum(w.bytes for w in self.packed), sum(w.dense_bytes for w in self.packed))
             lines.append(f"packed: {len(self.packed)} weights, {packed}")
-            if any(weight.shape[-1] < WIDE for weight in self.packed):
+            if any(weight.shape[-1] < WIDE and not weight.parts for weight in self.packed):
                 lines.append(NARROW)
+        if self.coded:
+            lines.append(self._by_part())
         if self.verified:
             lines.append("verified: mask and offsets of every packed weight, sha256 of every file")
         return [*lines, self.note] if self.note else lines
+
+    def _by_part(self) -> str:
+        """Where the bits of nested weights go, and how near they are to the least."""
+        numel = sum(prod(weight.shape) for weight in self.coded)
+        parts = Counter[str]()
+        for weight in self.coded:
+            parts.update(weight.parts or {})
+        bits = {part: 8 * size / numel for part, size in parts.items() if size}
+        entropy = sum((weight.entropy or 0) * prod(weight.shape) for weight in self.coded) / numel
+        numbers = sum(share for part, share in bits.items() if part not in ("steps", "tiles"))
+        listed = ", ".join(f"{part} {share:.3f}" for part, share in bits.items())
+        return (
+            f"nested: {len(self.coded)} weights, {sum(bits.values()):.3f} bits each ({listed}); numbers take {numbers:.3f}, "
+            f"their entropy is {entropy:.3f}"
+        )
 
 
 def inspect(model: str, *, revision: str | None = None, verify: bool = False) -> Inspection:
@@ -133,7 +163,7 @@ def inspect(model: str, *, revision: str | None = None, verify: bool = False) ->
     for key in [*packed.layers, *packed.plain_keys] if packed is not None else reader.keys():
         tensor = reader.read([key])[key]
         if packed is not None and key in packed.layers:
-            info, numel = _packed_info(packed, key, tensor), math.prod(packed.layers[key]["shape"])
+            info, numel = _packed_info(packed, key, tensor), prod(packed.layers[key]["shape"])
         else:
             info, numel = _info(key, tensor, layout), tensor.numel()
         zero = round(info.sparsity * numel)
@@ -169,7 +199,23 @@ def _info(key: str, stored: Tensor, layout: _Layout) -> WeightInfo:
 
 def _packed_info(packed: PackedCheckpoint, name: str, values: Tensor) -> WeightInfo:
     described = packed.layers[name]
-    numel = math.prod(described["shape"])
+    numel = prod(described["shape"])
+    if format_of(described) is Nested:
+        weight = packed.weight(name)
+        assert isinstance(weight, Nested)
+        q = weight.numbers()
+        return WeightInfo(
+            name.removesuffix(".weight"),
+            weight.shape,
+            described["dtype"],
+            packed.stored_bytes(name),
+            1 - int(q.count_nonzero()) / max(1, numel),
+            weight.pattern,
+            numel * weight.dtype.itemsize,
+            packed=True,
+            entropy=entropy_of(q),
+            parts=weight.parts(),
+        )
     return WeightInfo(
         name.removesuffix(".weight"),
         tuple(described["shape"]),

@@ -19,12 +19,12 @@ import transformers
 from torch import Tensor
 
 from llmsparse.errors import CheckpointError, RecipeError
-from llmsparse.formats import FORMATS
-from llmsparse.formats.bitmask import BITS, SUFFIXES, describe_unpacked, layout, stored_bytes
+from llmsparse.formats import FORMATS, layout, stored_bytes
+from llmsparse.formats.bitmask import BITS, Bitmask, describe_unpacked
 from llmsparse.models.naming import Group, Naming
 from llmsparse.models.origin import copy_side_files, fetch_model, is_packed, read_config
 from llmsparse.models.streamed import StreamedModel
-from llmsparse.packing.folder import FORMAT, RECORD, PackedCheckpoint, Record, quantization_config, sha256
+from llmsparse.packing.folder import RECORD, PackedCheckpoint, Record, quantization_config, sha256
 from llmsparse.packing.report import PackedSize, Packing
 from llmsparse.runs.partial import PartialOutput, check_output
 from llmsparse.runs.progress import Progress, Silent
@@ -80,6 +80,7 @@ class Packable:
     group: Group
     layers: dict[str, dict[str, Any]]  # module tensor → what the config will say of it
     dense: dict[str, Spec]  # the others that the group fills
+    beside: tuple[str, ...] = ()  # tensors on disk that are used up besides those of the group
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,12 @@ class Selection:
     packables: list[Packable]
     weights: list[PackedSize]
     left_dense: list[PackedSize]
-    drops_negative_zeros: bool
+    drops_negative_zeros: bool = False
+
+    @property
+    def source(self) -> CheckpointReader:
+        """Whose names, shapes and dtypes `unpack` gives back."""
+        return self.reader
 
     @property
     def layers(self) -> dict[str, dict[str, Any]]:
@@ -101,9 +107,12 @@ class Selection:
     def specs(self) -> dict[str, Spec]:
         """Shape and dtype of all tensors that will be stored, each group where its first tensor stood."""
         owner = {key: part for part in self.packables for key in part.group.keys}
+        used = {key for part in self.packables for key in part.beside}
         specs: dict[str, Spec] = {}
         for key in self.reader.keys():
             part = owner.get(key)
+            if key in used:
+                continue
             if part is None:
                 spec = self.reader.spec(key)
                 specs[key] = (spec.shape, spec.dtype)
@@ -116,21 +125,21 @@ class Selection:
     def write(self, target: Path, shard_bytes: int, progress: Progress, *, model: str, output: str) -> Packing:
         """Write the packed checkpoint into the folder `target`, side files included."""
         writer = CheckpointWriter(target, self.specs(), shard_bytes)
-        packed_keys = {key for part in self.packables for key in part.group.keys}
+        packed_keys = {key for part in self.packables for key in (*part.group.keys, *part.beside)}
         writer.copy(self.reader, [key for key in self.reader.keys() if key not in packed_keys])
         progress.start(len(self.packables))
         for part in self.packables:
             progress.block(part.group.target)
-            writer.write(self._pack(part))
+            writer.write(self.packed(part))
             release_freed()
         writer.finish()
-        sizes = [sum(spec.end - spec.begin for spec in map(file.spec, file.keys())) for file in (writer, self.reader)]
+        sizes = [sum(spec.end - spec.begin for spec in map(file.spec, file.keys())) for file in (writer, self.source)]
         dropped = self.drops_negative_zeros
         packing = Packing(model, output, self.weights, self.left_dense, sizes[0], sizes[1], dropped)
         self._write_side_files(target, packing, {writer.spec(key).file for key in writer.keys()})
         return packing
 
-    def _pack(self, part: Packable) -> dict[str, Tensor]:
+    def packed(self, part: Packable) -> dict[str, Tensor]:
         """The tensors to store, after they have been taken apart again and compared with those they were made of."""
         on_disk = self.reader.read(part.group.keys)
         if self.drops_negative_zeros:
@@ -142,9 +151,9 @@ class Selection:
             if described is None:
                 stored[name] = back[name] = tensor
                 continue
-            packed = FORMATS[FORMAT].pack(_outputs_first(tensor, described), described["pattern"])
+            packed = Bitmask.pack(outputs_first(tensor, described), described["pattern"])
             stored |= {name + suffix: stored_part for suffix, stored_part in packed.tensors().items()}
-            back[name] = _outputs_first(packed.unpack(), described)
+            back[name] = outputs_first(packed.unpack(), described)
         restored = self.naming.to_disk(back)
         for key, tensor in on_disk.items():
             if not torch.equal(_bytes(tensor), _bytes(restored[key])):
@@ -165,8 +174,8 @@ class Selection:
             files=replaced,
             tensors={
                 key: {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape)}
-                for key in self.reader.keys()
-                for spec in [self.reader.spec(key)]
+                for key in self.source.keys()
+                for spec in [self.source.spec(key)]
             },
         )
         texts = {
@@ -197,11 +206,11 @@ def select_packable(
         dense: dict[str, Spec] = {}
         for name, tensor in model.naming.to_module(reader.read(group.keys)):
             dense[name] = (tuple(tensor.shape), tensor.dtype)
-            if not _can_be_packed(model.naming, reader, name, tensor):
+            if not can_be_packed(model.naming, reader, name, tensor):
                 continue
             described = {"transposed": True} if transposed.get(name) else {}
             stored = _positive_zeros(tensor) if drop_negative_zeros else tensor
-            described = describe_unpacked(_outputs_first(stored, described)) | described
+            described = describe_unpacked(outputs_first(stored, described)) | described
             footprint = _footprint(name, described, tensor)
             footprints.append(footprint)
             if footprint.pays:
@@ -231,14 +240,14 @@ def write_text(file: Path, text: str) -> None:
         raise disk_error(file, error, len(text)) from error
 
 
-def _can_be_packed(naming: Naming, reader: CheckpointReader, name: str, tensor: Tensor) -> bool:
+def can_be_packed(naming: Naming, reader: CheckpointReader, name: str, tensor: Tensor) -> bool:
     """A linear weight or a stack of experts, whose names are free and left alone by transformers when it loads them."""
     matrix = tensor.dim() == 3 or (tensor.dim() == 2 and name.endswith(".weight"))
-    free = not {name + suffix for suffix in SUFFIXES[1:]}.intersection(reader)
-    return matrix and free and all(naming.is_own(name + suffix) for suffix in SUFFIXES)
+    suffixes = [name + suffix for kind in FORMATS.values() for suffix in kind.SUFFIXES]
+    return matrix and not set(suffixes).difference((name,)).intersection(reader) and all(map(naming.is_own, suffixes))
 
 
-def _outputs_first(tensor: Tensor, described: Mapping[str, Any]) -> Tensor:
+def outputs_first(tensor: Tensor, described: Mapping[str, Any]) -> Tensor:
     """(..., out, in) of a module tensor, and back."""
     return tensor.mT if described.get("transposed") else tensor
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+MADE = {
+    False: "Made with `llmsparse pack`: the pruned weights are stored without their zeros.",
+    True: "Made with llmsparse: weights are stored as small integers, many of them 0, and a step a row.",
+}
 WIDE = 512  # inputs from which on the offset of a row, and its mask's last byte, weigh next to nothing
 NARROW = (
     f"rows of fewer than {WIDE} inputs save less: a row of n inputs takes (1 − sparsity)·n values, ⌈n/8⌉ bytes of mask "
@@ -27,6 +32,7 @@ class PackedSize:
     bytes: int  # packed
     dense_bytes: int
     negative_zeros: int = 0  # places that hold -0.0, which are kept
+    bits: float | None = None  # a weight, of one that is stored as small integers
 
     @property
     def pays(self) -> bool:
@@ -54,6 +60,11 @@ class Packing:
         """What the packed weights took before."""
         return sum(weight.dense_bytes for weight in self.weights)
 
+    @property
+    def coded(self) -> bool:
+        """Weights are stored as small integers, and do not come back as they were."""
+        return any(weight.bits is not None for weight in self.weights)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "model": self.model,
@@ -70,8 +81,10 @@ class Packing:
     def summary(self) -> list[tuple[str, str]]:
         """What a person wants to know, as (label, text) pairs."""
         patterns = ", ".join(sorted({weight.pattern for weight in self.weights}))
+        numel = sum(prod(weight.shape) for weight in self.weights)
+        how = f"{8 * self.packed_bytes / numel:.3f} bits each, all counted" if self.coded else patterns
         lines = [
-            ("packed", f"{len(self.weights)} weights, {patterns}"),
+            ("packed", f"{len(self.weights)} weights, {how}"),
             ("these weights", compared(self.packed_bytes, self.packed_dense_bytes)),
             ("whole checkpoint", compared(self.bytes, self.dense_bytes)),
         ]
@@ -85,11 +98,13 @@ class Packing:
             kept = "hold -0.0 and are stored as values, since every bit comes back; --drop-negative-zeros gives that up"
             became = "held -0.0 and hold 0.0 now; all else comes back bit for bit"
             lines.append(("negative zeros", f"{negative:,} places {became if self.drops_negative_zeros else kept}"))
-        if any(weight.shape[-1] < WIDE for weight in self.weights):
+        if not self.coded and any(weight.shape[-1] < WIDE for weight in self.weights):
             lines.append(("narrow rows", NARROW))
         return lines
 
     def _faithful(self) -> str:
+        if self.coded:
+            return "its weights as they are computed with"
         return "with 0.0 for -0.0 but else bit for bit" if self.drops_negative_zeros else "bit for bit"
 
     def table(self) -> RenderableType:
@@ -110,9 +125,9 @@ class Packing:
         lines = [
             f"---\n{metadata}---",
             "",
-            f"# {self.model}, packed",
+            f"# {self.model}, {'quantized' if self.coded else 'packed'}",
             "",
-            "Made with `llmsparse pack`: the pruned weights are stored without their zeros. Loading it takes llmsparse:",
+            f"{MADE[self.coded]} Loading it takes llmsparse:",
             "`import llmsparse`, then transformers as usual; or `llmsparse run -- PROGRAM` for a program that loads it by name.",
             "Software that does not know the format refuses to load it.",
             f"`llmsparse unpack` gives the dense checkpoint back, {self._faithful()}.",
@@ -123,7 +138,8 @@ class Packing:
             "",
         ]
         if body.strip():
-            lines += ["The dense checkpoint describes itself so:", "", body.strip(), ""]
+            whose = "The run that made it:" if self.coded else "The dense checkpoint describes itself so:"
+            lines += [whose, "", body.strip(), ""]
         return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmsparse.errors import CheckpointError, RecipeError
-from llmsparse.formats import compressed_tensors
+from llmsparse.formats import compressed_tensors, format_of
 from llmsparse.models.empty_model import build_empty, quiet
 from llmsparse.models.naming import Naming
 from llmsparse.models.origin import copy_side_files, fetch_model, is_packed, load_config, read_config
@@ -79,7 +79,8 @@ def unpack(
     orphaned = compressed_tensors.format_of(config)
     if is_packed(config):
         packed = PackedCheckpoint(folder)
-        reader, weights, what = packed.reader, len(packed.layers), "llmsparse bitmask"
+        reader, weights = packed.reader, len(packed.layers)
+        what = f"llmsparse {' and '.join(sorted({format_of(one).FORMAT for one in packed.layers.values()}))}"
 
         def write(target: Path) -> CheckpointWriter:
             return _write_packed(packed, target, shard_bytes, trust_remote_code, progress)

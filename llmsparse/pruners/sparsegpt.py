@@ -63,7 +63,7 @@ class SparseGPT:
         assert isinstance(stat, Gram)
         refuse_nan(weight)  # once; the solve keeps what is finite finite, and `Pruned.of` looks at what came out
         dead = stat.norm == 0
-        m, scale, damp = stat.factor(("sparsegpt", self.damp), lambda: _factor(stat, self.damp))
+        m, scale, damp = stat.factor(("sparsegpt", self.damp), lambda: factor_hessian(stat, self.damp))
         w = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out): a column of W is a row here
         w[dead] = 0.0  # free to prune: goes first
         width, span = w.shape[0], pattern.span
@@ -113,7 +113,7 @@ class SparseGPT:
         return keep, absorb(now, w, m, keep)
 
 
-def _factor(stat: Gram, damp: float) -> tuple[Tensor, Tensor, float]:
+def factor_hessian(stat: Gram, damp: float) -> tuple[Tensor, Tensor, float]:
     """M (in, in) unit lower triangular and D (in,) with H + damping = Mᵀ D² M, and the share of the mean diagonal that took.
 
     Raises `NumericalError` where the strongest damping does not make H positive definite.

@@ -7,7 +7,7 @@ inputs and the targets of matching are those of the dense block.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmsparse.calibration.inputs import Input, calibrate, learn_inputs
 from llmsparse.calibration.matching import Match, autocast_dtype, match
+from llmsparse.calibration.passes import output_error, passes
 from llmsparse.models.streamed import HEAD, Activations, Block
 from llmsparse.pruners import Pruned
 from llmsparse.pruning.report import BlockRecord, PrunedWeight
@@ -81,7 +82,9 @@ def prune_block(
         return reduce(combine, (choices[weight.name].pruner.needs for weight in entry.weights))
 
     inputs = learn_inputs(block, acts, [choice.weight for choice in choices.values()])
-    for number, group in enumerate(groups(inputs, needs, options)):
+    for number, group in enumerate(
+        passes(inputs, needs, options.statistics_budget, one_by_one=options.true_sequential)
+    ):
         if number and options.true_sequential:
             block.reload()  # later inputs see the weights pruned so far; otherwise the module stays dense
         outputs = calibrate(
@@ -117,23 +120,6 @@ def prune_block(
     rows.sort(key=lambda row: order.index(row.name))
     seconds[block.name] = time.perf_counter() - started
     return BlockRecord(block.name, rows, asdict(result) if result else None, seconds)
-
-
-def groups(
-    inputs: list[Input], needs: Callable[[Input], type[Statistic] | None], options: PruneOptions
-) -> Iterator[list[Input]]:
-    """Inputs measured in one pass: as many as the memory for statistics allows; one by one when true-sequential."""
-    held: list[Input] = []
-    size = 0
-    for entry in inputs:
-        needed = needs(entry)
-        bytes_needed = needed.nbytes(entry.width) if needed else 0
-        if held and (options.true_sequential or size + bytes_needed > options.statistics_budget):
-            yield held
-            held, size = [], 0
-        held.append(entry)
-        size += bytes_needed
-    yield held
 
 
 def prune_weight(
@@ -179,15 +165,6 @@ def zeros_before(zeros: Tensor, moved: Tensor) -> dict[str, Any]:
     """Of a weight that was sparse already: the share of it that was 0, and how many of these are no longer."""
     share = zeros.count_nonzero().item() / zeros.numel()
     return {"zeros_before": share, "zeros_returned": int((zeros & moved).sum())} if share > SPARSE else {}
-
-
-def output_error(dense: Tensor, pruned: Tensor, entry: Input) -> float | None:
-    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² over the sampled rows X (rows, in); None where no row was seen."""
-    if entry.tokens == 0:
-        return None
-    x = entry.sample.float()
-    energy = (x @ dense.T).square().sum().item()
-    return (x @ (dense - pruned).T).square().sum().item() / energy if energy > 0 else 0.0
 
 
 def match_block(

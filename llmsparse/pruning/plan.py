@@ -17,7 +17,9 @@ from torch import Tensor
 
 from llmsparse.calibration.matching import HELD_OUT_SHARE, LEARNING_RATES, batches_per_step, probe_steps
 from llmsparse.errors import RecipeError
-from llmsparse.formats.bitmask import stored_bytes
+from llmsparse.formats import stored_bytes
+from llmsparse.models.streamed import StreamedModel
+from llmsparse.packing.values import LARGEST, group_of
 from llmsparse.pruning.allocation import Allocation, Search, Uniform
 from llmsparse.pruning.allocation.exact import bounds_of
 from llmsparse.pruning.allocation.units import Group, groups_of, levels_of, refuse_bounds
@@ -81,7 +83,10 @@ class PrunePlan(RunPlan[PruneRecipe]):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        return self.recipe.allocation_bounds or bounds_of(self.allocated_sparsity)
+        if self.recipe.allocation_bounds is None:
+            return bounds_of(self.allocated_sparsity)
+        low, high = self.recipe.allocation_bounds
+        return low, high
 
     @property
     def levels(self) -> list[Pattern]:
@@ -179,7 +184,8 @@ def make_plan(
     reader = opened.reader
     choices = choose_weights(recipe, opened.model)
     needed = reader.nbytes
-    packed = packed_bytes(reader, choices)
+    _refuse_values(recipe, opened.model, choices)
+    packed = packed_bytes(reader, choices, recipe.values)
     if recipe.format == "packed" and packed == needed:
         raise RecipeError(
             "--format packed: at this sparsity no weight would become smaller; prune more, or write dense"
@@ -214,13 +220,27 @@ def default_match_steps(plan: PrunePlan) -> int:
     return 0
 
 
-def packed_bytes(reader: CheckpointReader, choices: Mapping[str, list[Choice]]) -> int:
-    """Bytes of the whole checkpoint with every chosen weight packed that gains by it."""
+def _refuse_values(recipe: PruneRecipe, model: StreamedModel, choices: Mapping[str, list[Choice]]) -> None:
+    """RecipeError for bf16 values of weights that are stored otherwise: packing as such rounds nothing."""
+    if recipe.values == "bf16":
+        for choice in (choice for members in choices.values() for choice in members):
+            if (dtype := model.dtype_of(choice.weight)) != torch.bfloat16:
+                raise RecipeError(
+                    f"--values bf16: {choice.weight.name} is stored in {str(dtype).removeprefix('torch.')}; leave --values "
+                    "out to store values as they are"
+                )
+
+
+def packed_bytes(reader: CheckpointReader, choices: Mapping[str, list[Choice]], values: str | None = None) -> int:
+    """Bytes of the whole checkpoint with every chosen weight packed that gains by it; with values of 8 or 4 bits at most."""
     total = reader.nbytes
     for choice in (choice for members in choices.values() for choice in members):
         numel, dtype = math.prod(choice.weight.shape), reader.spec(choice.weight.key).dtype
         nnz = numel - round(choice.pattern.sparsity * numel)
         described = {"shape": choice.weight.shape, "nnz": nnz, "pattern": str(choice.pattern)}
         packed = stored_bytes(described | {"dtype": str(dtype).removeprefix("torch.")})
+        if values in LARGEST:
+            steps = 2 * numel // group_of(values, choice.weight.shape[1])
+            packed = numel // 8 + nnz * (LARGEST[values].bit_length() + 1) // 8 + steps
         total -= max(0, numel * dtype.itemsize - packed)
     return total

@@ -6,7 +6,7 @@ What needs the model's shapes (a rule that matches nothing, a width that 4 does 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from decimal import Decimal
 from fnmatch import fnmatchcase
@@ -129,7 +129,7 @@ class PruneRecipe(RunRecipe):
     scope: Literal["auto", "row", "matrix"] = "auto"
     allocation: Allocating = "auto"
     allocation_level: Literal["block", "projection", "weight"] = "block"
-    allocation_bounds: Annotated[tuple[float, float] | None, PlainValidator(_bounds)] = None
+    allocation_bounds: Annotated[Sequence[float] | None, PlainValidator(_bounds)] = None
     rules: tuple[Rule, ...] = ()
     only: Globs = ()
     include: Globs = ()
@@ -146,6 +146,7 @@ class PruneRecipe(RunRecipe):
     dtype: Dtype = "auto"
     seed: Seed = 0
     format: Literal["dense", "packed"] = "dense"
+    values: Literal["bf16", "int8", "int4"] | None = None
     max_shard_size: ShardSize = "5GB"
     revision: str | None = None
     trust_remote_code: bool = False
@@ -196,7 +197,11 @@ class PruneRecipe(RunRecipe):
             if self.sparsity is None or ":" in self.pattern
             else f"{100 * self.sparsity:.4g}"
         )
-        return Path(f"{name}-{self.method_name}-{how_much}{'-packed' if self.format == 'packed' else ''}")
+        return Path(f"{name}-{self.method_name}-{how_much}{'-packed' if self.format == 'packed' else ''}{self._coded}")
+
+    @property
+    def _coded(self) -> str:
+        return f"-{self.values}" if self.values not in (None, "bf16") else ""
 
     def rule_for(self, name: str) -> Rule | None:
         """The last rule that matches a weight; what it leaves out comes from the recipe's own keys."""
@@ -243,6 +248,10 @@ class PruneRecipe(RunRecipe):
     def _is_possible(self) -> Self:
         if self.sparsity is None and self.pattern == "unstructured":
             raise ValueError("nothing says how much to prune: give --sparsity 0.5, or a pattern such as --pattern 2:4")
+        if self.values is not None and self.format != "packed":
+            raise OptionError(
+                ("values",), f"{self.values} is how a packed folder stores values; give --format packed, too"
+            )
         methods.build(self.method)
         _ = self.allocator
         _try(("sparsity" if self.pattern == "unstructured" else "pattern",), lambda: self._pattern(None))

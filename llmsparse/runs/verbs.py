@@ -66,6 +66,13 @@ VERBS: dict[str, Verb] = {
         "llmsparse.factorization.pipeline:factorize",
         shipped="factorize",
     ),
+    "quantize": Verb(
+        "llmsparse.quantization.keys",
+        "llmsparse.quantization.recipe:QuantizeRecipe",
+        "llmsparse.quantization.plan:make_plan",
+        "llmsparse.quantization.pipeline:quantize",
+        shipped="quantize",
+    ),
     "shrink": Verb(
         "llmsparse.shrinking.keys",
         "llmsparse.shrinking.recipe:ShrinkRecipe",

@@ -16,6 +16,7 @@ from llmsparse.models.streamed import Activations, Block, StreamedModel
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.run import Made
 from llmsparse.shrinking.reduction import Cut, Reduction
+from llmsparse.storage.heap import release_freed
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def shrink_block(
     for cut in cuts.values():
         tensors = cut.cut(tensors)
     block.evict()
+    release_freed()
     made_block = made.block(target, {key: tensor.contiguous() for key, tensor in tensors.items()})
     if options.refit:
         for cut in cuts.values():

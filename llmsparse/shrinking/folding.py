@@ -94,8 +94,13 @@ def adds_up(block: Block, acts: Activations, weight: Weight, matrix: Tensor) -> 
     finally:
         parameter.data = own
     expected, found = entering @ matrix.T, (output.float() - without.float()).flatten(0, -2)
-    rounding: float = 2 * torch.finfo(output.dtype).eps * output.float().norm().item()
-    return bool((found - expected).norm().item() <= ADDED * expected.norm().item() + rounding)
+    rounding = 2 * torch.finfo(output.dtype).eps * length(output)
+    return length(found - expected) <= ADDED * length(expected) + rounding
+
+
+def length(x: Tensor) -> float:
+    """‖x‖."""
+    return float(x.float().square().sum().sqrt())
 
 
 def entering_last(block: Block, acts: Activations, batch: int, slot: Slot) -> tuple[Tensor, Tensor]:

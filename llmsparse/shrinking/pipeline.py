@@ -21,6 +21,7 @@ from llmsparse.shrinking.plan import make_plan, surveyed
 from llmsparse.shrinking.recipe import ShrinkRecipe
 from llmsparse.shrinking.report import ShrinkReport
 from llmsparse.storage.checkpoint import CheckpointReader
+from llmsparse.storage.heap import release_freed
 
 
 def shrink(
@@ -63,5 +64,6 @@ def shrink(
             written = made.block(target, found.tensors)
             streams.through_made(written)
             written.evict()
+            release_freed()
         report.perplexity = streams.perplexity()
         return run.publish(report)

@@ -3,6 +3,7 @@
 # pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -169,6 +170,7 @@ def surveyed(run: Run[ShrinkPlan]) -> ShrinkPlan:
     reductions = [reduction.survey(run.plan, run) for reduction in run.plan.reductions]
     plan = replace(run.plan, reductions=reductions).with_config()
     check_made(plan.model.config, plan.config.raw, plan.tensors, plan.folder, plan.trust_remote_code)
+    gc.collect()  # models without weights, which shapes were learned from: their modules hold each other
     return plan
 
 
@@ -187,5 +189,6 @@ def make_plan(
     windows = read_windows(opened, recipe.calibration_samples)
     plan = ShrinkPlan(**opened.fields, windows=windows, reductions=reductions, raw=raw).with_config()
     check_made(opened.config, plan.config.raw, plan.tensors, plan.folder, plan.trust_remote_code)
+    gc.collect()
     check_room(opened.output, plan.bytes_to_write + parse_size("1MB"), held_bytes(opened.output))
     return fetched(plan, download)

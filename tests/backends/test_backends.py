@@ -9,21 +9,29 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmsparse.backends import BACKENDS, WeightSpec
+from llmsparse.backends.choice import why_not
 from llmsparse.backends.dense import BLOCK, DenseLowMemory
+from llmsparse.formats import PackedTensor
 from llmsparse.formats.bitmask import Bitmask
+from llmsparse.formats.nested import Nested
 
 CPU = torch.device("cpu")
-HERE = [
-    name
-    for name, backend in BACKENDS.items()
-    if not backend.why_not(WeightSpec((8, 16), "2:4", 64, torch.bfloat16, CPU))
+FORMAT = {"nested": "nested"}
+HERE = [  # what runs here, and a pattern or format that it takes
+    (name, kind)
+    for name in BACKENDS
+    for kind in ("unstructured", "2:4", "nested")
+    if not why_not(name, WeightSpec((8, 16), kind, 64, torch.bfloat16, CPU, format=FORMAT.get(kind, "bitmask")))
 ]
 GPU_ONLY = ["mma24", "split24", "select24", "bitmask", "sell", "cusparselt"]
 
 
-def packed_weight(pattern: str, *lead: int) -> Bitmask:
-    """(…, 24, 40), with a kept zero and a -0.0 in it."""
+def packed_weight(pattern: str, *lead: int) -> PackedTensor:
+    """(…, 24, 40), with a kept zero and a -0.0 in it, or small integers."""
     generator = torch.Generator().manual_seed(0)
+    if pattern == "nested":
+        q = torch.randn(*lead, 24, 40, generator=generator).mul(1.5).round().to(torch.int8)
+        return Nested.encode(q, torch.rand(q.numel() // 40, 1, generator=generator).to(torch.bfloat16), torch.bfloat16)
     weight = torch.randn(*lead, 24, 40, generator=generator).to(torch.bfloat16)
     keep = torch.rand(weight.shape, generator=generator) > 0.7
     if pattern != "unstructured":
@@ -35,11 +43,11 @@ def packed_weight(pattern: str, *lead: int) -> Bitmask:
 
 
 def test_cpu_backends_run_here() -> None:
-    assert {"dense", "dense-lowmem"} <= set(HERE)
+    assert {(name, kind) for name in ("dense", "dense-lowmem") for kind in ("unstructured", "nested")} <= set(HERE)
+    assert ("cpu-bitmask", "nested") not in HERE and ("cpu-nested", "2:4") not in HERE
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize(("name", "pattern"), HERE)
 def test_a_weight_comes_back_as_it_was(name: str, pattern: str) -> None:
     backend, packed = BACKENDS[name], packed_weight(pattern)
     prepared = backend.prepare(packed, WeightSpec.of(packed))
@@ -51,9 +59,9 @@ def test_a_weight_comes_back_as_it_was(name: str, pattern: str) -> None:
 
 @pytest.mark.parametrize("lead", [(), (1,), (3,), (2, 2), (0,)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("name", HERE)
-def test_products_are_those_of_the_dense_weight(name: str, bias: bool, lead: tuple[int, ...]) -> None:
-    backend, packed = BACKENDS[name], packed_weight("unstructured")
+@pytest.mark.parametrize(("name", "pattern"), HERE)
+def test_products_are_those_of_the_dense_weight(name: str, pattern: str, bias: bool, lead: tuple[int, ...]) -> None:
+    backend, packed = BACKENDS[name], packed_weight(pattern)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(*lead, 40, generator=generator).to(torch.bfloat16)
     b = torch.randn(24, generator=generator).to(torch.bfloat16) if bias else None

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmsparse.errors import CheckpointError, PatternError
-from llmsparse.formats import bitmask
-from llmsparse.formats.bitmask import BITS, Bitmask, describe_unpacked, layout, stored_bytes
+from llmsparse.formats import bitmask, layout, stored_bytes
+from llmsparse.formats.bitmask import BITS, Bitmask, describe_unpacked
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn)
 

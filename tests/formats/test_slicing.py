@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmsparse.formats.bitmask import Bitmask
-from llmsparse.formats.slicing import joined, repacked, rows_of
 
 
 def weight_of(shape: tuple[int, ...], pattern: str, seed: int = 0) -> Tensor:
@@ -40,13 +39,13 @@ def test_rows_are_those_of_the_weight(rows: int, groups: int, pattern: str, cut:
     weight = weight_of((rows, 4 * groups), pattern)
     packed, middle = Bitmask.pack(weight, pattern), min(cut, rows)
     for start, stop in ((0, middle), (middle, rows)):
-        assert_equal(rows_of(packed, start, stop), Bitmask.pack(weight[start:stop], pattern))
+        assert_equal(packed.rows(start, stop), Bitmask.pack(weight[start:stop], pattern))
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_the_matrices_of_experts_are_its_rows_and_join_to_it(pattern: str) -> None:
     packed = Bitmask.pack(weight_of((3, 5, 12), pattern), pattern)
-    assert_equal(joined([rows_of(packed, 5 * expert, 5 * expert + 5) for expert in range(3)]), packed)
+    assert_equal(Bitmask.joined([packed.rows(5 * expert, 5 * expert + 5) for expert in range(3)]), packed)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
@@ -55,4 +54,4 @@ def test_kept_zeros_are_kept_again(pattern: str) -> None:
     keep = weight != 0
     weight[0] = 0.0  # kept, and zero
     packed = Bitmask.pack(weight, pattern, keep)
-    assert_equal(repacked(packed.unpack(), packed.mask, pattern), packed)
+    assert_equal(packed.emptied().filled(packed.unpack()), packed)

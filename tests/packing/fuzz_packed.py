@@ -27,10 +27,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import packed_reader
 
-from llmsparse.backends import cpu
+from llmsparse.backends import BACKENDS, WeightSpec, cpu
+from llmsparse.backends.cpu import nested
 from llmsparse.errors import LlmsparseError
+from llmsparse.formats import PackedTensor
 from llmsparse.formats.bitmask import Bitmask
-from llmsparse.formats.slicing import joined, rows_of
+from llmsparse.formats.nested import Nested
 from llmsparse.models.origin import is_packed, read_config
 from llmsparse.packing.folder import RECORD, PackedCheckpoint, quantization_config
 from llmsparse.storage.checkpoint import SINGLE
@@ -63,6 +65,12 @@ def sound(folder: Path) -> None:
                 name = f"{leaf}{len(lead)}.{str(dtype)[6:]}"
                 layers[name] = packed.describe() | ({"transposed": True} if rows == 6 else {})
                 tensors |= {name + end: tensor for end, tensor in packed.tensors().items()}
+        for spread, groups in ((0.7, 1), (3.0, 2), (40.0, 1)):
+            q = (torch.randn(2, 6, 20, generator=generator) * spread).round().clamp(-127, 127).to(torch.int8)
+            steps = torch.rand(12, groups, generator=generator).to(torch.bfloat16)
+            few, name = Nested.encode(q, steps, dtype), f"few{spread:g}.{str(dtype)[6:]}"
+            layers[name] = few.describe()
+            tensors |= {name + end: tensor for end, tensor in few.tensors().items()}
     (folder / "config.json").write_text(
         json.dumps({"model_type": "x", "quantization_config": quantization_config(layers)})
     )
@@ -118,8 +126,9 @@ class Fuzzer:
         data = (source / SINGLE).read_bytes()
         start = 8 + int.from_bytes(data[:8], "little")
         self.header, self.body = json.loads(data[8:start]), data[start:]
+        marks = ("_mask", "_offsets", "_tiles", "_steps")
         self.neutral = [
-            span["data_offsets"] for name, span in self.header.items() if name.endswith(("_mask", "_offsets"))
+            span["data_offsets"] for name, span in self.header.items() if name.endswith(marks) or "few" in name
         ]
         self.written: dict[str, bytes] = {}
         self.config_text, self.record_text = json.dumps(self.config), json.dumps(self.record)
@@ -178,25 +187,29 @@ class Fuzzer:
         except LlmsparseError as error:
             assert "\n" not in str(error), "an error of more than a line"
             return type(error).__name__
-        with np.errstate(all="raise"):
+        with np.errstate(all="raise", under="ignore"):
             expected = packed_reader.read(self.folder)
         for name, packed in weights.items():
-            assert isinstance(packed, Bitmask)
             check(packed, checkpoint.module_tensor(name), expected[name])
         return "read"
 
 
-def check(packed: Bitmask, dense: Tensor, expected: Any) -> None:
+def check(packed: PackedTensor, dense: Tensor, expected: Any) -> None:
     """A weight that was let through is what the independent reader says, in every form that it takes."""
-    kind = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[packed.values.element_size()]
+    kind = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[packed.dtype.itemsize]
     bits = dense.contiguous().view(torch.uint8).numpy().view(kind) if dense.numel() else np.zeros(dense.shape, kind)
     assert bits.shape == expected.shape and (bits == np.ascontiguousarray(expected).view(kind)).all(), "other numbers"
     weight = packed.unpack()
     if len(packed.shape) > 2 and packed.shape[0]:
         out = packed.shape[-2]
-        parts = [rows_of(packed, e * out, (e + 1) * out) for e in range(packed.shape[0])]
-        assert same(joined(parts), packed), "other parts"
-    if packed.values.dtype in (torch.bfloat16, torch.float32):
+        parts = [packed.rows(e * out, (e + 1) * out) for e in range(packed.shape[0])]
+        assert same(type(packed).joined(parts), packed), "other parts"
+    spec = WeightSpec.of(packed)
+    if isinstance(packed, Nested) and not BACKENDS["cpu-nested"].why_not(spec):
+        few = nested.prepare(packed)
+        assert torch.equal(few.numbers(), packed.numbers()), "other numbers by the kernels"
+        assert torch.equal(nested.expand(few, torch.empty_like(weight)), weight), "not unpacked by the kernels"
+    if isinstance(packed, Bitmask) and packed.dtype in (torch.bfloat16, torch.float32):
         held = cpu.prepare(packed)
         assert same(held.packed(), packed), "not restored"
         assert torch.equal(cpu.expand(held, torch.empty_like(weight)).view(torch.uint8), weight.view(torch.uint8)), (
@@ -204,7 +217,7 @@ def check(packed: Bitmask, dense: Tensor, expected: Any) -> None:
         )
 
 
-def same(one: Bitmask, other: Bitmask) -> bool:
+def same(one: PackedTensor, other: PackedTensor) -> bool:
     pairs = zip(one.tensors().values(), other.tensors().values(), strict=True)
     return all(a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
@@ -216,7 +229,7 @@ def main(rounds: int, seed: int, folder: Path) -> int:
     source.mkdir(), damaged.mkdir()
     sound(source)
     fuzzer, found = Fuzzer(source, damaged), Counter[str]()
-    cpu.why_not()  # builds the kernels, which takes longer than a round may
+    cpu.why_not(), nested.why_not()  # builds the kernels, which takes longer than a round may
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
     for number in range(rounds):

@@ -99,7 +99,7 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
         lambda p: flip(p, "model.layers.0.self_attn.o_proj.weight_mask"),
         "model.layers.0.self_attn.o_proj.weight: mask has a group that does not keep 2:4",
     ),
-    "a later version": (lambda p: config(p, format_version=2), "format version 2, this llmsparse reads up to 1"),
+    "a later version": (lambda p: config(p, format_version=3), "format version 3, this llmsparse reads up to 2"),
     "a version that is none": (lambda p: config(p, format_version="new"), "format_version 'new', wanted 1"),
     "another format": (lambda p: config(p, format="csr"), "format 'csr', wanted 'bitmask'"),
     "another bit order": (lambda p: config(p, bit_order="big"), "bit_order 'big', wanted 'little'"),

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from sparse import assert_same_tensors
 
 import llmsparse
@@ -115,4 +117,37 @@ def test_a_sparsity_that_packing_gains_nothing_by_is_refused_before_the_run(
     assert "--format packed: at this sparsity no weight would become smaller" in error and error.count("\n") == 1
     assert main(["prune", model, "--sparsity", "0.5", "--format", "zip", *FLAGS]) == 2
     assert "got 'zip', wanted dense or packed" in capsys.readouterr().err
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(("values", "near"), [("int8", 0.01), ("int4", 0.2)])
+def test_values_may_be_stored_in_few_bits(values: str, near: float, model: str, here: Path) -> None:
+    keys: dict[str, Any] = {"model": model, "sparsity": 0.7, **SMALL}
+    planned = llmsparse.plan(format="packed", values=values, **keys)
+    report = llmsparse.prune(format="packed", values=values, **keys)
+    assert report.packing is not None and report.output == f"tiny-wanda-70-packed-{values}"
+    assert planned.packed_bytes == pytest.approx(report.packing.bytes, rel=0.02)
+    PackedCheckpoint(here / report.output).verify()
+    llmsparse.prune(output="dense", **keys)
+    llmsparse.unpack(report.output, "unpacked")
+    before, after = (load_file(here / folder / "model.safetensors") for folder in ("dense", "unpacked"))
+    for row in report.rows:
+        one, other = before[f"{row.name}.weight"].float(), after[f"{row.name}.weight"].float()
+        assert not other[one == 0].any() and torch.dist(one, other) < near * one.norm()
+    assert all(
+        torch.equal(before[name], after[name])
+        for name in before
+        if name.endswith(("norm.weight", "embed_tokens.weight"))
+    )
+
+
+def test_values_that_cannot_be(model: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, wanted in (
+        (["--values", "int8"], "give --format packed, too"),
+        (["--values", "bf16", "--format", "packed"], "is stored in float32; leave --values out"),
+        (["--values", "int3", "--format", "packed"], "got 'int3', wanted bf16, int8 or int4"),
+    ):
+        assert main(["prune", model, "--sparsity", "0.7", *arguments, *FLAGS]) == 2
+        error = capsys.readouterr().err
+        assert wanted in error and error.count("\n") == 1, error
     assert not list(here.iterdir())

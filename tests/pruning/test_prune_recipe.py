@@ -296,8 +296,9 @@ def test_dump_spells_out_every_default_and_loads_to_the_same_run(name: str, tmp_
     (tmp_path / "r.yaml").write_text(recipe.dump({"torch": "2.13"}))
     again = PruneRecipe.load(tmp_path / "r.yaml")
     assert again.dump() == recipe.dump()
-    assert again.pruner == recipe.pruner
-    assert again.model_dump(exclude={"method"}) == recipe.model_dump(exclude={"method"})
+    assert again.pruner == recipe.pruner and again.allocator == recipe.allocator
+    spelt_out = {"method", "allocation"}
+    assert again.model_dump(exclude=spelt_out) == recipe.model_dump(exclude=spelt_out)
     assert recipe.dump({"torch": "2.13"}).startswith("# torch: 2.13\nmodel: org/m\n")
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from llmsparse.calibration.inputs import Input, calibrate, learn_inputs
+from llmsparse.calibration.passes import passes
 from llmsparse.models.likelihood import negative_log_likelihood
 from llmsparse.models.streamed import Activations, Block, Weight
 from llmsparse.pruning.allocation.allocated import Allocated
 from llmsparse.pruning.allocation.protocol import Allocation
 from llmsparse.pruning.allocation.search import Candidate, Search
 from llmsparse.pruning.allocation.units import Group, settle
-from llmsparse.pruning.block import groups as groups_of_inputs
 from llmsparse.pruning.selection import Choice
 from llmsparse.runs.run import Run
 from llmsparse.runs.seeding import generator_for
@@ -120,9 +120,7 @@ def _measured(
         return allocation.needs
 
     plan = run.plan
-    for group in groups_of_inputs(
-        learn_inputs(block, acts, weights), needs, replace(plan.options, true_sequential=False)
-    ):
+    for group in passes(learn_inputs(block, acts, weights), needs, plan.options.statistics_budget):
         advance = run.progress.batches(f"looking at {block.name}", len(acts.hidden))
         calibrate(block, acts, group, needs, device=plan.device, seed=plan.recipe.seed, advance=advance)
         for entry in group:

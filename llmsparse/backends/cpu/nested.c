@@ -1,0 +1,217 @@
+/* y = x · Wᵀ (+ bias) for W = steps · q and a few rows of x, and W itself unpacked; exact: W is what the format says, rounded as it
+ * is there, and products are summed in float32. nested.h says how it lies in memory.
+ *
+ * A tile is always summed by one thread in one order, so the result does not depend on the number of threads.
+ */
+#include "nested.h"
+
+enum { MOST = 4 };     /* rows of x in one pass over a tile */
+enum { AHEAD = 4096 }; /* bytes prefetched ahead */
+
+#define TILE const struct nested *w, int64_t tile, const void *x, int64_t stride, float *sums
+#define FOR_EACH_M(name, target)                                             \
+    target static void name##_1(TILE) { name(w, tile, x, stride, sums, 1); } \
+    target static void name##_2(TILE) { name(w, tile, x, stride, sums, 2); } \
+    target static void name##_3(TILE) { name(w, tile, x, stride, sums, 3); } \
+    target static void name##_4(TILE) { name(w, tile, x, stride, sums, 4); }
+#define EACH_M(name) {name##_1, name##_2, name##_3, name##_4}
+
+/* The numbers of a row of a run → q (RUN,); the escapes behind it. */
+typedef const uint8_t *row_kernel(const struct nested *w, int64_t tile, int64_t run, int row, const uint8_t *escapes, int8_t *q);
+typedef void tile_kernel(TILE); /* sums (M, ROWS) without what is listed, of x (M, stride), zero behind the last column */
+
+/* A weight: the product is exact in float32, and rounded once. */
+INLINE float weight_of(float step, int q, int stored) {
+    float v = step * (float)q;
+    return stored == BF16 ? widen(narrow(v)) : v;
+}
+INLINE float step_of(const struct nested *w, int64_t row, int64_t column) {
+    int64_t groups = (w->columns + w->group - 1) / w->group;
+    return widen(w->steps[(row < w->rows ? row : w->rows - 1) * groups + column / w->group]);
+}
+
+/* Escapes where there is more; behind them. */
+INLINE const uint8_t *over(uint64_t more, const uint8_t *escapes, int8_t *q) {
+    int n = 0;
+    for (; more; more &= more - 1, n++) q[__builtin_ctzll(more)] = (int8_t)((escapes[n / 2] >> n % 2 * 4 & 15) - OFFSET);
+    return escapes + (n + 1) / 2;
+}
+
+/* The numbers of a row of a run, and what they took of the escapes. */
+INLINE const uint8_t *numbers(const struct nested *w, int64_t tile, int64_t run, int row, const uint8_t *escapes, int8_t *q) {
+    static const int8_t small[4] = {0, 1, -1, 0};
+    if (w->wide) {
+        uint64_t mask = ((const uint64_t *)w->pairs)[(tile * runs_of(w) + run) * ROWS + row];
+        for (int c = 0; c < RUN; c++, mask >>= 1) q[c] = (int8_t)(*escapes & -(mask & 1)), escapes += mask & 1;
+        return escapes;
+    }
+    const uint8_t *pairs = w->pairs + (tile * runs_of(w) + run) * RUN;
+    uint64_t more = 0;
+    for (int c = 0; c < RUN; c++) {
+        unsigned pair = pairs[c] >> 2 * row & 3;
+        q[c] = small[pair], more |= (uint64_t)(pair == 3) << c;
+    }
+    return over(more, escapes, q);
+}
+
+/* Any vector of floats will do: the same lines are compiled for AVX2. Zeros are multiplied too, as everywhere: 0 · Inf must be NaN
+ * here if it is in the dense product. */
+#define PLAIN_TILE(name, target, LANES, numbers)                                                              \
+    target INLINE void name(TILE, int m) {                                                                    \
+        typedef float lanes __attribute__((vector_size(4 * LANES)));                                          \
+        lanes sum[MOST][ROWS] = {{{0}}};                                                                      \
+        const uint8_t *escapes = w->escapes + w->starts[tile];                                                \
+        int64_t rows = rows_in(w, tile);                                                                      \
+        for (int64_t r = 0; r < runs_of(w); r++)                                                              \
+            for (int i = 0; i < rows; i++) {                                                                  \
+                int8_t q[RUN];                                                                                \
+                float v[RUN], step = step_of(w, tile * ROWS + i, r * RUN);                                    \
+                escapes = numbers(w, tile, r, i, escapes, q);                                                 \
+                for (int c = 0; c < RUN; c++) v[c] = weight_of(step, q[c], w->stored);                        \
+                for (int j = 0; j < m; j++)                                                                   \
+                    for (int c = 0; c < RUN; c += LANES) {                                                    \
+                        lanes a, b;                                                                           \
+                        memcpy(&a, v + c, sizeof a);                                                          \
+                        memcpy(&b, (const float *)x + j * stride + r * RUN + c, sizeof b);                    \
+                        sum[j][i] += a * b;                                                                   \
+                    }                                                                                         \
+            }                                                                                                 \
+        for (int j = 0; j < m; j++)                                                                           \
+            for (int i = 0; i < ROWS; i++) {                                                                  \
+                float all = 0;                                                                                \
+                for (int l = 0; l < LANES; l++) all += sum[j][i][l];                                          \
+                sums[j * ROWS + i] = all;                                                                     \
+            }                                                                                                 \
+    }                                                                                                         \
+    FOR_EACH_M(name, target)
+
+PLAIN_TILE(portable, , 4, numbers)
+static const uint8_t *numbers_portable(const struct nested *w, int64_t tile, int64_t run, int row, const uint8_t *escapes, int8_t *q) {
+    return numbers(w, tile, run, row, escapes, q);
+}
+static int always(void) { return 1; }
+
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
+#define X86 1
+#include "nested_x86.h"
+#endif
+
+static const struct kernel {
+    const char *name;
+    int32_t dtype; /* of the x that it reads: bf16 is widened for one that reads fp32 */
+    int32_t wide;  /* whether it takes wide weights, too */
+    int (*runs_here)(void);
+    tile_kernel *tile[MOST];
+    row_kernel *row;
+} kernels[] = { /* the fastest first */
+#if X86
+    {"avx512-bf16", BF16, 0, has_bf16, EACH_M(avx512_bf16), numbers_avx512},
+    {"avx512", FP32, 1, has_vbmi2, EACH_M(avx512), numbers_avx512},
+    {"avx2", FP32, 1, has_avx2, EACH_M(avx2), numbers_avx2},
+#endif
+    {"portable", FP32, 1, always, EACH_M(portable), numbers_portable},
+};
+enum { KERNELS = sizeof kernels / sizeof *kernels };
+
+const char *kernel_name(int32_t k) { return k >= 0 && k < KERNELS ? kernels[k].name : NULL; }
+
+/* Whether kernel k exists, runs on this CPU and takes weights that are stored and computed with in these dtypes, wide or not. */
+int32_t kernel_fits(int32_t k, int32_t stored, int32_t dtype, int32_t wide) {
+    if (k < 0 || k >= KERNELS || !kernels[k].runs_here() || (wide && !kernels[k].wide)) return 0;
+    return kernels[k].dtype == FP32 || (stored == BF16 && dtype == BF16);
+}
+
+struct product {
+    const struct nested *w;
+    const struct kernel *kernel;
+    const void *x, *bias;
+    void *y;
+    int64_t stride;
+    int32_t m;
+};
+
+/* Add what is listed and the bias, and round, for m rows of x from `from` on. */
+static void finish(const struct product *p, int64_t tile, int32_t from, int32_t m, const float *sums) {
+    const struct nested *w = p->w;
+    for (int64_t i = 0; i < rows_in(w, tile); i++) {
+        int64_t row = tile * ROWS + i;
+        float bias = p->bias ? get(p->bias, row, w->dtype) : 0;
+        for (int64_t j = 0; j < m; j++) {
+            float y = sums[j * ROWS + i];
+            for (int64_t e = w->listed[row]; e < w->listed[row + 1]; e++) {
+                int64_t c = w->columns_listed[e];
+                int q = w->numbers_listed[e], held = (int)escape_of(q) - OFFSET;
+                float step = step_of(w, row, c), lacks = weight_of(step, q, w->stored) - weight_of(step, held, w->stored);
+                y += lacks * get(p->x, (from + j) * p->stride + c, p->kernel->dtype);
+            }
+            put(p->y, (from + j) * w->rows + row, w->dtype, y + bias);
+        }
+    }
+}
+
+static void multiply(const void *job, int64_t first, int64_t last) {
+    const struct product *p = job;
+    for (int64_t tile = first; tile < last; tile++)
+        for (int32_t done = 0; done < p->m; done += MOST) { /* later passes find the tile in the cache */
+            float sums[MOST * ROWS];
+            int32_t m = p->m - done < MOST ? p->m - done : MOST;
+            p->kernel->tile[m - 1](p->w, tile, (const char *)p->x + done * p->stride * p->kernel->dtype, p->stride, sums);
+            finish(p, tile, done, m, sums);
+        }
+}
+
+/* y (m, rows) = x (m, columns) · Wᵀ + bias (rows,) or NULL, all of w's dtype. 0, or -1 if there is no memory. */
+int32_t nested_matvec(const struct nested *w, int32_t k, const void *x, int32_t m, const void *bias, void *y, int32_t threads) {
+    struct product p = {w, &kernels[k], x, bias, y, runs_of(w) * RUN, m};
+    void *copy = NULL;
+    if (p.stride != w->columns || p.kernel->dtype != w->dtype) {
+        copy = calloc((size_t)(m * p.stride) + 1, (size_t)p.kernel->dtype);
+        if (!copy) return -1;
+        for (int64_t j = 0; j < m; j++)
+            for (int64_t c = 0; c < w->columns; c++) put(copy, j * p.stride + c, p.kernel->dtype, get(x, j * w->columns + c, w->dtype));
+        p.x = copy;
+    }
+    share_out(multiply, &p, tiles_of(w), threads);
+    free(copy);
+    return 0;
+}
+
+struct unpacking {
+    const struct nested *w;
+    const struct kernel *kernel;
+    char *out; /* (rows, columns) of w's dtype, or NULL */
+    int8_t *q; /* (rows, columns), or NULL */
+};
+
+static void unpack(const void *job, int64_t first, int64_t last) {
+    const struct unpacking *u = job;
+    const struct nested *w = u->w;
+    for (int64_t tile = first; tile < last; tile++) {
+        const uint8_t *escapes = w->escapes + w->starts[tile];
+        for (int64_t r = 0; r < runs_of(w); r++)
+            for (int i = 0; i < rows_in(w, tile); i++) {
+                int8_t q[RUN];
+                char v[RUN * FP32] __attribute__((aligned(64)));
+                int64_t row = tile * ROWS + i, at = row * w->columns + r * RUN;
+                int64_t some = w->columns - r * RUN < RUN ? w->columns - r * RUN : RUN;
+                escapes = u->kernel->row(w, tile, r, i, escapes, q);
+                if (u->q) memcpy(u->q + at, q, (size_t)some);
+                float step = step_of(w, row, r * RUN);
+                for (int c = 0; u->out && c < RUN; c++) put(v, c, w->dtype, weight_of(step, q[c], w->stored));
+                if (u->out) memcpy(u->out + at * w->dtype, v, (size_t)(some * w->dtype));
+            }
+        for (int64_t row = tile * ROWS; row < tile * ROWS + rows_in(w, tile); row++)
+            for (int64_t e = w->listed[row]; e < w->listed[row + 1]; e++) {
+                int64_t c = w->columns_listed[e], at = row * w->columns + c;
+                int8_t q = w->numbers_listed[e];
+                if (u->q) u->q[at] = q;
+                if (u->out) put(u->out, at, w->dtype, weight_of(step_of(w, row, c), q, w->stored));
+            }
+    }
+}
+
+/* W, of its dtype, or its numbers. */
+void nested_unpack(const struct nested *w, int32_t k, void *out, int8_t *q, int32_t threads) {
+    struct unpacking u = {w, &kernels[k], out, q};
+    share_out(unpack, &u, tiles_of(w), threads);
+}

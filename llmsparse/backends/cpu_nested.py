@@ -1,0 +1,56 @@
+"""`cpu-nested`: the C kernels of `cpu/nested.py`, for few tokens at a time, in fp32 and bf16; more are torch's, unpacked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmsparse.backends.cpu import nested
+from llmsparse.backends.cpu.library import DTYPES
+from llmsparse.backends.cpu_bitmask import SCRATCH
+from llmsparse.backends.protocol import WeightSpec
+from llmsparse.formats.nested import Nested
+
+
+class CpuNested:
+    name = "cpu-nested"
+    formats = ("nested",)
+    compiles = False
+
+    def why_not(self, spec: WeightSpec) -> str | None:
+        if spec.device.type != "cpu":
+            return f"runs on the CPU; the device is {spec.device}"
+        for dtype in (spec.dtype, spec.stored):
+            if dtype is not None and dtype not in DTYPES:
+                return f"for float32 and bfloat16, this weight is {str(dtype).removeprefix('torch.')}"
+        if spec.group is not None and spec.group % nested.RUN and spec.group < spec.shape[-1]:
+            return (
+                f"for steps of whole rows or multiples of {nested.RUN} columns, this weight has one every {spec.group}"
+            )
+        return nested.why_not()
+
+    def wrong(self, device: torch.device) -> str | None:
+        return None
+
+    def tokens(self, spec: WeightSpec) -> int | None:
+        found = nested.kernels(spec.stored or spec.dtype, spec.dtype)
+        return nested.KERNEL_ROWS[next(iter(found))]
+
+    def prepare(self, packed: Nested, spec: WeightSpec) -> nested.CpuNested:
+        return nested.prepare(packed)
+
+    def run(self, prepared: nested.CpuNested, x: Tensor, bias: Tensor | None) -> Tensor:
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], prepared.shape[-2])
+        return nested.matvec(prepared, x, bias)
+
+    def dense(self, prepared: nested.CpuNested) -> Tensor:
+        return nested.expand(prepared, torch.empty(prepared.shape, dtype=prepared.dtype))
+
+    def borrow(self, prepared: nested.CpuNested) -> Tensor:
+        if torch.is_grad_enabled():  # autograd would keep it
+            return self.dense(prepared)
+        return nested.expand(prepared, SCRATCH.tensor(prepared.shape, prepared.dtype))
+
+    def restore(self, prepared: nested.CpuNested) -> Nested:
+        return prepared.packed()

@@ -1,0 +1,197 @@
+"""One block: its inputs are measured, its weights become small integers.
+
+The module stays dense until it is reloaded, so what is measured of later inputs is that of the dense block, on what the
+blocks before it have become.
+"""
+
+# pyright: reportUnknownMemberType=false
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsparse.calibration.inputs import Input, calibrate, learn_inputs
+from llmsparse.calibration.passes import output_error, passes
+from llmsparse.errors import LlmsparseError, RecipeError
+from llmsparse.formats.nested import entropy_of
+from llmsparse.models.streamed import HEAD, Activations, Block, Weight
+from llmsparse.quantization.recipe import QuantizeRecipe
+from llmsparse.quantization.report import BlockRecord, QuantizedWeight
+from llmsparse.quantization.weight import START, Problem, Quantized
+from llmsparse.runs.progress import Progress
+from llmsparse.runs.run import Made, Run
+from llmsparse.sparsity.stats import Gram, Statistic
+
+STEPS = ".steps"  # behind an on-disk key: the steps of the numbers that stand under the key itself
+LEANING = 0.1  # bits a weight, at most, by which one makes up for what others took too much or too little
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One weight, and into how few bits it goes."""
+
+    weight: Weight
+    group: int  # columns that share a step
+    largest: int | None  # |q|; None: as the bits that were asked for allow
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What the solver of a block is told, besides what to quantize."""
+
+    recipe: QuantizeRecipe
+    device: torch.device
+    calibration_tokens: int
+    statistics_budget: int  # bytes of statistics that may be held at once
+
+
+@dataclass
+class Budget:
+    """Bits that are left over, or lacking, of the weights that are done; and the step that the last of them took."""
+
+    bits: float | None
+    over: float = 0.0
+    step: float = START
+
+    def target(self, numel: int) -> float:
+        """Bits a weight for the next one."""
+        assert self.bits is not None
+        return self.bits + min(max(self.over / numel, -LEANING), LEANING)
+
+    def spend(self, row: QuantizedWeight) -> None:
+        if self.bits is not None and row.step is not None:
+            self.over += (self.bits - row.bits) * row.numel
+            self.step = row.step
+
+
+def finish_block(
+    block: Block, acts: Activations, choices: Sequence[Choice], options: QuantizeOptions, budget: Budget, run: Run[Any]
+) -> BlockRecord:
+    """Leave `block` as it will be computed with: quantized now, or read back from an interrupted run."""
+
+    def make() -> Made[BlockRecord]:
+        return quantize_block(block, acts, choices, options, replace(budget), run.progress)
+
+    made = run.block(block.name, BlockRecord, make)
+    for choice in choices:
+        weight, group = choice.weight, choice.group
+        numbers = Quantized(*_views(weight, made.tensors), None, {})
+        block.store(weight, numbers.dense(group))
+    block.reload(sorted({choice.weight.key for choice in choices}))
+    for row in made.record.rows:
+        budget.spend(row)
+    return made.record
+
+
+@torch.no_grad()
+def quantize_block(
+    block: Block,
+    acts: Activations,
+    chosen: Sequence[Choice],
+    options: QuantizeOptions,
+    budget: Budget,
+    progress: Progress,
+) -> Made[BlockRecord]:
+    """Numbers and steps of the chosen weights of a dense block, as on-disk tensors of the shapes of theirs."""
+    started = time.perf_counter()
+    choices = {choice.weight.name: choice for choice in chosen}
+    tensors: dict[str, Tensor] = {}
+    rows: list[QuantizedWeight] = []
+    seconds: dict[str, float] = {}
+    if not choices:
+        return Made({}, BlockRecord(block.name, [], {}))
+    for choice in chosen:
+        _make_room(block, choice, tensors)
+
+    def needs(entry: Input) -> type[Statistic] | None:
+        return Gram
+
+    inputs = learn_inputs(block, acts, [choice.weight for choice in chosen])
+    for group in passes(inputs, needs, options.statistics_budget):
+        note = progress.batches(f"calibrating {block.name}", len(acts.hidden))
+        calibrate(block, acts, group, needs, device=options.device, seed=options.recipe.seed, advance=note)
+        for entry in group:
+            for weight in entry.weights:
+                begun = time.perf_counter()
+                made, row = _quantize(block, choices[weight.name], entry, options, budget)
+                q, steps = _views(weight, tensors)
+                q.copy_(made.q)
+                steps.copy_(made.steps)
+                budget.spend(row)
+                rows.append(row)
+                seconds[weight.name] = time.perf_counter() - begun
+            entry.statistic = None
+            entry.rows.clear()
+    order = list(choices)
+    rows.sort(key=lambda row: order.index(row.name))
+    seconds[block.name] = time.perf_counter() - started
+    return Made(tensors, BlockRecord(block.name, rows, seconds))
+
+
+def _quantize(
+    block: Block, choice: Choice, entry: Input, options: QuantizeOptions, budget: Budget
+) -> tuple[Quantized, QuantizedWeight]:
+    """A weight as numbers and steps, and its row of the report."""
+    weight, recipe = choice.weight, options.recipe
+    if entry.tokens == 0 and weight.expert is None and weight.kind != "expert":
+        raise LlmsparseError(f"no calibration token reached {weight.name}; leave it out with --exclude {weight.name!r}")
+    stored, notes = block.view(weight), dict[str, Any]()
+    dense = stored.to(options.device, torch.float32, copy=True)
+    stat = entry.statistic if recipe.method == "gptq" else None
+    if stat is not None and entry.tokens < Gram.least_tokens(entry.width) and entry.tokens < options.calibration_tokens:
+        stat, notes["fallback"] = None, f"nearest: {entry.tokens} calibration tokens reached it"
+    assert stat is None or isinstance(stat, Gram)
+    problem = Problem(dense, stat, choice.group, recipe.rate, recipe.damp)
+    if problem.keep is not None:
+        notes["zeros_before"] = problem.zeros
+    elif recipe.values is not None and weight.kind != HEAD:
+        raise RecipeError(dense_for_values(recipe, weight.name, problem.zeros))
+    largest, target = choice.largest, budget.target
+    made = problem.to_values(largest) if largest else problem.to_bits(target(dense.numel()), budget.step)
+    row = QuantizedWeight(
+        name=weight.name,
+        shape=weight.shape,
+        bits=problem.bits_of(made.q, made.steps),
+        entropy=entropy_of(made.q),
+        zeros=1 - int(made.q.count_nonzero()) / made.q.numel(),
+        step=made.step,
+        error=output_error(dense, made.dense(choice.group).to(stored.dtype).float(), entry),
+        tokens=entry.tokens,
+        notes=notes,
+    )
+    return made, row
+
+
+def dense_for_values(recipe: QuantizeRecipe, name: str, zeros: float) -> str:
+    """What to say of a matrix without a mask."""
+    return (
+        f"--values {recipe.values}: {name} is a dense matrix ({zeros:.1%} zeros), and this codes what a mask leaves; "
+        "prune it first, or give --bits"
+    )
+
+
+def _make_room(block: Block, choice: Choice, tensors: dict[str, Tensor]) -> None:
+    """Numbers and steps of the on-disk tensor of a weight, laid out like it."""
+    key = choice.weight.key
+    if key in tensors:
+        return
+    tensors[key] = torch.zeros(block.stored[key].shape, dtype=torch.int8)
+    tensors[key + STEPS] = torch.zeros(steps_shape(choice, tuple(block.stored[key].shape)), dtype=torch.bfloat16)
+
+
+def steps_shape(choice: Choice, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the steps of an on-disk tensor: a group in the place of its columns."""
+    groups = choice.weight.shape[1] // choice.group
+    *leading, first, last = shape
+    return (*leading, groups, last) if choice.weight.transposed else (*leading, first, groups)
+
+
+def _views(weight: Weight, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(out, in) and (out, groups) of a weight in on-disk tensors."""
+    steps = {weight.key: tensors[weight.key + STEPS]}
+    return weight.view(tensors), weight.view(steps)

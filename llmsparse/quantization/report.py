@@ -1,0 +1,157 @@
+"""What a quantization did: a row for every weight, bits by part, perplexities. As JSON, as a table, as a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from llmsparse.runs.report import (
+    SCHEMA_VERSION,
+    RunReport,
+    card_metadata,
+    loss_warning,
+    perplexity_lines,
+    spell_protocol,
+)
+
+if TYPE_CHECKING:
+    from llmsparse.packing.report import Packing
+
+MISSED = 0.01  # share of the bits asked for that is worth a warning
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """One quantized weight."""
+
+    name: str
+    shape: tuple[int, int]  # (out, in)
+    bits: float  # stored, a weight, steps counted
+    entropy: float  # of its numbers, in bits
+    zeros: float  # fraction of its numbers
+    step: float | None  # in root mean squares of a row; None where a largest number decided
+    error: float | None  # ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on a sample of calibration rows; None: no rows
+    tokens: int  # calibration rows its input was seen with
+    notes: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """What the journal keeps of a finished block."""
+
+    name: str
+    rows: list[QuantizedWeight]
+    seconds: dict[str, float]  # by name: for each weight of the block, and for the block as a whole
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> BlockRecord:
+        rows = [QuantizedWeight(**(row | {"shape": tuple(row["shape"])})) for row in entry["rows"]]
+        return cls(entry["name"], rows, entry["seconds"])
+
+
+@dataclass(kw_only=True)
+class QuantizeReport(RunReport):
+    """The outcome of `quantize`; its `protocol` is that of the calibration windows."""
+
+    blocks: list[BlockRecord] = field(default_factory=list[BlockRecord])
+    perplexity: dict[str, Any] | None = None  # {"before", "after", "windows", "seq_len", "tokens"}, of held-out text
+    packing: Packing | None = None
+
+    @property
+    def rows(self) -> list[QuantizedWeight]:
+        return [row for block in self.blocks for row in block.rows]
+
+    def mean(self, of: Callable[[QuantizedWeight], float]) -> float:
+        """Of all quantized numbers."""
+        return sum(of(row) * row.numel for row in self.rows) / sum(row.numel for row in self.rows)
+
+    @property
+    def bits(self) -> float:
+        """Stored bits a weight, of the weights that `--bits` speaks of: a head with bits of its own aside."""
+        searched = [row for row in self.rows if row.step is not None] or self.rows
+        return sum(row.bits * row.numel for row in searched) / sum(row.numel for row in searched)
+
+    def stored(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model,
+            "output": self.output,
+            "bits": self.bits,
+            "entropy": self.mean(lambda row: row.entropy),
+            "zeros": self.mean(lambda row: row.zeros),
+            "perplexity": self.perplexity,
+            "calibration": self.protocol,
+            "weights": [asdict(row) for row in self.rows],
+            "warnings": self.warnings,
+            "recipe": self.recipe,
+            "versions": self.versions,
+            "timings": {
+                "seconds": self.seconds,
+                "peak_memory_bytes": self.peak_memory_bytes,
+                "weights": {name: seconds for block in self.blocks for name, seconds in block.seconds.items()},
+            },
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        return super().to_json() | ({"packing": self.packing.to_json()} if self.packing else {})
+
+    def findings(self) -> list[tuple[str, str]]:
+        steps = self.mean(lambda row: row.bits) - self.mean(self._code)
+        entropy, code = self.mean(lambda row: row.entropy), self.mean(self._code)
+        lines = [
+            ("quantized", f"{len(self.rows)} weights, {sum(row.numel for row in self.rows):,} parameters"),
+            ("bits a weight", f"{self.bits:.3f}: {code:.3f} of numbers, {steps:.3f} of steps"),
+            (
+                "numbers",
+                f"{self.mean(lambda row: row.zeros):.1%} zeros; entropy {entropy:.3f} bits, {code - entropy:.3f} below",
+            ),
+        ]
+        if self.perplexity:
+            lines += perplexity_lines(self.perplexity)
+        return lines + (self.packing.summary() if self.packing else [])
+
+    def _code(self, row: QuantizedWeight) -> float:
+        """Bits a weight of its numbers alone."""
+        group = self.recipe["group"]
+        return row.bits - 16 / (row.shape[1] if group == "row" else group)
+
+    def warn(self) -> None:
+        """Say plainly what a user should know: bits that were missed, weights that fell back, a large loss."""
+        self.warnings += [*self._missed(), *self._starved()]
+        if "note" in self.protocol:
+            self.warnings.append(f"calibration: {self.protocol['note']}")
+        advice = "; this model may be of little use: give it more --bits, or more calibration text"
+        self.warnings += loss_warning(self.perplexity, "the quantized model", advice)
+
+    def _missed(self) -> Iterator[str]:
+        asked = self.recipe.get("bits")
+        if asked is not None and abs(self.bits - asked) > MISSED * asked:
+            yield f"{self.bits:.3f} bits a weight, {asked:g} were asked for: no step comes nearer"
+
+    def _starved(self) -> Iterator[str]:
+        fallen = [row for row in self.rows if "fallback" in row.notes]
+        if fallen:
+            yield (
+                f"{len(fallen)} weights of experts saw too few calibration tokens and were rounded to the nearest, "
+                f"{fallen[0].name} first; use more --calibration-samples"
+            )
+
+    def card(self) -> str:
+        """The model card, README.md of the output folder."""
+        lines = [
+            f"---\n{card_metadata(('llmsparse', 'sparse', 'quantized'), self.model)}---",
+            "",
+            *self.card_table(calibration=spell_protocol(self.protocol)),
+            "",
+            "The resolved recipe is in `llmsparse_recipe.yaml`, a row for every weight in `llmsparse_report.json`.",
+            "",
+        ]
+        return "\n".join(lines)

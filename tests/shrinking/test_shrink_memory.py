@@ -1,0 +1,65 @@
+"""Peak memory of a smaller model does not grow with depth, and is about what the plan says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import CONFIG_MAPPING
+
+from llmsparse.shrinking.new_config import empty_model
+from llmsparse.storage.checkpoint import CheckpointWriter
+
+RUN = """
+import json, sys, torch, llmsparse
+torch.set_num_threads(1)
+verb, keys = sys.argv[1], json.loads(sys.argv[2])
+kind = {"shrink": llmsparse.ShrinkRecipe, "scores": llmsparse.ScoresRecipe}[verb]
+estimate = llmsparse.plan(kind(**keys)).memory_bytes()
+print(json.dumps([estimate, getattr(llmsparse, verb)(**keys).peak_memory_bytes]))
+"""
+
+
+def write_mixture(folder: Path, blocks: int) -> Path:
+    """A mixture of 8 experts in bfloat16, 19 MB a block, written block by block."""
+    sizes: dict[str, Any] = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    sizes |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 1536, "intermediate_size": 512}
+    sizes |= {"num_hidden_layers": blocks, "vocab_size": 384, "max_position_embeddings": 512, "dtype": "bfloat16"}
+    config = CONFIG_MAPPING["qwen3_moe"](**sizes, architectures=["Qwen3MoeForCausalLM"])
+    folder.mkdir()
+    config.save_pretrained(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty_model(config, config.to_dict()).state_dict().items()}
+    writer = CheckpointWriter(folder, {name: (shape, torch.bfloat16) for name, shape in shapes.items()}, 2**40)
+    for number, (name, shape) in enumerate(shapes.items()):
+        generator = torch.Generator().manual_seed(number)
+        writer.write({name: (0.02 * torch.randn(shape, generator=generator)).bfloat16()})
+    writer.finish()
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["scores", "shrink"])
+def test_peak_memory_of_64_blocks_is_that_of_8(verb: str, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.safetensors"
+    save_file({"input_ids": torch.randint(0, 384, (12, 64), generator=torch.Generator().manual_seed(0))}, tokens)
+    keys: dict[str, Any] = {"calibration": str(tokens), "calibration_samples": 8, "device": "cpu"}
+    keys |= {"experts": "50%"} if verb == "shrink" else {}
+    peaks: dict[int, int] = {}
+    for blocks in (8, 64):
+        model = write_mixture(tmp_path / f"model-{blocks}", blocks)
+        asked = json.dumps(keys | {"model": str(model), "output": str(tmp_path / f"out-{blocks}")})
+        run = subprocess.run(
+            [sys.executable, "-c", RUN, verb, asked], check=True, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        estimate, peaks[blocks] = json.loads(run.stdout)
+        print(blocks, estimate / 1e6, peaks[blocks] / 1e6)
+        assert 0.8 <= estimate / peaks[blocks] <= 1.5
+    assert peaks[64] <= 1.1 * peaks[8]

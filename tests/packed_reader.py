@@ -81,7 +81,7 @@ def unpack_nested(entry: dict[str, Any], stream: Any, steps: Any, tiles: Any) ->
         q[start:stop] = numbers(tile, (stop - start) * width, entry["digits"], entry["fours"]).reshape(-1, width)
     assert np.count_nonzero(q) == entry["nnz"]
     each = (steps.astype(np.uint32) << 16).view(np.float32)[:, np.arange(width) // entry["group"]]
-    return rounded(q * each + np.float32(0), entry["dtype"]).reshape(entry["shape"])
+    return rounded(q * each, entry["dtype"]).reshape(entry["shape"])
 
 
 def numbers(tile: Any, places: int, digits: list[int], fours: list[int]) -> Any:

@@ -201,7 +201,7 @@ class Nested:
         if int(ends[0]) != 0 or int(ends[-1]) != self.stream.numel() or bool((ends.diff() < 0).any()):
             return "tiles do not cut the stream into parts"
         most = torch.finfo(self.stored).max / 2**7 if self.stored.is_floating_point else 0.0
-        if not bool(((self.steps.float() <= most) & (self.steps >= 0)).all()):
+        if not bool(((self.steps.float() <= most) & ~self.steps.signbit()).all()):
             return f"a step is negative, NaN or too large for {str(self.stored).removeprefix('torch.')}"
         nnz = 0
         for rows, data in self._tiles():

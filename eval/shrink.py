@@ -99,7 +99,7 @@ def subjects(data: Path | None, only: list[str]) -> Iterator[Subject]:
         yield Subject("builtin", BUILTIN_FOLDER, "builtin", builtin_windows(BUILTIN_FOLDER))
     if "stories260K" in only and data is not None:
         tokens = data / "data" / "reference"
-        held_out = load_file(tokens / "stories260K_evaluation.safetensors")["input_ids"][:WINDOWS, :LENGTH]
+        held_out = load_file(tokens / "stories260K_evaluation.safetensors")["input_ids"][:WINDOWS, :LENGTH].long()
         calibration = str(tokens / "stories260K_calibration.safetensors")
         yield Subject("stories260K", data / "models" / "stories260K", calibration, held_out)
 
@@ -117,7 +117,8 @@ def cases(subject: Subject, seed: int) -> Iterator[Case]:
                 yield from (Case(name, "experts", left, score, fit, seed) for fit in FITS)
         return
     for left in ("75%", "50%"):
-        yield from (Case(name, "blocks", left, score, "none", seed) for score in ("suffix", "influence"))
+        for score in ("suffix", "influence"):
+            yield from (Case(name, "blocks", left, score, fit, seed) for fit in FITS)
     for cut, shares in (("ffn", ("75%", "50%")), ("heads", ("50%",))):
         for left in shares:
             yield from (Case(name, cut, left, "energy", fit, seed) for fit in FITS)
@@ -206,13 +207,13 @@ def main() -> None:
     rows = read()
     known = {Case(*(getattr(row, field.name) for field in fields(Case))) for row in rows}
     models = list(subjects(args.data, args.only.split(",")))
-    for seed in map(int, args.seeds.split(",")):
-        for subject in models:
-            for case in cases(subject, seed):
-                if case not in known:
-                    rows.append(measure(subject, case, rows))
-                    write(rows)
-                    print(f"{case}: {rows[-1].dense:.3f} → {rows[-1].perplexity:.3f}, {rows[-1].loss:+.4f}", flush=True)
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    wanted = [(subject, case) for seed in seeds for subject in models for case in cases(subject, seed)]
+    for subject, case in sorted(wanted, key=lambda pair: "matching" in pair[1].fit):  # what takes longest comes last
+        if case not in known:
+            rows.append(measure(subject, case, rows))
+            write(rows)
+            print(f"{case}: {rows[-1].dense:.3f} → {rows[-1].perplexity:.3f}, {rows[-1].loss:+.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ Every message is one line that says what, where, got, wanted, and what to do.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class LlmsparseError(ValueError):
     """Root of all errors that a user can cause; `exit_code` is the process's status."""
@@ -75,6 +79,22 @@ def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
     close = get_close_matches(name, known, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ";"
     return f"{hint} known: {', '.join(known)}"
+
+
+@contextmanager
+def checkpoint_at_fault(file: Path, wanted: str) -> Generator[None]:
+    """Within it, what code that reads `file` for us ends in is a CheckpointError: `wanted` is what that was to do. Want of
+    memory, and errors that say what is wrong already, pass."""
+    try:
+        yield
+    except (LlmsparseError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            raise
+        said = one_line(error)
+        kind = "" if " " in said else f"{type(error).__name__}: "
+        raise CheckpointError(f"{file}: transformers cannot {wanted}: {kind}{said}") from error
 
 
 def one_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@
     bitmask.py     unstructured, M = 1…32, fewest bytes    sell.py     unstructured, M = 1…4, few instructions
     expert_gemv.py dense experts of a mixture, 1…8 tokens
     stacked.py     q, k, v or gate, up of the same inputs as one weight, by any of the kernels for linear layers
+    absorb.py      the columns of one block of SparseGPT, one after the other
     selftest.py    is a kernel right on this device?
 
 Importing this package imports neither torch nor triton: each op is a module of its own.

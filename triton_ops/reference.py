@@ -45,6 +45,28 @@ def experts(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, index: Tensor, sh
     return y.to(x.dtype)
 
 
+def absorb(entering: Tensor, weight: Tensor, m: Tensor, keep: Tensor) -> Tensor:
+    """entering, weight, keep (columns, rows), m (columns, columns) unit lower triangular → what each column loses."""
+    lost = torch.zeros_like(weight)
+    for j in range(len(weight)):
+        lost[j] = weight[j] - (entering[j] + m[j, :j] @ lost[:j]) * keep[j]
+    return lost
+
+
+def absorb_groups(entering: Tensor, weight: Tensor, m: Tensor, scale: Tensor, n: int, of: int) -> tuple[Tensor, Tensor]:
+    """The same where `n` of every `of` columns are kept, those of the largest (w + u)² D², and this mask."""
+    lost, keep = torch.zeros_like(weight), torch.zeros_like(weight, dtype=torch.bool)
+    for a in range(0, len(weight), of):
+        b = a + of
+        arrived = entering[a:b] + m[a:b, :a] @ lost[:a]
+        u = torch.linalg.solve_triangular(m[a:b, a:b], arrived - weight[a:b], upper=False, unitriangular=True)
+        score = ((weight[a:b] + u) * scale[a:b, None]).square()
+        order = score.sort(dim=0, stable=True).indices  # of equal ones the first is the least important
+        keep[a:b].scatter_(0, order[of - n :], True)
+        lost[a:b] = absorb(arrived, weight[a:b], m[a:b, a:b], keep[a:b])
+    return lost, keep
+
+
 def stored(weight: Tensor) -> Tensor:
     """(N, K) bool: every place whose bits are not all 0. -0.0 and NaN are stored."""
     return weight.view(torch.int16) != 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -60,6 +61,9 @@ class CpuBitmask:
         if not x.numel():
             return x.new_empty(*x.shape[:-1], prepared.shape[-2])
         return cpu.matvec(prepared, x, bias)
+
+    def run_many(self, prepared: Sequence[cpu.CpuWeight], x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
+        return cpu.matvecs(prepared, x, biases)
 
     def dense(self, prepared: cpu.CpuWeight) -> Tensor:
         return cpu.expand(prepared, torch.empty(prepared.shape, dtype=prepared.dtype))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class Backend(Protocol):
 
     @property
     def compiles(self) -> bool:
-        """`torch.compile` traces through `run`; otherwise the graph breaks around it."""
+        """`torch.compile` traces through `run`; otherwise a graph has it as an op of torch."""
         ...
 
     def why_not(self, spec: WeightSpec) -> str | None:
@@ -89,4 +90,13 @@ class Backend(Protocol):
 
     def restore(self, prepared: Any) -> PackedTensor:
         """What `prepare` was given: equal tensors, which is what is saved."""
+        ...
+
+
+@runtime_checkable
+class RunsMany(Protocol):
+    """A backend that multiplies the same activations with several weights in one call."""
+
+    def run_many(self, prepared: Sequence[Any], x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
+        """`run` for each of the weights, in contiguous tensors of their own."""
         ...

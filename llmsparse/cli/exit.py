@@ -48,6 +48,10 @@ def exit_code_of(run: Callable[[], None], terminal: Terminal) -> int:
     except MemoryError:
         return _fail(terminal, 3, _out_of("memory", terminal))
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return _fail(terminal, 2, f"{error.filename}: {error.strerror}")
+        if error.errno == errno.ENOENT and error.filename is None:  # os.getcwd
+            return _fail(terminal, 3, "the current folder is no longer there; change to another")
         if error.errno not in MACHINE:
             raise
         hint = terminal.how_to_resume()
@@ -56,6 +60,10 @@ def exit_code_of(run: Callable[[], None], terminal: Terminal) -> int:
     except RuntimeError as error:
         if _is_out_of_gpu_memory(error):
             return _fail(terminal, 3, _out_of("GPU memory", terminal))
+        if "can't start new thread" in str(error):
+            return _fail(
+                terminal, 3, "no further thread may be started here; raise the limit (ulimit -u), or end others"
+            )
         if not any(words in str(error) for words in OUT_OF_CPU_MEMORY):
             raise
         return _fail(terminal, 3, _out_of("memory", terminal))

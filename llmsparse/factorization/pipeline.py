@@ -37,6 +37,7 @@ def factorize(
     """
     plan = make_plan(from_arguments(FactorizeRecipe, recipe, keys), resume=resume, overwrite=overwrite)
     with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
+        plan = run.plan
         run.copy_the_rest()
         mixture = StreamedModel(CheckpointReader(run.folder), device=plan.device, dtype=plan.dtype)
         streams = plan.streams(mixture)

@@ -155,8 +155,8 @@ def make_plan(
     needed = TOKENS_PER_EXPERT * recipe.experts
     if windows.ids.numel() < needed:
         raise CalibrationError(
-            f"{spell_sources(recipe.calibration)}: {windows.ids.numel()} tokens of calibration are too few for {recipe.experts} experts, "
-            f"wanted {needed} or more; give more text or --calibration-samples, or fewer --experts"
+            f"{spell_sources(opened.recipe.calibration)}: {windows.ids.numel()} tokens of calibration are too few for "
+            f"{recipe.experts} experts, wanted {needed} or more; give more text or --calibration-samples, or fewer --experts"
         )
     plan = FactorizePlan(
         **opened.fields, windows=windows, layout=layout, container=container, config=container.config(shape),

@@ -54,7 +54,7 @@ class FactorizeRecipe(RunRecipe):
     refit: bool = True
     container: Literal["auto", "glm4_moe", "mixtral", "qwen3_moe", "qwen2_moe"] = "auto"
     keep_dense: Annotated[str, PlainValidator(parse_blocks)] = "none"
-    calibration: Texts = "c4"
+    calibration: Texts = "auto"
     text_field: str | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None

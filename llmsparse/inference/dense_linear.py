@@ -7,7 +7,6 @@ A tied head runs from the embedding's own memory. More tokens at once, gradients
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from llmsparse.backends.cpu import dense
 from llmsparse.backends.cpu_dense import why_not
 from llmsparse.inference.gradient import wants_gradient
+from llmsparse.inference.lean import LeanLayer
 
 LEAST = 2**18  # weights; torch is as fast with fewer, which stay in the cache
 
@@ -22,9 +22,9 @@ LEAST = 2**18  # weights; torch is as fast with fewer, which stay in the cache
 class DenseLinear(nn.Linear):
     """An `nn.Linear` by another way of multiplying. Made of one that is there by `quicken`, and back by `slow_down`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) → (..., out)."""
-        return dense.matvec(self.weight, x, self.bias) if self._fits(x) else super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in) → (..., out)."""
+        return dense.matvec(self.weight, input, self.bias) if self._fits(input) else super().forward(input)
 
     def _fits(self, x: Tensor) -> bool:
         weight = self.weight
@@ -35,36 +35,25 @@ class DenseLinear(nn.Linear):
         return not torch.is_autocast_enabled("cpu") and not wants_gradient(x, weight, self.bias)
 
 
-@dataclass(frozen=True)
-class DenseLayer:
-    """What runs a dense layer, up to so many tokens at once; for more of them torch."""
-
-    layer: str
-    runs: str
-    tokens: int
-    because: str
-
-
 def quicken(model: nn.Module) -> None:
     """Let the dense linear layers of a model on the CPU run by the kernel, where it is of use."""
     for module in model.modules():
-        large = type(module) is nn.Linear and module.weight.numel() >= LEAST
-        if large and why_not(module.weight.device, module.weight.dtype) is None:
-            module.__class__ = DenseLinear
+        if type(module) is nn.Linear and (weight := module.weight).numel() >= LEAST:
+            module.__class__ = DenseLinear if why_not(weight.device, weight.dtype) is None else nn.Linear
 
 
 def slow_down(model: nn.Module) -> None:
     """Let them run by torch again."""
-    for module in model.modules():
-        if isinstance(module, DenseLinear):
-            module.__class__ = nn.Linear
+    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, DenseLinear)]
+    for layer in layers:
+        layer.__class__ = nn.Linear
 
 
-def dense_layers(model: nn.Module) -> Iterator[DenseLayer]:
+def lean_linears(model: nn.Module) -> Iterator[LeanLayer]:
     """The layers of a model that the kernel runs."""
     for name, module in model.named_modules():
         if isinstance(module, DenseLinear) and (tokens := most_tokens(module.weight)):
-            yield DenseLayer(name, "cpu-dense", tokens, "not packed; read where it lies, by a faster loop than torch's")
+            yield LeanLayer(name, "cpu-dense", tokens, "not packed; read where it lies, by a faster loop than torch's")
 
 
 def most_tokens(weight: Tensor) -> int:

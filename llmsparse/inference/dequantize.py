@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Conv1D
 
+from llmsparse.inference.decode_attention import unmark_attention
 from llmsparse.inference.dense_linear import slow_down
 from llmsparse.inference.linear import PackedLayer
 from llmsparse.inference.packed_experts import SparseExperts
@@ -22,6 +23,7 @@ def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         elif isinstance(module, SparseExperts):
             _restore_experts(module, dtype)
     slow_down(model)
+    unmark_attention(model)
     if dtype is not None:
         model.to(dtype)
 

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmsparse.backends.choice import Choice
-from llmsparse.inference.dense_linear import DenseLayer, dense_layers
+from llmsparse.inference.decode_attention import lean_attention
+from llmsparse.inference.dense_linear import lean_linears
 from llmsparse.inference.fused_experts import Fusion, fusions
+from llmsparse.inference.lean import LeanLayer
 from llmsparse.inference.packed_experts import packed_weights
 
 if TYPE_CHECKING:
@@ -19,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Explanation:
-    """One choice a packed weight, in the order of the model, what runs each mixture of dense experts, and the dense layers
-    that torch does not run. Bytes are those of the packed weights."""
+    """One choice a packed weight, in the order of the model, what runs each mixture of dense experts, and what else
+    torch does not run. Bytes are those of the packed weights."""
 
     choices: list[Choice]
     experts: list[Fusion] = field(default_factory=list[Fusion])
-    layers: list[DenseLayer] = field(default_factory=list[DenseLayer])
+    layers: list[LeanLayer] = field(default_factory=list[LeanLayer])
 
     @property
     def packed_bytes(self) -> int:
@@ -72,9 +74,15 @@ class Explanation:
         weights = Counter((choice.backend, choice.because) for choice in self.choices)
         layers = Counter((one.runs, one.because) for one in self.experts)
         runs = [f"{count} weights run by {backend}: {because}" for (backend, because), count in weights.items()]
-        runs += [f"{one.layer} run by {one.runs} up to {one.tokens} tokens: {one.because}" for one in self.layers]
+        lean = Counter((one.runs, one.tokens, one.because) for one in self.layers)
+        runs += [self._lean(count, *kind) for kind, count in lean.items()]
         runs += [f"{count} layers of experts run by {what}: {because}" for (what, because), count in layers.items()]
         return "\n".join([*runs, *(self._notes() if self.choices else [])])
+
+    def _lean(self, count: int, runs: str, tokens: int, because: str) -> str:
+        first = next(one.layer for one in self.layers if (one.runs, one.tokens, one.because) == (runs, tokens, because))
+        which = f"{first}, …" if count > 1 else first
+        return f"{count} layer{'s'[: count - 1]} run by {runs} up to {tokens} tokens ({which}): {because}"
 
     def _notes(self) -> list[str]:
         refused = {name: reason for choice in self.choices for name, reason in choice.refused.items()}
@@ -85,5 +93,7 @@ class Explanation:
 def explain(model: nn.Module) -> Explanation:
     """What runs the packed weights and the experts of a model that `from_pretrained` gave."""
     return Explanation(
-        [weight.choice for _, weight in packed_weights(model)], list(fusions(model)), list(dense_layers(model))
+        [weight.choice for _, weight in packed_weights(model)],
+        list(fusions(model)),
+        [*lean_attention(model), *lean_linears(model)],
     )

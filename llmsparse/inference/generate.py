@@ -8,8 +8,10 @@ tokens per second are those after it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +19,10 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from llmsparse.backends.choice import AUTO
-from llmsparse.errors import RecipeError
+from llmsparse.errors import CheckpointError, LlmsparseError, NumericalError, RecipeError, one_line
 from llmsparse.inference.detokenizer import Detokenizer
 from llmsparse.inference.explain import explain
-from llmsparse.inference.load import load_model
+from llmsparse.inference.load import GENERATION, load_model
 from llmsparse.models.origin import fetch_model, load_tokenizer, read_config
 from llmsparse.runs.device import choose_device
 from llmsparse.runs.memory import PeakMemory, used_bytes
@@ -99,7 +101,7 @@ def generate(
     with PeakMemory(place) as memory:
         started = time.perf_counter()
         tokenizer = load_tokenizer(folder, trust_remote_code)
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]  # (1, tokens)
+        ids = tokenizer(_readable(prompt), return_tensors="pt", verbose=False)["input_ids"]  # (1, tokens)
         _check_length(read_config(folder), ids.shape[1], max_new_tokens)
         loaded = load_model(
             folder,
@@ -111,18 +113,21 @@ def generate(
             trust_remote_code=trust_remote_code,
         )
         load_seconds = time.perf_counter() - started
+        _check_tokens(ids, loaded)
         clock = Clock(tokenizer, ids[0].tolist(), place, write)
         ids = ids.to(place)
-        output = loaded.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,  # tokens are handed on as they come
-            tokenizer=tokenizer,  # for a generation_config with stop_strings
-            streamer=clock,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )
+        with _told_of(folder / GENERATION):
+            output = loaded.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,  # tokens are handed on as they come
+                tokenizer=tokenizer,  # for a generation_config with stop_strings
+                streamer=clock,
+                logits_processor=[refuse_nan],
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            )
         new, explained = output[0, ids.shape[1] :], explain(loaded)
         return Generation(
             model=model,
@@ -141,6 +146,41 @@ def generate(
             memory_bytes=clock.memory_bytes,
             peak_memory_bytes=memory.read(),
         )
+
+
+def refuse_nan(ids: Tensor, logits: Tensor) -> Tensor:
+    """NumericalError where logits (batch, vocabulary) hold NaN, of which the largest would be taken all the same."""
+    if bool(logits.isnan().any()):
+        raise NumericalError("the model's logits are NaN: its weights hold NaN or Inf, or --dtype is too narrow for it")
+    return logits
+
+
+@contextmanager
+def _told_of(file: Path) -> Generator[None]:
+    """Within it, a setting of the model's that transformers refuses is a CheckpointError that names its file."""
+    try:
+        yield
+    except LlmsparseError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: transformers cannot generate by it: {one_line(error)}") from error
+
+
+def _check_tokens(ids: Tensor, model: Any) -> None:
+    """CheckpointError for a token without a row in the embedding, as a tokenizer has that grew and the model did not."""
+    largest, rows = int(ids.max()), int(model.get_input_embeddings().weight.shape[0])
+    if largest >= rows:
+        raise CheckpointError(
+            f"the prompt's token {largest} is none of the model's, which are 0 to {rows - 1}: the tokenizer is another model's"
+        )
+
+
+def _readable(prompt: str) -> str:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise RecipeError("the prompt is not UTF-8: give --prompt text that is") from None
+    return prompt
 
 
 class Clock(TextStreamer):

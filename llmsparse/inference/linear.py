@@ -18,10 +18,13 @@ from torch.nn import functional
 
 from llmsparse.backends import BACKENDS, WeightSpec
 from llmsparse.backends.choice import AUTO, Choice, choose_backend
+from llmsparse.backends.protocol import RunsMany
 from llmsparse.errors import RecipeError
 from llmsparse.formats import PackedTensor, format_of, layout, restore
+from llmsparse.inference import graphed
 from llmsparse.inference.gradient import PackedProduct, wants_gradient
 from llmsparse.inference.read_only import LOST, read_only
+from llmsparse.inference.shared_input import shared_product
 
 
 class Packed(Protocol):
@@ -52,8 +55,15 @@ class PackedMatrix:
         self.transposed = transposed
         self.device, self.dtype = spec.device, spec.dtype
         self.described = packed.describe() | ({"transposed": True} if transposed else {})  # for config.json
+        self.out_features = packed.shape[-2]
         self.prepared: Any = self.backend.prepare(packed, spec)
         self.copy = self.backend.dense(self.prepared) if choice.dense_copy else None
+        self.runs_many = isinstance(self.backend, RunsMany)
+        self.handle = graphed.name(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.handle = graphed.name(self)  # a copy is another weight
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., in) → x · Wᵀ + bias (..., out), with gradients for x and bias."""
@@ -95,6 +105,7 @@ class PackedLayer(nn.Module):
         self.out_features, self.in_features = (int(size) for size in described["shape"])
         self.matrix: PackedMatrix | None = None
         self.bias = bias
+        self.group: Any = 0  # of layers that share its input
         place(self, "weight", described, dtype)
 
     def prepare(self, name: str, described: Mapping[str, Any], backend: str = AUTO, optimize: str = "memory") -> None:
@@ -108,8 +119,10 @@ class PackedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) → (..., out)."""
         assert self.matrix is not None
-        run = product if self.matrix.backend.compiles else uncompiled_product
-        return run(self.matrix, x, self.bias)
+        if torch.compiler.is_compiling():
+            return product_in_graph(self.matrix, x, self.bias)
+        shared = shared_product(self, x)
+        return self.matrix(x, self.bias) if shared is None else shared
 
     def __getattr__(self, name: str) -> Any:
         matrix = self.__dict__.get("matrix")
@@ -156,13 +169,14 @@ class SparseLinear(PackedLayer, nn.Linear):  # pyright: ignore[reportIncompatibl
     """An `nn.Linear` whose weight is packed."""
 
 
-def product(matrix: PackedMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
-    """x · Wᵀ + bias."""
-    return matrix(x, bias)
-
-
-# a compiled graph breaks around it, and says nothing
-uncompiled_product: Callable[[PackedMatrix, Tensor, Tensor | None], Tensor] = cast(Any, torch.compiler).disable(product)
+def product_in_graph(matrix: PackedMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x · Wᵀ + bias in a graph that is being compiled: by an op of ours where torch cannot trace through the backend."""
+    if matrix.backend.compiles:
+        return matrix(x, bias)
+    if torch.is_autocast_enabled(x.device.type):  # torch's products cast their operands, ops of others do not
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, bias = x.to(dtype), bias if bias is None else bias.to(dtype)
+    return cast(Tensor, graphed.packed_linear(x, bias, matrix.handle, matrix.out_features))
 
 
 def place(module: nn.Module, leaf: str, described: Mapping[str, Any], dtype: torch.dtype) -> None:

@@ -9,14 +9,18 @@ from typing import Any
 import torch
 
 from llmsparse.backends.choice import AUTO, check_names
-from llmsparse.errors import CheckpointError, RecipeError, did_you_mean
+from llmsparse.errors import CheckpointError, RecipeError, checkpoint_at_fault, did_you_mean
 from llmsparse.inference.experts_interface import fuse
 from llmsparse.inference.quantizer import SparseConfig
+from llmsparse.models.complete import check_depth, refuse_integers
+from llmsparse.models.empty_model import quiet
 from llmsparse.models.model_class import auto_class
-from llmsparse.models.origin import is_packed, load_config, read_config
+from llmsparse.models.origin import is_packed, load_config, read_config, read_json
 from llmsparse.packing.folder import PackedCheckpoint
 from llmsparse.runs.device import DTYPES
 from llmsparse.storage.checkpoint import CheckpointReader
+
+GENERATION = "generation_config.json"
 
 
 def load_model(
@@ -40,17 +44,28 @@ def load_model(
         raise RecipeError(f"dtype {dtype!r} is not known{did_you_mean(dtype, ['auto', *DTYPES])}")
     packed = is_packed(read_config(folder))
     # refuse, in a line, what is truncated or lacks a shard, packed weights that nobody can read, and what is no model
-    PackedCheckpoint(folder) if packed else CheckpointReader(folder)
+    reader = PackedCheckpoint(folder).reader if packed else CheckpointReader(folder)
     config = load_config(folder, trust_remote_code, packed=packed)
+    check_depth(config, reader)
+    if (folder / GENERATION).is_file():
+        read_json(folder / GENERATION)  # transformers passes over one that it cannot read
+    if not packed:
+        refuse_integers(reader)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are refused below, by name
     if packed or backend != AUTO:
         options["quantization_config"] = SparseConfig(backend=backend, optimize=optimize)
     if device.type != "cpu":
         options["device_map"] = {"": device}
     if str(device).startswith("cuda:"):
         torch.cuda.set_device(device)  # Triton launches its kernels on the current one
-    loaded: Any = auto_class(config, trust_remote_code).from_pretrained(folder, **options)
+    with quiet(), checkpoint_at_fault(folder / "config.json", "build this model"):
+        loaded: Any = auto_class(config, trust_remote_code).from_pretrained(folder, **options)
     model, info = loaded
+    for name, stored, wanted in sorted(info["mismatched_keys"]):
+        raise CheckpointError(
+            f"{folder}: tensor {name!r} has shape {list(stored)}, config.json asks for {list(wanted)}; the two do not belong together"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(

@@ -27,12 +27,12 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmsparse.backends import BACKENDS
 from llmsparse.backends.choice import AUTO, UNPACKING, check_names
 from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.formats import layout, stored_bytes
 from llmsparse.formats.bitmask import Bitmask, describe_unpacked
 from llmsparse.inference.counting import count_dense, count_packed
+from llmsparse.inference.decode_attention import mark_attention
 from llmsparse.inference.dense_linear import quicken
 from llmsparse.inference.dequantize import make_dense
 from llmsparse.inference.experts_interface import llmsparse_experts
@@ -105,7 +105,7 @@ class SparseQuantizer(HfQuantizer):
         self.config = quantization_config
         self.candidates: dict[str, bool] = {}  # module tensor that may be packed while loading → laid out (in, out)
         self.layers: dict[str, dict[str, Any]] = {}  # module tensor that is packed → description
-        self.compiles = False
+        self.compiles = True
         self.experts_before: str | None = None  # the implementation that `dequantize` gives back
 
     def _process_model_before_weight_loading(
@@ -171,15 +171,15 @@ class SparseQuantizer(HfQuantizer):
                 prepare_experts(module, path, leaves, **options)
             release_freed()
         packed = [weight for _, weight in packed_weights(model)]
-        self.compiles = all(BACKENDS[weight.choice.backend].compiles for weight in packed)
         if any(isinstance(weight, PackedStack) and not weight.together for weight in packed):
             self.experts_before = getattr(model.config, "_experts_implementation", None)
             model.set_experts_implementation(PACKED)
             self.compiles = False
         vars(model)["_weight_conversions"] = []  # it is saved under the module's names, whatever they were on disk
         let_go_of_files(model)
-        if self.config.backend not in UNPACKING:  # these give the bits of the dense model, its head's too
+        if self.config.backend not in UNPACKING:  # these give the bits of the dense model
             quicken(model)
+            mark_attention(model)
         count_packed(model)
         return model
 

@@ -11,7 +11,30 @@ from llmsparse.models.naming import Naming
 from llmsparse.storage.checkpoint import CheckpointReader
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+FEW_BLOCKS = 1000  # which are built in seconds, whatever is on disk
+
+
+def check_depth(config: PretrainedConfig, reader: CheckpointReader) -> None:
+    """CheckpointError for a config of more blocks than there are tensors: to build them all might take hours."""
+    depth: int | None = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if isinstance(depth, int) and depth > max(len(reader.keys()), FEW_BLOCKS):
+        raise CheckpointError(
+            f"{reader.folder}: config.json asks for {depth:,} blocks (num_hidden_layers), and there are "
+            f"{len(reader.keys())} tensors; the two do not belong together"
+        )
+
+
+def refuse_integers(reader: CheckpointReader) -> None:
+    """CheckpointError for a weight stored in integers, in a checkpoint that says nothing of their scale."""
+    for key in reader.keys():
+        dtype = reader.spec(key).dtype
+        if key.endswith(".weight") and not dtype.is_floating_point:
+            raise CheckpointError(
+                f"{reader.folder}: {key} is stored in {str(dtype).removeprefix('torch.')}, and config.json does not say what "
+                "that stands for (quantization_config); start from the checkpoint in 16 or 32 bits"
+            )
 
 
 def check_complete(model: PreTrainedModel, naming: Naming, reader: CheckpointReader) -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
-from llmsparse.errors import CheckpointError
+from llmsparse.errors import CheckpointError, checkpoint_at_fault
 from llmsparse.models.model_class import auto_class
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def build_empty(
     for flag in RECORDS:  # a block's extra outputs would be recorded, and never used
         if getattr(config, flag, False):
             setattr(config, flag, False)
-    with init_empty_weights(include_buffers=False), _LargeOnMeta():
+    file = Path(str(config.name_or_path)) / "config.json"
+    with checkpoint_at_fault(file, "build this model"), init_empty_weights(include_buffers=False), _LargeOnMeta():
         model: PreTrainedModel = auto_class(config, trust_remote_code).from_config(
             config, dtype=dtype, experts_implementation="eager", trust_remote_code=trust_remote_code
         )

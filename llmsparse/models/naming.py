@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Transpose,
@@ -165,6 +166,14 @@ class Naming:
                 place = rename_source_key(key, [], [], prefix, self._names)
             self._places[key] = place
         return self._places[key]
+
+
+def find_embedding(model: PreTrainedModel, embedding: nn.Module | None, folder: Path) -> tuple[str, nn.Module]:
+    """The name of the weight of an embedding or a head, and the module that has it."""
+    for name, module in model.named_modules():
+        if module is embedding:
+            return f"{name}.weight", module
+    raise CheckpointError(f"{folder}: {type(model).__name__} has no input or no output embedding")
 
 
 def in_block(name: str, blocks: str) -> int | None:

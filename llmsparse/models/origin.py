@@ -18,7 +18,7 @@ from typing import Any
 
 from llmsparse.encodings.reader import BLOCK as ENCODING
 from llmsparse.encodings.reader import encoding_of
-from llmsparse.errors import CheckpointError, RecipeError, one_line
+from llmsparse.errors import CheckpointError, RecipeError, checkpoint_at_fault, one_line
 from llmsparse.formats import compressed_tensors
 from llmsparse.models import hub
 from llmsparse.models.model_class import auto_class
@@ -160,7 +160,6 @@ def load_config(folder: Path, trust_remote_code: bool = False, *, packed: bool =
     packed is handled where the caller says `packed`, one that others have stored in few bits where it says `encoded`: its
     config is then that of the model with its weights as they are."""
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
     file = folder / "config.json"
@@ -185,11 +184,9 @@ def load_config(folder: Path, trust_remote_code: bool = False, *, packed: bool =
         )
     if trust_remote_code:
         refuse_code_elsewhere(file, raw)
-    try:
+    with checkpoint_at_fault(file, "read it"):
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         text: Any = config.get_text_config(decoder=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
-        raise CheckpointError(f"{file}: transformers cannot read it: {one_line(error)}") from error
     for part in (config, text) if decoded else ():
         part.__dict__.pop(ENCODING, None)
     if not isinstance(text, PretrainedConfig):
@@ -205,16 +202,23 @@ def load_config(folder: Path, trust_remote_code: bool = False, *, packed: bool =
     return config
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model comes with one."""
+    return any(path for pattern in VOCABULARIES for path in folder.glob(pattern))
+
+
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The transformers tokenizer in `folder`, else CheckpointError: transformers would make up an empty one."""
     from transformers import AutoTokenizer
 
-    if not any(path for pattern in VOCABULARIES for path in folder.glob(pattern)):
+    if not has_tokenizer(folder):
         raise CheckpointError(f"{folder}: no tokenizer (wanted tokenizer.json, tokenizer.model or a vocabulary file)")
     if trust_remote_code and (folder / "tokenizer_config.json").is_file():
         refuse_code_elsewhere(folder / "tokenizer_config.json", read_json(folder / "tokenizer_config.json"))
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer("a")  # some of what is wrong shows only now
+        return tokenizer
     except Exception as error:  # tokenizers raises nothing narrower for a corrupt file
         hint = "; read its code, then allow it with --trust-remote-code" if "trust_remote_code" in str(error) else ""
         raise CheckpointError(f"{folder}: tokenizer cannot be loaded: {one_line(error)}{hint}") from error

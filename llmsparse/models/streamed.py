@@ -11,7 +11,7 @@ language model, and what text does not run is never read.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from llmsparse.encodings.reader import DecodedReader
 from llmsparse.errors import CheckpointError
 from llmsparse.models.activations import Activations, Recorder
 from llmsparse.models.block import Block, Head
-from llmsparse.models.complete import check_complete
-from llmsparse.models.empty_model import assign, build_empty, find_blocks, quiet, replaced, returning, stand_in
+from llmsparse.models.complete import check_complete, check_depth, refuse_integers
+from llmsparse.models.empty_model import assign, build_empty, drop, find_blocks, quiet, replaced, returning, stand_in
 from llmsparse.models.meta_run import run_on_meta
-from llmsparse.models.naming import Group, Naming, in_block
+from llmsparse.models.naming import Group, Naming, find_embedding, in_block
 from llmsparse.models.origin import load_config
 from llmsparse.models.prunable import refuse_shared_blocks
 from llmsparse.models.read_ahead import ReadAhead
@@ -50,6 +50,8 @@ class StreamedModel:
         self, reader: CheckpointReader, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
     ) -> None:
         self.config: Any = load_config(reader.folder, trust_remote_code, encoded=isinstance(reader, DecodedReader))
+        check_depth(self.config, reader)
+        refuse_integers(reader)
         self._reader = reader
         self._device = device
         self.dtype = dtype
@@ -67,8 +69,8 @@ class StreamedModel:
         for key in keys:
             index = in_block(self.naming.target(key) or "", self.blocks_path)
             (self.outside_keys if index is None else self._block_keys[index]).append(key)
-        self._input, self._embedding = self._named(self._model.get_input_embeddings())
-        self._output, self._head = self._named(self._model.get_output_embeddings())
+        self._input, self._embedding = find_embedding(self._model, self._model.get_input_embeddings(), reader.folder)
+        self._output, self._head = find_embedding(self._model, self._model.get_output_embeddings(), reader.folder)
         self.tied = check_complete(self._model, self.naming, reader)  # what is not on disk → what it is tied to
         self._loaded = False  # what lies outside the blocks and embeddings
         self._outline = run_on_meta(self._model, self._blocks, device)
@@ -227,6 +229,19 @@ class StreamedModel:
         head.entering = self._entering_head
         return head
 
+    @contextmanager
+    def whole(self) -> Generator[Any]:
+        """The model with all its weights, as transformers runs it; afterwards they are gone again."""
+        self._load(self._input)
+        self._load(self._output)
+        for keys in self._block_keys:
+            self._fill(self._read(keys))
+        try:
+            yield self._model
+        finally:
+            drop(self._model)
+            self._loaded = False
+
     def _finish(self, hidden: Tensor) -> Any:
         """Run the model with every block giving back `hidden`, and nothing for an embedding."""
         width = self._model.get_parameter(self._input).shape[1]
@@ -250,15 +265,6 @@ class StreamedModel:
         with replaced([self._head], catch), suppress(_Recorded):
             self._finish(hidden)
         return caught[0]
-
-    def _named(self, embeddings: nn.Module | None) -> tuple[str, nn.Module]:
-        """An embedding and the name of its weight."""
-        for name, module in self._model.named_modules():
-            if module is embeddings:
-                return f"{name}.weight", module
-        raise CheckpointError(
-            f"{self._reader.folder}: {type(self._model).__name__} has no input or no output embedding"
-        )
 
     def _load(self, part: str) -> None:
         """Load an embedding, and what else lies outside the blocks, unless they are there."""

@@ -79,6 +79,11 @@ def _of_key(
     kind: str,
 ) -> Iterator[Weight]:
     shape = reader.spec(key).shape
+    if len(shape) not in (2, 3):
+        raise CheckpointError(
+            f"{reader.folder}: tensor {key!r} has shape {list(shape)}, and what activations are multiplied with has two "
+            "dimensions, or three with experts; config.json and the weights do not belong together"
+        )
     flipped = transposed != group.transposes(shape, parameter)
     out, width = (shape[-1], shape[-2]) if flipped else (shape[-2], shape[-1])
     wanted = parameter[-2] if transposed else parameter[-1]

@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from llmsparse.errors import CheckpointError
+from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.formats import FORMATS, layout, stored_bytes
 from llmsparse.formats.bitmask import BITS, Bitmask, describe_unpacked
 from llmsparse.models.naming import Group, Naming
@@ -31,6 +31,7 @@ from llmsparse.runs.progress import Progress, Silent
 from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter
 from llmsparse.storage.disk import disk_error, parse_size
 from llmsparse.storage.heap import release_freed
+from llmsparse.storage.home_folder import expand_home
 from llmsparse.storage.shard import DTYPE_NAMES
 from llmsparse.version import __version__
 
@@ -59,7 +60,7 @@ def pack(
     folder, shard_bytes = fetch_model(model, revision), parse_size(max_shard_size)
     if is_packed(read_config(folder)):
         raise CheckpointError(f"{folder}: already packed, by llmsparse; `llmsparse unpack` makes it dense again")
-    out = Path(output)
+    out = expand_home(output, RecipeError)
     check_output(out, resume=False, overwrite=overwrite, source=folder)
     with progress:
         selection = select_packable(folder, trust_remote_code, progress, drop_negative_zeros)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmsparse.errors import CheckpointError
+from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.formats import compressed_tensors, format_of
 from llmsparse.models.empty_model import build_empty, quiet
 from llmsparse.models.naming import Naming
@@ -27,6 +27,7 @@ from llmsparse.runs.progress import Progress, Silent
 from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter
 from llmsparse.storage.disk import parse_size
 from llmsparse.storage.heap import release_freed
+from llmsparse.storage.home_folder import expand_home
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -74,7 +75,7 @@ def unpack(
     """
     progress = progress or Silent()
     folder, shard_bytes = fetch_model(model, revision), parse_size(max_shard_size)
-    config, out = read_config(folder), Path(output)
+    config, out = read_config(folder), expand_home(output, RecipeError)
     orphaned = compressed_tensors.format_of(config)
     if is_packed(config):
         packed = PackedCheckpoint(folder)
@@ -113,6 +114,10 @@ def _write_packed(
     copy_side_files(packed.folder, target, leaving=(*REPLACED, RECORD))
     if packed.record is not None:
         files, specs = packed.record.files, packed.record.specs()
+        if "config.json" not in files:
+            raise CheckpointError(
+                f"{packed.folder / RECORD}: does not hold the config.json of what was packed; pack it again"
+            )
     else:
         config = {key: value for key, value in packed.config.items() if key != "quantization_config"}
         files = {"config.json": json.dumps(config, indent=2) + "\n"}

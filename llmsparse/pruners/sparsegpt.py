@@ -25,10 +25,11 @@ from torch import Tensor
 
 from llmsparse.errors import NumericalError, RecipeError
 from llmsparse.pruners.protocol import Pruned
-from llmsparse.sparsity.patterns import Pattern, Scope, refuse_nan
+from llmsparse.sparsity.patterns import NofM, Pattern, Scope, refuse_nan
 from llmsparse.sparsity.stats import Gram, Statistic
 
 ESCALATIONS = 4  # of the damping, tenfold each
+LAUNCHED = 128  # columns that a GPU solves in one launch: three for each of them is what most of the time would go to
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ class SparseGPT:
         for a in range(0, width, step):
             b = min(a + step, width)
             now = torch.addmm(w[a:b], m[a:b, :a], lost[:a])  # what finished blocks make of this one
+            if self._launches(w.device, b - a, pattern):
+                keep[a:b], lost[a:b] = self._in_one_launch(now, w[a:b], m[a:b, a:b], scale[a:b], pattern, a, width)
+                continue
             for c in range(a, b, together):
                 d = min(c + together, b)
                 group = now[c - a : d - a].addmm_(m[c:d, a:c], lost[a:c])  # and finished groups
@@ -87,6 +91,26 @@ class SparseGPT:
                     torch.addcmul(w[j], group[j - c], kept[j - c], value=-1, out=lost[j])
         notes = {"damp": damp} if damp != self.damp else {}
         return Pruned.of(torch.where(dead, weight, (w - lost).T).contiguous(), keep.T.contiguous(), **notes)
+
+    @staticmethod
+    def _launches(device: torch.device, columns: int, pattern: Pattern) -> bool:
+        """Whether a block is solved in one launch: on a GPU, where the pattern needs nothing but scores."""
+        return device.type == "cuda" and columns <= LAUNCHED and (pattern.span == 1 or isinstance(pattern, NofM))
+
+    @staticmethod
+    def _in_one_launch(
+        now: Tensor, w: Tensor, m: Tensor, scale: Tensor, pattern: Pattern, start: int, width: int
+    ) -> tuple[Tensor, Tensor]:
+        """The mask of a block and what its columns lose, (columns, out) each, as the loop over its columns finds them."""
+        from triton_ops.absorb import absorb, absorb_groups
+
+        if isinstance(pattern, NofM):
+            lost, keep = absorb_groups(now, w, m, scale, pattern.n, pattern.m)
+            return keep, lost
+        change = cast(Tensor, torch.linalg.solve_triangular(m, now - w, upper=False, unitriangular=True))
+        score = ((w + change) * scale[:, None]).square()
+        keep = pattern.keep(score.T, slice(start, start + len(w)), width, checked=True).T
+        return keep, absorb(now, w, m, keep)
 
 
 def factor_hessian(stat: Gram, damp: float) -> tuple[Tensor, Tensor, float]:

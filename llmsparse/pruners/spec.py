@@ -1,4 +1,4 @@
-"""A method as a recipe names it ⇄ a `Pruner`.
+"""A method as a recipe names it ⇄ a `Pruner`, or an entry of another table of dataclasses.
 
 `wanda`, or a mapping `{name: dsnot, max_cycles: 20, initial: {name: sparsegpt, damp: 0.1}}`: the options are the fields
 of the method's dataclass, checked against their types, and a field of type `Pruner` takes a method of its own.
@@ -21,11 +21,16 @@ MethodSpec = str | dict[str, Any]
 
 def build(spec: MethodSpec, path: KeyPath = ("method",)) -> Pruner:
     """The pruner that `spec` describes. OptionError for an unknown name or option, or a value of the wrong type."""
+    return build_from(PRUNERS, "method", spec, path)
+
+
+def build_from(table: Mapping[str, type[Any]], kind: str, spec: MethodSpec, path: KeyPath) -> Any:
+    """The same from another table, whose entries are called a `kind`."""
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", None)
-    if not isinstance(name, str) or name not in PRUNERS:
-        raise OptionError(path, f"unknown method {name!r}{did_you_mean(str(name), list(PRUNERS))}")
-    method: type[Any] = PRUNERS[name]
+    if not isinstance(name, str) or name not in table:
+        raise OptionError(path, f"unknown {kind} {name!r}{did_you_mean(str(name), list(table))}")
+    method: type[Any] = table[name]
     hints = get_type_hints(method, localns={"Pruner": Pruner})
     known = [field.name for field in fields(method) if field.init]
     values: dict[str, Any] = {}
@@ -33,21 +38,31 @@ def build(spec: MethodSpec, path: KeyPath = ("method",)) -> Pruner:
         here = (*path, key)
         if key not in known:
             none = "; it has none" if not known else did_you_mean(key, known)
-            raise OptionError(here, f"method {name} has no option {key!r}{none}")
+            raise OptionError(here, f"{kind} {name} has no option {key!r}{none}")
         values[key] = build(value, here) if hints[key] is Pruner else _checked(value, hints[key], here)
     try:
         return method(**values)
     except ValueError as error:  # raised by the method's own __post_init__
-        raise OptionError(path, f"method {name}: {error}") from None
+        raise OptionError(path, f"{kind} {name}: {error}") from None
 
 
 def describe(pruner: Pruner) -> dict[str, Any]:
     """The mapping that `build` turns into an equal pruner, every option spelled out. RecipeError if it is no method."""
-    name = next((name for name, method in PRUNERS.items() if type(pruner) is method), None)
+    name = name_in(PRUNERS, pruner)
     if name is None:
         raise RecipeError(f"method {type(pruner).__name__} has no name; add it to PRUNERS in llmsparse/pruners")
-    names = [field.name for field in fields(cast(Any, pruner)) if field.init]
-    return {"name": name} | {key: _plain(getattr(pruner, key)) for key in names}
+    return described(name, pruner)
+
+
+def described(name: str, entry: Any) -> dict[str, Any]:
+    """The mapping of a dataclass of any table under its name there."""
+    names = [field.name for field in fields(entry) if field.init]
+    return {"name": name} | {key: _plain(getattr(entry, key)) for key in names}
+
+
+def name_in(table: Mapping[str, type[Any]], entry: Any) -> str | None:
+    """What an entry of a table is called there."""
+    return next((name for name, kind in table.items() if type(entry) is kind), None)
 
 
 def _plain(value: Any) -> Any:

@@ -47,7 +47,7 @@ class PruneOptions:
 
 
 def finish_block(
-    block: Block, acts: Activations, choices: Sequence[Choice], options: PruneOptions, run: Run
+    block: Block, acts: Activations, choices: Sequence[Choice], options: PruneOptions, run: Run[Any]
 ) -> BlockRecord:
     """Leave `block` pruned, as it is on disk: pruned now, or read back from an interrupted run."""
     keys = sorted({choice.weight.key for choice in choices})

@@ -18,6 +18,13 @@ KEYS = {  # of every key but model and rules, by group
         "scope": Key(
             "row or matrix: what an unstructured sparsity counts over; auto: as the method has it.", "auto", "SCOPE"
         ),
+        "allocation": Key(
+            "auto, uniform, owl, dlp, lsa, alphapruning, er, erk or search: which share of the zeros each unit gets.",
+            "auto",
+            "NAME",
+        ),
+        "allocation_level": Key("block, projection or weight: what a unit is.", "block", "LEVEL"),
+        "allocation_bounds": Key("The least and the largest sparsity of a unit, such as 0.5,0.8.", None, "LOW,HIGH"),
         "only": Key("Prune only weights whose name matches (repeatable).", None, "GLOB", list),
         "include": Key("Prune these too, such as lm_head (repeatable).", None, "GLOB", list),
         "exclude": Key("Leave weights whose name matches as they are (repeatable).", None, "GLOB", list),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsparse.models.streamed import HEAD
+from llmsparse.pruning.allocation.survey import allocate, with_patterns
 from llmsparse.pruning.block import finish_block
 from llmsparse.pruning.packed import packing
 from llmsparse.pruning.plan import make_plan
@@ -36,13 +37,16 @@ def prune(
     """
     plan = make_plan(from_arguments(PruneRecipe, recipe, keys), resume=resume, overwrite=overwrite)
     with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
+        plan = run.plan
         run.copy_the_rest()
         to_head = bool(plan.choices[HEAD])
+        allocated = allocate(run)
+        choices = with_patterns(plan.choices, allocated)
         streams = plan.streams(to_head=to_head)
-        report = PruneReport(**plan.described(), total_parameters=plan.total_parameters)
+        report = PruneReport(**plan.described(), total_parameters=plan.total_parameters, allocated=allocated)
         for block in run.blocks(head=to_head):
             streams.through_source(block)
-            report.blocks.append(finish_block(block, streams.calibration, plan.choices[block.name], plan.options, run))
+            report.blocks.append(finish_block(block, streams.calibration, choices[block.name], plan.options, run))
             streams.through_made(block)
         report.perplexity = streams.perplexity()
         return run.publish(report, packing(plan, report, run.progress))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from llmsparse.errors import RecipeError
 from llmsparse.formats import stored_bytes
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.packing.values import LARGEST, group_of
+from llmsparse.pruning.allocation import Allocation, Search, Uniform
+from llmsparse.pruning.allocation.exact import bounds_of
+from llmsparse.pruning.allocation.units import Group, groups_of, levels_of, refuse_bounds
 from llmsparse.pruning.block import PruneOptions
 from llmsparse.pruning.memory import peak_bytes
 from llmsparse.pruning.recipe import PruneRecipe
@@ -29,8 +32,9 @@ from llmsparse.runs.memory import available_bytes
 from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
 from llmsparse.runs.plan import RunPlan
+from llmsparse.sparsity.patterns import Pattern
 from llmsparse.storage.checkpoint import CheckpointReader
-from llmsparse.storage.disk import check_room
+from llmsparse.storage.disk import check_room, spell_size
 
 PACKED_LAST = "; the dense checkpoint stands beside it until the run is done"
 MATCH_STEPS = (300, 150, 75)  # of block matching by default: the most that is affordable, or none
@@ -56,6 +60,39 @@ class PrunePlan(RunPlan[PruneRecipe]):
         """As many at least as matching needs to hold some out."""
         size, width = self.recipe.batch_size, self.model.hidden_size
         return split_batches(self.windows.ids, size, self.device, width, least=HELD_OUT_SHARE)
+
+    @property
+    def allocation(self) -> Allocation:
+        return self.recipe.allocator
+
+    @property
+    def allocates(self) -> bool:
+        """Units get sparsities of their own."""
+        return not isinstance(self.allocation, Uniform) and bool(self.units)
+
+    @cached_property
+    def units(self) -> list[Group]:
+        """What shares one sparsity each."""
+        return groups_of(self.choices, self.recipe.allocation_level)
+
+    @property
+    def allocated_sparsity(self) -> float:
+        """Of all units together."""
+        pattern = self.units[0].choices[0].pattern
+        return cast(float, self.recipe.sparsity) if self.recipe.beside_dense else pattern.sparsity
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        if self.recipe.allocation_bounds is None:
+            return bounds_of(self.allocated_sparsity)
+        low, high = self.recipe.allocation_bounds
+        return low, high
+
+    @property
+    def levels(self) -> list[Pattern]:
+        """The patterns that there are for a unit; none where any number of zeros will do."""
+        mixed = self.recipe.sparsity if self.recipe.beside_dense else None
+        return levels_of(self.units[0].choices[0].pattern, mixed)
 
     @cached_property
     def selected_keys(self) -> set[str]:
@@ -122,8 +159,18 @@ class PrunePlan(RunPlan[PruneRecipe]):
             "prune": f"{len(plan['weights'])} weights, {plan['parameters_to_prune']:,} parameters, "
             f"by {', '.join(plan['methods'])} to {', '.join(patterns)}",
             "matching": f"{self.match_steps} steps a block" if self.match_steps else "off",
+            **({"allocation": self._spell_allocation()} if self.allocates else {}),
             "format": f"{plan['format']}{PACKED_LAST if plan['format'] == 'packed' else ''}",
         }
+
+    def _spell_allocation(self) -> str:
+        name, level = type(self.allocation).__name__, self.recipe.allocation_level
+        passes = self.allocation.generations if isinstance(self.allocation, Search) else 0
+        more = passes + self.allocation.looks
+        cost = (
+            f", {more} more {'passes' if more > 1 else 'pass'} over the model, {spell_size(more * self.reader.nbytes)}"
+        )
+        return f"{name} over {len(self.units)} {level}s{cost if more else ''}"
 
 
 def make_plan(
@@ -145,9 +192,10 @@ def make_plan(
         )
     check_room(opened.output, needed + (packed if recipe.format == "packed" else 0), held_bytes(opened.output))
     windows = read_windows(opened, recipe.calibration_samples)
-    draft = fetched(
-        PrunePlan(**opened.fields, windows=windows, choices=choices, match_steps=0, packed_bytes=packed), download
-    )
+    draft = PrunePlan(**opened.fields, windows=windows, choices=choices, match_steps=0, packed_bytes=packed)
+    if draft.allocates:
+        refuse_bounds(draft.allocated_sparsity, draft.bounds)
+    draft = fetched(draft, download)
     return replace(
         draft, match_steps=default_match_steps(draft) if recipe.match_steps == "auto" else recipe.match_steps
     )

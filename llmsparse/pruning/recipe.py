@@ -6,8 +6,8 @@ What needs the model's shapes (a rule that matches nothing, a width that 4 does 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import is_dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, is_dataclass
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -20,11 +20,14 @@ from llmsparse.errors import KeyPath, OptionError, RecipeError, did_you_mean
 from llmsparse.pruners import Pruner
 from llmsparse.pruners import spec as methods
 from llmsparse.pruners.spec import MethodSpec
+from llmsparse.pruning.allocation import ALLOCATIONS, Allocation, Uniform
 from llmsparse.runs.recipe import Count, Device, Dtype, Length, PathText, RunRecipe, Seed, ShardSize, Source, Texts
 from llmsparse.sparsity.patterns import Pattern, parse_pattern
 from llmsparse.text.shares import Sources
 
 DEFAULT_METHOD = "sparsegpt"
+UNIFORM_UP_TO = 0.55  # of the sparsities, by default all units get the same
+BEYOND = "uniform"  # and above it, this allocation
 
 
 def parse_sparsity(value: Any) -> float:
@@ -57,6 +60,28 @@ def _method(value: Any) -> MethodSpec:
     raise ValueError(f"got {value!r}, wanted a name such as wanda, or a mapping such as {{name: wanda}}")
 
 
+def _allocation(value: Any) -> MethodSpec:
+    if isinstance(value, str) or (isinstance(value, dict) and "name" in value):
+        return value  # pyright: ignore[reportUnknownVariableType]
+    name = methods.name_in(ALLOCATIONS, value)
+    if name is not None:  # one of the table, from Python
+        return methods.described(name, value)
+    raise ValueError(f"got {value!r}, wanted auto, a name such as owl, or a mapping such as {{name: owl}}")
+
+
+def _bounds(value: Any) -> tuple[float, float] | None:
+    """`0.5,0.8` or a list of two → (0.5, 0.8)."""
+    if value is None:
+        return None
+    parts: list[Any] = list(value) if isinstance(value, list | tuple) else str(value).split(",")  # pyright: ignore[reportUnknownArgumentType]
+    if len(parts) != 2:
+        raise ValueError(f"got {value!r}, wanted the least and the largest sparsity, such as 0.5,0.8")
+    low, high = (parse_sparsity(part) for part in parts)
+    if low > high:
+        raise ValueError(f"got {value!r}, wanted the least sparsity first, such as 0.5,0.8")
+    return low, high
+
+
 def _name(method: MethodSpec) -> str:
     return method if isinstance(method, str) else str(method["name"])
 
@@ -68,6 +93,7 @@ def _one_or_more(value: Any) -> Any:
 Sparsity = Annotated[float, PlainValidator(parse_sparsity)]
 Globs = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
 Method = Annotated[MethodSpec, PlainValidator(_method)]
+Allocating = Annotated[MethodSpec, PlainValidator(_allocation)]
 
 
 class Rule(BaseModel):
@@ -101,6 +127,9 @@ class PruneRecipe(RunRecipe):
     sparsity: Sparsity | None = None
     pattern: str = "unstructured"
     scope: Literal["auto", "row", "matrix"] = "auto"
+    allocation: Allocating = "auto"
+    allocation_level: Literal["block", "projection", "weight"] = "block"
+    allocation_bounds: Annotated[Sequence[float] | None, PlainValidator(_bounds)] = None
     rules: tuple[Rule, ...] = ()
     only: Globs = ()
     include: Globs = ()
@@ -108,7 +137,7 @@ class PruneRecipe(RunRecipe):
     keep_zeros: bool = False
     true_sequential: bool = False
     match_steps: Annotated[int | Literal["auto"], PlainValidator(_match_steps)] = "auto"
-    calibration: Texts = "c4"
+    calibration: Texts = "auto"
     text_field: str | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None
@@ -125,12 +154,28 @@ class PruneRecipe(RunRecipe):
     def resolved(self) -> dict[str, Any]:
         """The mapping that `dump` writes: every default and method option spelled out, what is not set left out."""
         data = {key: value for key, value in self.model_dump(mode="json", exclude_none=True).items() if value != []}
-        return data | {"method": methods.describe(self.pruner)}
+        name = methods.name_in(ALLOCATIONS, self.allocator)
+        assert name is not None
+        allocation = methods.described(name, self.allocator) if len(fields(cast(Any, self.allocator))) else name
+        return data | {"method": methods.describe(self.pruner), "allocation": allocation}
 
     @cached_property
     def pruner(self) -> Pruner:
         """The method with its options, rules aside."""
         return methods.build(self.method)
+
+    @cached_property
+    def allocator(self) -> Allocation:
+        """How the zeros are shared out; `auto`: all get the same, or where the table says better, beyond UNIFORM_UP_TO."""
+        if self.allocation != "auto":
+            return methods.build_from(ALLOCATIONS, "allocation", self.allocation, ("allocation",))
+        unstructured = self.pattern == "unstructured" and (self.sparsity or 0) > UNIFORM_UP_TO
+        return ALLOCATIONS[BEYOND]() if unstructured else Uniform()
+
+    @property
+    def beside_dense(self) -> bool:
+        """The pattern is N:M, and `sparsity` says how much of the model gets it, the rest staying dense."""
+        return ":" in self.pattern and self.sparsity is not None and not isinstance(self.allocator, Uniform)
 
     @property
     def method_name(self) -> str:
@@ -173,6 +218,11 @@ class PruneRecipe(RunRecipe):
     def pattern_for(self, name: str) -> Pattern:
         return self._pattern(self.rule_for(name))
 
+    def rules_sparsity_of(self, name: str) -> bool:
+        """Whether a rule gives a weight a sparsity or a pattern of its own."""
+        rule = self.rule_for(name)
+        return rule is not None and (rule.sparsity is not None or rule.pattern is not None)
+
     def check_rules(self, names: Iterable[str]) -> None:
         """RecipeError for a rule whose glob matches none of the weights `names`."""
         known = list(names)
@@ -185,7 +235,7 @@ class PruneRecipe(RunRecipe):
                 )
 
     def _pattern(self, rule: Rule | None) -> Pattern:
-        text, sparsity, pruner = self.pattern, self.sparsity, self.pruner
+        text, sparsity, pruner = self.pattern, None if self.beside_dense else self.sparsity, self.pruner
         if rule is not None:
             if rule.pattern is not None:
                 text = rule.pattern
@@ -203,7 +253,14 @@ class PruneRecipe(RunRecipe):
                 ("values",), f"{self.values} is how a packed folder stores values; give --format packed, too"
             )
         methods.build(self.method)
+        _ = self.allocator
         _try(("sparsity" if self.pattern == "unstructured" else "pattern",), lambda: self._pattern(None))
+        most = self._pattern(None).sparsity
+        if self.beside_dense and not 0 < cast(float, self.sparsity) < most:
+            raise OptionError(
+                ("sparsity",),
+                f"{self.sparsity:g} of pattern {self.pattern} beside dense weights: wanted more than 0 and less than {most:g}",
+            )
         for index, rule in enumerate(self.rules):
             at = ("rules", index)
             if rule.sparsity is None and rule.pattern is None and rule.method is None:

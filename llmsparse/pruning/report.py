@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmsparse.pruners import PRUNERS
+from llmsparse.pruning.allocation.allocated import Allocated
 from llmsparse.runs.report import (
     SCHEMA_VERSION,
     RunReport,
@@ -69,6 +70,7 @@ class PruneReport(RunReport):
 
     blocks: list[BlockRecord] = field(default_factory=list[BlockRecord])
     perplexity: dict[str, Any] | None = None  # {"before", "after", "windows", "seq_len", "tokens"}, of held-out text
+    allocated: Allocated | None = None
     packing: Packing | None = None  # what the packed format saved
     total_parameters: int = 0
 
@@ -101,6 +103,7 @@ class PruneReport(RunReport):
             "sparsity_of_all_parameters": self.zeros / self.total_parameters,
             "perplexity": self.perplexity,
             "calibration": self.protocol,
+            **({"allocation": self.allocated.to_json()} if self.allocated else {}),
             "weights": [asdict(row) for row in self.rows],
             "matching": [{"block": block.name, **block.match} for block in self.blocks if block.match],
             "warnings": self.warnings,
@@ -117,6 +120,7 @@ class PruneReport(RunReport):
         lines = [
             ("pruned", f"{len(self.rows)} weights, {sum(row.numel for row in self.rows):,} parameters"),
             ("sparsity", f"{self.sparsity:.4f} of these, {self.zeros / self.total_parameters:.4f} of all parameters"),
+            *([("allocation", self.allocated.spell())] if self.allocated else []),
             ("matching", self._matching()),
         ]
         if self.perplexity:

@@ -23,6 +23,7 @@ class Choice:
     pruner: Pruner
     method: str
     pattern: Pattern
+    ruled: bool = False  # a rule of the recipe gives it this sparsity or pattern
 
 
 def choose_weights(recipe: PruneRecipe, model: StreamedModel) -> dict[str, list[Choice]]:
@@ -49,5 +50,6 @@ def choose_weights(recipe: PruneRecipe, model: StreamedModel) -> dict[str, list[
                 pattern = recipe.pattern_for(weight.name)
                 pattern.check(weight.name, weight.shape)
                 pruner = recipe.pruner_for(weight.name)
-                choices[block].append(Choice(weight, pruner, recipe.method_for(weight.name), pattern))
+                ruled = recipe.rules_sparsity_of(weight.name)
+                choices[block].append(Choice(weight, pruner, recipe.method_for(weight.name), pattern, ruled))
     return choices

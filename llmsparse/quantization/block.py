@@ -70,7 +70,7 @@ class Budget:
 
 
 def finish_block(
-    block: Block, acts: Activations, choices: Sequence[Choice], options: QuantizeOptions, budget: Budget, run: Run
+    block: Block, acts: Activations, choices: Sequence[Choice], options: QuantizeOptions, budget: Budget, run: Run[Any]
 ) -> BlockRecord:
     """Leave `block` as it will be computed with: quantized now, or read back from an interrupted run."""
 

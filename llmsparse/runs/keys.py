@@ -24,9 +24,8 @@ BATCH = "Windows run at once; chosen if not given"
 
 CALIBRATION = {
     "calibration": Key(
-        "c4, wikitext2, builtin, a .txt, .jsonl, .parquet or .safetensors file, wikitext2:FILE (a copy of it), or "
-        "ORG/NAME:SPLIT. Given again, windows of each: c4@2 beside FILE@1 is two for one.",
-        "c4",
+        "c4, self (the model writes it), wikitext2, builtin, a file, wikitext2:FILE, ORG/NAME:SPLIT; several: c4@2, FILE@1.",
+        "auto",
         "TEXT[@WEIGHT]",
         list,
     ),
@@ -34,7 +33,7 @@ CALIBRATION = {
     "calibration_samples": Key("Windows to calibrate on.", "128", "N"),
     "seq_len": Key(f"{WINDOW}.", None, "N"),
     "batch_size": Key(f"{BATCH}.", None, "N"),
-    "seed": Key("Of all that is drawn: same seed, data and device, same bytes.", "0", "N"),
+    "seed": Key("Of all that is drawn: same seed and data, same bytes on a CPU.", "0", "N"),
 }
 MACHINE = {
     "device": Key("auto, cpu or cuda:0.", "auto", "DEVICE"),

@@ -9,27 +9,31 @@ return fetched(plan, download)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from llmsparse.encodings.reader import open_checkpoint
-from llmsparse.models.origin import Origin, fetch_model, load_config, load_tokenizer, look_at_model
+from llmsparse.errors import CalibrationError, MachineError
+from llmsparse.models.origin import Origin, fetch_model, has_tokenizer, load_config, load_tokenizer, look_at_model
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.runs.device import choose_device, choose_dtype, window_length
 from llmsparse.runs.partial import check_output
 from llmsparse.runs.plan import Chosen, RunPlan
 from llmsparse.storage.checkpoint import CheckpointReader
-from llmsparse.text.kinds import is_token_file
+from llmsparse.text.kinds import AUTO, SELF, is_token_file
 from llmsparse.text.mix import load_mix
+from llmsparse.text.own_text import Starts
 from llmsparse.text.shares import split_shares
-from llmsparse.text.sources import Purpose
+from llmsparse.text.sources import Purpose, reach_c4
 from llmsparse.text.windows import Windows
 
 HELD_OUT_TOKENS = 16384  # for the perplexity in the summary
+WITH_C4 = "c4"  # calibrated on by default where C4 can be had
 
 Planned = TypeVar("Planned", bound=RunPlan[Any])
 
@@ -48,6 +52,7 @@ class OpenedModel(Generic[Chosen]):
     dtype: torch.dtype
     started: float
     trust_remote_code: bool
+    no_c4: MachineError | None = None  # why the default text cannot be had
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -70,10 +75,12 @@ def open_model(
     Raises RecipeError, CheckpointError or MachineError in one line.
     """
     started = time.perf_counter()
+    recipe, no_c4 = _with_text(recipe)
     device, output = choose_device(recipe.device), recipe.output_folder
-    check_output(output, resume=resume, overwrite=overwrite)
+    look_for = partial(check_output, output, resume=resume, overwrite=overwrite, single_file=recipe.single_file)
+    look_for()
     origin = look_at_model(recipe.model, recipe.revision)
-    check_output(output, resume=resume, overwrite=overwrite, source=origin.folder)
+    look_for(source=origin.folder)
     trusted = bool(getattr(recipe, "trust_remote_code", False))
     config = load_config(origin.folder, trusted, encoded=True)
     check(config)
@@ -81,7 +88,18 @@ def open_model(
     reader = open_checkpoint(origin.folder, origin.absent)
     dtype = dtype_of(recipe.dtype, device, reader)
     model = StreamedModel(reader, device=device, dtype=dtype, trust_remote_code=trusted)
-    return OpenedModel(recipe, origin, output, config, reader, model, device, dtype, started, trusted)
+    return OpenedModel(recipe, origin, output, config, reader, model, device, dtype, started, trusted, no_c4)
+
+
+def _with_text(recipe: Chosen) -> tuple[Chosen, MachineError | None]:
+    """A recipe that leaves its text to be chosen, with what is chosen: C4 where it can be had, or why it cannot."""
+    if recipe.text_source != AUTO:
+        return recipe, None
+    try:
+        reach_c4()
+    except MachineError as error:
+        return recipe.replace(calibration=SELF), error
+    return recipe.replace(calibration=WITH_C4), None
 
 
 def fetched(plan: Planned, download: bool) -> Planned:
@@ -111,22 +129,43 @@ def read_windows(
     `length` is what the recipe and the model's maximum say if not given; `text_key` is what the recipe calls the text.
     """
     recipe, text = opened.recipe, opened.recipe.text_source
+    shares = [share.source for share in split_shares(text)]
     length = length or window_length(opened.config, recipe.seq_len, text)
-    stored_tokens = all(is_token_file(share.source) for share in split_shares(text))
+    tokenizer = _tokenizer(opened, shares)
+    where, config = str(opened.recipe.model), opened.config.get_text_config()
+    try:
+        starts = Starts.find(tokenizer, config, opened.model.vocabulary, where) if SELF in shares else None
+    except CalibrationError as error:
+        raise opened.no_c4 or error from None
     windows = load_mix(
         text,
-        None if stored_tokens else load_tokenizer(opened.origin.folder, opened.trust_remote_code),
+        tokenizer,
         seq_len=length,
         samples=samples,
         seed=recipe.seed,
         held_out=held_out_windows(length),
         text_field=recipe.text_field,
         vocabulary=opened.model.vocabulary,
+        starts=starts,
         purpose=purpose,
     )
     window_length(opened.config, windows.ids.shape[1], text)
-    recipe.check_text(text_key, windows.fingerprint)
+    if opened.no_c4 is not None:
+        note = (
+            f"{str(opened.no_c4).partition(':')[0]}, so the model writes its text itself; name one with --calibration"
+        )
+        windows = replace(windows, protocol=windows.protocol | {"note": note})
+    if windows.unwritten is None:
+        recipe.check_text(text_key, windows.fingerprint)
     return windows
+
+
+def _tokenizer(opened: OpenedModel[Any], sources: Sequence[str]) -> Any:
+    """The model's, None where no source needs one: stored tokens do not, and what the model writes can do without."""
+    needed = {source for source in sources if not is_token_file(source)}
+    if not needed or (needed == {SELF} and not has_tokenizer(opened.origin.folder)):
+        return None
+    return load_tokenizer(opened.origin.folder, opened.trust_remote_code)
 
 
 def held_out_windows(length: int | None) -> int:

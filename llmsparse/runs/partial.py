@@ -21,9 +21,9 @@ from llmsparse.errors import CheckpointError, MachineError, RecipeError
 from llmsparse.runs.recipe import refuse_both
 from llmsparse.storage.disk import disk_error, fsync, replace_file
 from llmsparse.storage.home_folder import expand_home
-from llmsparse.storage.shard import read_header
 
 STATE_FOLDER = ".llmsparse"
+NOTED = {"fingerprint": dict, "overwrite": bool, "resumable": bool}  # in run.json
 
 
 class PartialOutput:
@@ -31,8 +31,9 @@ class PartialOutput:
 
     `fingerprint` is JSON-able; a resume with a different one is refused, naming the top-level keys that differ.
     `overwrite` allows an existing OUT, if it is a checkpoint, to be replaced by `publish`, and starts anew where an
-    unfinished run is found. `source` is the model's folder, which OUT may neither be nor hold nor lie in. What is not
-    `resumable` is removed if it fails.
+    unfinished run is found.
+    `source` is the model's folder, which OUT may neither be nor hold nor lie in. What is not `resumable` is removed if it
+    fails. `single_file`: OUT is one file of the folder.
 
     Raises RecipeError for what the user must decide, MachineError for a locked, unwritable or full place.
     """
@@ -46,8 +47,9 @@ class PartialOutput:
         overwrite: bool,
         source: Path | None = None,
         resumable: bool = True,
+        single_file: bool = False,
     ) -> None:
-        self._place = place = _RunFolder(out, source)
+        self._place = place = _RunFolder(out, source, single_file)
         self._resumable = resumable
         self.out, self.folder, self.state = place.out, place.folder, place.state
         self.finished: dict[str, Any] = {}
@@ -122,9 +124,11 @@ class PartialOutput:
         return self.out
 
 
-def check_output(out: Path, *, resume: bool, overwrite: bool, source: Path | None = None) -> None:
+def check_output(
+    out: Path, *, resume: bool, overwrite: bool, source: Path | None = None, single_file: bool = False
+) -> None:
     """Refuse what PartialOutput would refuse, but for the fingerprint, without writing anything: for a plan."""
-    place = _RunFolder(out, source)
+    place = _RunFolder(out, source, single_file)
     try:
         place.decide(resume, overwrite)
         if place.lock.exists():
@@ -154,8 +158,12 @@ def held_bytes(out: Path) -> int:
 class _RunFolder:
     """The paths of a run, what lies there, and what may be done with it."""
 
-    def __init__(self, out: Path, source: Path | None) -> None:
-        self.out = expand_home(out, RecipeError).resolve()
+    def __init__(self, out: Path, source: Path | None, single_file: bool = False) -> None:
+        self._single_file = single_file
+        try:
+            self.out = expand_home(out, RecipeError).resolve()
+        except RuntimeError:
+            raise RecipeError(f"{out}: a symbolic link that leads back to itself; choose another output") from None
         if os.path.ismount(self.out):
             raise RecipeError(f"{self.out}: a mount point, which cannot be replaced; name a folder inside it")
         self.folder = self.out.with_name(self.out.name + ".partial")
@@ -173,7 +181,7 @@ class _RunFolder:
         refuse_both(resume, overwrite)
         run = self._run()
         if resume and run is None:
-            finished = self.out.is_dir() and any(self.out.iterdir())
+            finished = self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir()))
             reason = f"{self.out}: finished already" if finished else f"{self.folder}: no such folder"
             raise RecipeError(f"{reason}, nothing to resume; leave out --resume")
         self.check_existing(overwrite or bool(run and run["overwrite"]))
@@ -188,10 +196,10 @@ class _RunFolder:
             return
         if not overwrite:
             raise RecipeError(f"{self.out}: exists already; choose another output, or replace it with --overwrite")
-        if self.out.is_file():
-            if not is_written_by_us(self.out):
+        if self._single_file:
+            if self.out.is_dir() or not is_written_by_us(self.out):
                 raise RecipeError(
-                    f"{self.out}: not a file of llmsparse, so --overwrite will not replace it; name another"
+                    f"{self.out}: no file that llmsparse wrote, so --overwrite will not replace it; name another"
                 )
             return
         if not (self.out / "config.json").is_file() or not any(self.out.glob("*.safetensors")):
@@ -205,6 +213,8 @@ class _RunFolder:
             self.replaced.rename(self.out)
         if (self.out / STATE_FOLDER).is_dir():
             shutil.rmtree(self.out / STATE_FOLDER)
+        if self._single_file and self.out.is_file() and not any(self.folder.glob("*.safetensors")):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def start(self, fingerprint: dict[str, Any], overwrite: bool, resumable: bool) -> None:
         """Empty OUT.partial, the journal first, so that a crash leaves nothing to trust, and note this run."""
@@ -228,8 +238,10 @@ class _RunFolder:
         if file.is_file():
             try:
                 run: Any = {"resumable": True} | json.loads(file.read_bytes())
-                return {key: run[key] for key in ("fingerprint", "overwrite", "resumable")}
-            except (ValueError, KeyError, TypeError) as error:
+                if any(type(run[key]) is not kind for key, kind in NOTED.items()):
+                    raise TypeError("not what is noted")
+                return {key: run[key] for key in NOTED}
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise RecipeError(f"{file}: corrupt; delete {self.folder} and start anew") from error
         if self.folder.exists() and any(path.name != STATE_FOLDER for path in self.folder.iterdir()):
             raise RecipeError(f"{self.folder}: in the way, and not written by llmsparse; move it elsewhere")
@@ -237,12 +249,14 @@ class _RunFolder:
 
 
 def is_written_by_us(file: Path) -> bool:
-    """Whether a file of tensors says that llmsparse wrote it."""
+    """Whether a file is one of tensors, and says that llmsparse wrote it."""
     try:
-        metadata: Any = json.loads(read_header(file).text).get("__metadata__", {})
-    except CheckpointError:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header: Any = json.loads(stream.read(length)) if length < file.stat().st_size else {}
+        return str(header["__metadata__"]["format"]).startswith("llmsparse ")
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return str(metadata.get("format", "")).startswith("llmsparse ")
 
 
 class _Lock:
@@ -265,8 +279,12 @@ class _Lock:
                     f"{out}: another run (process {holder}) is writing there; wait for it, or choose another output"
                 ) from error
             os.close(self._descriptor)
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+        except OSError:  # a full disk
+            self.release()
+            raise
 
     def release(self) -> None:
         """Let go; safe to call again."""
@@ -308,8 +326,10 @@ def _read_journal(file: Path) -> dict[str, Any]:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             note: Any = json.loads(line)
+            if not isinstance(note["entry"], dict):
+                raise TypeError("no entry")
             finished[note["block"]] = note["entry"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{file}:{number}: corrupt; start anew with --overwrite") from error
     if len(whole) < len(data):
         os.truncate(file, len(whole))

@@ -19,6 +19,7 @@ from llmsparse.models.origin import Origin, config_fingerprint
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.runs.device import split_batches
 from llmsparse.runs.memory import footprint_bytes
+from llmsparse.runs.own_windows import Writing, noted, plan_writing
 from llmsparse.runs.recipe import RunRecipe, from_arguments
 from llmsparse.runs.report import spell_protocol
 from llmsparse.runs.streams import Streams
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 class PlannedRecipe(Protocol):
     """Keys that the recipes of all verbs have."""
+
+    single_file: ClassVar[bool]
 
     @property
     def model(self) -> str: ...
@@ -166,11 +169,6 @@ class RunPlan(ABC, Generic[Chosen]):
         return None
 
     @property
-    def single_file(self) -> bool:
-        """The result is one file of tensors, no folder; `output` is its name."""
-        return False
-
-    @property
     def metadata(self) -> dict[str, str]:
         """In the header of every file of tensors."""
         return {"format": "pt"}
@@ -217,9 +215,20 @@ class RunPlan(ABC, Generic[Chosen]):
         """Bytes that the process itself takes, as far as can be known when this is first asked for."""
         return footprint_bytes(self.device)
 
+    @cached_property
+    def writing(self) -> Writing | None:
+        """How windows are written that the model has yet to write itself; None where all windows are here."""
+        unwritten = self.windows.unwritten
+        return None if unwritten is None else plan_writing(self, unwritten)
+
     @abstractmethod
     def memory_bytes(self) -> int:
-        """An estimate of the peak."""
+        """An estimate of the peak, as far as blocks go."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """An estimate of the peak, of what blocks take or the writing of windows before them."""
+        return max(self.memory_bytes(), self.footprint + self.writing.memory_bytes if self.writing else 0)
 
     def described(self) -> dict[str, Any]:
         """What a report says of the run before it has done anything."""
@@ -239,12 +248,12 @@ class RunPlan(ABC, Generic[Chosen]):
             "bytes_to_download": self.bytes_to_download,
             "bytes_to_read": self.bytes_to_read,
             "bytes_to_write": self.bytes_to_write,
-            "memory_bytes": self.memory_bytes(),
+            "memory_bytes": self.peak_bytes,
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             self.text_key: self.protocol,
             "batch_size": self.batches[0].shape[0],
-        }
+        } | ({"writing": noted(self.writing)} if self.writing else {})
 
     @abstractmethod
     def rows(self, plan: dict[str, Any]) -> dict[str, str]:
@@ -263,6 +272,8 @@ class RunPlan(ABC, Generic[Chosen]):
             "read, write": f"{spell_size(plan['bytes_to_read'])}, {spell_size(plan['bytes_to_write'])}",
             "memory": f"about {spell_size(plan['memory_bytes'])}",
         }
+        if self.writing:
+            rows["writing"] = self.writing.spell(self.reader.nbytes)
         if self.bytes_to_download:
             rows["download"] = f"{spell_size(self.bytes_to_download)} of weights, not in the cache yet"
         for label, text in rows.items():

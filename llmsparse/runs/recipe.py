@@ -46,6 +46,8 @@ def _no_bool(wanted: str) -> BeforeValidator:
 
 
 def _path_text(value: Any) -> Any:
+    if value == "":
+        raise ValueError("got '', wanted a name or a path")
     return os.fspath(value) if isinstance(value, os.PathLike) else value  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
 
 
@@ -66,7 +68,7 @@ def _texts(value: Any) -> Sources:
 
 
 PathText = Annotated[str, BeforeValidator(_path_text)]  # a name or a path, from Python also a pathlib.Path
-Source = Annotated[PathText, Field(min_length=1)]
+Source = PathText
 Texts = Annotated[Sources, PlainValidator(_texts)]
 Whole = Annotated[int, _no_bool("whole number"), Field(ge=0)]
 Count = Annotated[int, _no_bool("whole number"), Field(ge=1)]
@@ -83,6 +85,7 @@ class RunRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    single_file: ClassVar[bool] = False  # the result is one file, no folder
     verb: ClassVar[str] = ""  # the folder of its shipped recipes; those of `prune` stand above the others
     _notes: dict[str, str] = PrivateAttr(default_factory=dict[str, str])  # of the file that it was read from
     default_method: ClassVar[str] = ""  # that `method.option=value` means where no method is named

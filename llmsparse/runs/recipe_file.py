@@ -18,10 +18,13 @@ import yaml
 
 from llmsparse.errors import KeyPath, RecipeError, did_you_mean
 from llmsparse.runs.verbs import VERBS
+from llmsparse.storage.disk import spell_size
 
 ALIAS = "holds an alias (*name), which a recipe must not: write out what it stands for, or quote a pattern ('*.q_proj')"
-
+TAG = "holds a tag (!{}), which a recipe must not: leave it out, or quote the text"
 TOO_DEEP = "nests too deep for a recipe"
+
+LARGEST = 1 << 20  # bytes: more is no recipe, and YAML is read slowly
 
 _WORDS: dict[str, bool | None] = {"true": True, "false": False, "null": None, "~": None, "": None}
 _INT = re.compile(r"[-+]?[0-9]{1,4000}")  # Python makes a number of so many digits
@@ -73,12 +76,15 @@ def find(recipe: str | Path, kind: str = "") -> Path:
 def read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     """The mapping a file holds, and the line of each of its keys. RecipeError for anything but one mapping."""
     try:
+        size = path.stat().st_size
+        if size > LARGEST:
+            raise RecipeError(f"{path}: is no recipe: {spell_size(size)}, wanted {spell_size(LARGEST)} at most")
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=_Loader)
     except UnicodeDecodeError:
         raise RecipeError(f"{path}: is not text, wanted a YAML recipe") from None
-    except _Alias as error:
-        raise RecipeError(f"{path}:{error.line}: {ALIAS}") from None
+    except _Forbidden as error:
+        raise RecipeError(f"{path}:{error.line}: {error}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}:{line}: is not YAML: {error.problem}") from None
@@ -107,9 +113,9 @@ def parse_value(text: str) -> Any:
     """The value in `key=value`: a YAML scalar, list or mapping, or the text as it is (`*.q_proj`)."""
     try:
         node = yaml.compose(text, Loader=_Loader)
-    except _Alias as error:
-        if error.known:
-            raise RecipeError(f"{text[:40]}: {ALIAS}") from None
+    except _Forbidden as error:
+        if error.meant:
+            raise RecipeError(f"{text[:40]}: {error}") from None
         return text  # a pattern: *q_proj
     except yaml.YAMLError:
         return text
@@ -152,21 +158,24 @@ def _scalar(text: str) -> Any:
     return float(text) if _FLOAT.fullmatch(text) else text
 
 
-class _Alias(yaml.YAMLError):
-    """An alias on a line; `known` if its anchor stands before it."""
+class _Forbidden(yaml.YAMLError):
+    """An alias or a tag on a line; `meant` unless it may be a text, as an alias whose anchor does not stand before it."""
 
-    def __init__(self, line: int, known: bool) -> None:
-        super().__init__(ALIAS)
-        self.line, self.known = line, known
+    def __init__(self, what: str, line: int, meant: bool) -> None:
+        super().__init__(what)
+        self.line, self.meant = line, meant
 
 
 class _Loader(yaml.BaseLoader):
-    """Stops at an alias: nine of them on each of nine lines are 400 million nodes."""
+    """Stops at an alias, for nine of them on each of nine lines are 400 million nodes, and at a tag, which has no effect."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event: Any = self.peek_event()
-            raise _Alias(event.start_mark.line + 1, event.anchor in self.anchors)
+        event: Any = self.peek_event()
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            raise _Forbidden(ALIAS, line, event.anchor in self.anchors)
+        if getattr(event, "tag", None) not in (None, "!"):
+            raise _Forbidden(TAG.format(event.tag.rpartition(":")[2].lstrip("!")), line, True)
         return super().compose_node(parent, index)
 
 

@@ -2,7 +2,8 @@
 
 Read: a path in a recipe file is looked for beside that file. `./x` and `../x` always are; a bare name is where it exists
 there, and else what it would be on the command line: a hub id, a dataset, a path from the current folder.
-Written: beside a result, paths that were given relative lead from the result's folder, unless they would name a home.
+Written: beside a result, paths that were given relative lead from the result's folder, unless they would name a home; and
+text that the model wrote is the file that holds it there.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from llmsparse.errors import CalibrationError
-from llmsparse.text.kinds import KNOWN
+from llmsparse.text.kinds import KNOWN, SELF
 from llmsparse.text.shares import split_share
 
 KEYS = ("model", "teacher", "calibration", "text")  # of what is read; `output` is what is written
+STORED = "calibration/self.safetensors"  # what the model wrote itself, inside a result
 WEIGHTED = ("calibration",)  # of these, a text that may have a weight
 
 
@@ -61,6 +63,8 @@ def _found(value: Any, folder: Path) -> Any:
 
 
 def _led(value: Any, folder: Path) -> Any:
+    if value == SELF:
+        return f"./{STORED}"
     if not _may_be_relative(value):
         return value
     kind, path = _parts(value)

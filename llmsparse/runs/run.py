@@ -1,6 +1,7 @@
 """A run under way: lock, memory, journal, writer, checks, side files, and the final name. The same for every verb.
 
     with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
+        plan = run.plan                                          # with all its windows
         run.copy_the_rest()
         for block in run.blocks():
             run.block(block.name, Record, lambda: make(block))   # made now and written, or recalled
@@ -17,10 +18,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,14 +33,15 @@ from llmsparse.models.block import Block
 from llmsparse.models.origin import copy_side_files, read_config, write_side_files
 from llmsparse.runs.device import full_float32
 from llmsparse.runs.memory import PeakMemory
+from llmsparse.runs.own_windows import CACHED, Writing, noted, store_own_windows, write_own_windows
 from llmsparse.runs.partial import PartialOutput
 from llmsparse.runs.plan import RunPlan
 from llmsparse.runs.progress import Progress, Silent
 from llmsparse.runs.report import RunReport
 from llmsparse.storage.checkpoint import SINGLE, CheckpointReader, CheckpointWriter
-from llmsparse.storage.checksum import checksums, read_checked
+from llmsparse.storage.checksum import check_stored, checksums, read_checked
 from llmsparse.storage.disk import disk_error, parse_size
-from llmsparse.storage.heap import release_freed
+from llmsparse.text.mix import own_windows
 
 CHECKSUMS = "checksums"  # beside the record in the journal entry of a block
 OUTSIDE = "outside the blocks"  # journal entry: everything that is not made has been copied
@@ -55,6 +58,7 @@ class Record(Protocol):
 
 Kind = TypeVar("Kind", bound=Record)
 Reported = TypeVar("Reported", bound=RunReport)
+Plan = TypeVar("Plan", bound=RunPlan[Any])
 
 
 @dataclass(frozen=True)
@@ -65,17 +69,17 @@ class Made(Generic[Kind]):
     record: Kind
 
 
-class Run:
+class Run(Generic[Plan]):
     """Everything about a run that is not the verb's own. A context manager; what is not published stays to be resumed."""
 
     def __init__(
         self,
-        plan: RunPlan[Any],
+        plan: Plan,
         progress: Progress | None = None,
         *,
         resume: bool = False,
         overwrite: bool = False,
-        survey: Callable[[Run], RunPlan[Any]] | None = None,
+        survey: Callable[[Run[Plan]], Plan] | None = None,
     ) -> None:
         """`survey` finds out, before a file is made, what the shape of the result depends on: the plan that it returns is
         carried out. What it found it notes as a `fact`."""
@@ -87,20 +91,28 @@ class Run:
         self._writing: Future[None] | None = None
         self._stack = ExitStack()
         self._how = {"resume": resume, "overwrite": overwrite}
+        self._wrote = plan.windows.unwritten is not None
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             plan, self._stack = self.plan, stack
-            partial = PartialOutput(plan.output, source=plan.folder, fingerprint=plan.fingerprint, **self._how)
+            partial = PartialOutput(
+                plan.output,
+                source=plan.folder,
+                fingerprint=plan.fingerprint,
+                single_file=plan.recipe.single_file,
+                **self._how,
+            )
             self._partial = stack.enter_context(partial)
             stack.enter_context(full_float32())
             stack.enter_context(self._memory)
             stack.enter_context(self.progress)
             stack.callback(self._end_writing)
+            self._write_own_windows()
             if self._survey is not None:
                 self.plan = self._survey(self)
             self._make_folder()
-            if not self.plan.single_file:
+            if not self.plan.recipe.single_file:
                 copy_side_files(self.plan.folder, self.folder)
             self._write_config()
             self._writer = CheckpointWriter(
@@ -148,11 +160,12 @@ class Run:
         """Copy what the verb does not make from the source, byte for byte; once, whatever the number of resumes."""
         self.settle()
         if not self.has(OUTSIDE):
-            self._writer.copy(self.plan.reader, self.plan.copied)
-            self._writer.copy(self.plan.reader, self.plan.renamed, named=self.plan.renamed)
-            self._writer.write(self.plan.added())
+            added = self.plan.added()
+            sums = self._writer.copy(self.plan.reader, self.plan.copied)
+            sums |= self._writer.copy(self.plan.reader, self.plan.renamed, named=self.plan.renamed)
+            self._writer.write(added)
             self._writer.sync()
-            self._partial.journal(OUTSIDE, {})
+            self._partial.journal(OUTSIDE, {CHECKSUMS: sums | checksums(added)})
 
     def blocks(self, head: bool = False) -> Iterator[Block]:
         """The source's blocks one after the other, announced, and if asked its untied output head as the last; each is
@@ -201,13 +214,15 @@ class Run:
         self._writer.finish()
         report.warn()
         self._measure(report)
-        if not self.plan.single_file:
+        if not self.plan.recipe.single_file:
             self._write_side_files(report)
         self._check_written()
         if convert is not None:
             convert(self.folder, self._partial.folder)
             self._measure(report)
-        self._partial.publish(SINGLE if self.plan.single_file else None)
+        if self._wrote and not self.plan.recipe.single_file:
+            store_own_windows(self.state, self._partial.folder)
+        self._partial.publish(SINGLE if self.plan.recipe.single_file else None)
         return report
 
     def _write_side_files(self, report: RunReport) -> None:
@@ -226,15 +241,41 @@ class Run:
         self._partial.journal(name, made.record.to_json() | {CHECKSUMS: sums})
 
     def _recall(self, name: str, kind: type[Kind]) -> Made[Kind]:
-        entry = self._partial.finished[name]
         try:
-            record, expected = kind.from_json(entry), entry[CHECKSUMS]
+            record = kind.from_json(self._partial.finished[name])
         except (KeyError, TypeError) as error:
-            raise RecipeError(
-                f"{self._partial.folder}: another version of llmsparse began this run, and what it noted of {name} "
-                "cannot be held against what is on disk; start again with --overwrite"
-            ) from error
+            raise self._not_ours(name) from error
+        expected = self._sums(name)
+        if not expected:
+            raise self._not_ours(name)
         return Made(read_checked(self._writer, expected), record)
+
+    def _sums(self, name: str) -> dict[str, str]:
+        """Key → checksum of what the journal notes under a name; a fact has none."""
+        sums: Any = self._partial.finished[name].get(CHECKSUMS, {})
+        if not isinstance(sums, dict):
+            raise self._not_ours(name)
+        return cast(dict[str, str], sums)
+
+    def _not_ours(self, name: str) -> RecipeError:
+        return RecipeError(
+            f"{self._partial.folder}: another version of llmsparse began this run, and what it noted of {name} "
+            "cannot be held against what is on disk; start again with --overwrite"
+        )
+
+    def _write_own_windows(self) -> None:
+        """Have the model write the windows that it is to write itself: from here on the plan has them all."""
+        plan, unwritten = self.plan, self.plan.windows.unwritten
+        if unwritten is None or plan.writing is None:
+            return
+        begun = noted(plan.writing)
+        writing = Writing(**self.fact(CACHED, lambda: begun))
+        if writing.segment is not None:
+            self.progress.log(f"calibration: {writing.spell(plan.reader.nbytes)}")
+        steps = partial(self.progress.batches, "writing windows")
+        ids = write_own_windows(plan, unwritten, writing, self.state, steps)
+        windows = replace(own_windows(unwritten, ids), protocol=plan.windows.protocol)
+        self.plan = replace(plan, windows=windows)
 
     def _make_folder(self) -> None:
         try:
@@ -253,12 +294,12 @@ class Run:
             raise disk_error(file, error) from error
 
     def _check_written(self) -> None:
-        """Open the finished folder as any reader would and hold each finished block against its checksums."""
+        """Open the finished folder as any reader would and hold what is in it against its checksums."""
         reader = CheckpointReader(self.folder)
-        for entry in self._partial.finished.values():
-            read_checked(reader, entry.get(CHECKSUMS, {}))  # what was only copied has none
-            release_freed()
-        missing = set(self.plan.tensors) ^ set(reader.keys())
+        sums = {key: found for name in self._partial.finished for key, found in self._sums(name).items()}
+        check_stored(reader, sums)
+        copied = {*self.plan.copied, *self.plan.renamed, *self.plan.added()}  # these had no checksums once
+        missing = set(self.plan.tensors) ^ set(reader.keys()) or self.plan.tensors.keys() - sums.keys() - copied
         if missing:
             raise CheckpointError(
                 f"{self.folder}: tensors are missing, or more than were planned, {min(missing)} first; "

@@ -138,8 +138,8 @@ class ScoresFile:
             found[name] = value
         return found
 
-    def check_model(self, model: StreamedModel, mixtures: Mapping[int, Mixture]) -> None:
-        """RecipeError where these are scores of a model of other experts."""
+    def check_model(self, model: StreamedModel, reader: CheckpointReader, mixtures: Mapping[int, Mixture]) -> None:
+        """RecipeError where these are scores of a model of other experts; or of one with other weights, where some are here."""
         own = {model.block_names[index]: mixture.experts for index, mixture in mixtures.items()}
         if own != self.header.experts:
             raise RecipeError(
@@ -147,9 +147,8 @@ class ScoresFile:
                 f"{_spell(own)}; measure it with `llmsparse scores`"
             )
 
-    def check_weights(self, model: StreamedModel, reader: CheckpointReader, mixtures: Mapping[int, Mixture]) -> None:
-        """RecipeError where these are scores of another model of the same shape."""
-        if router_checksums(model, reader, mixtures) != self.header.routers:
+        here = all(reader.spec(key).file.is_file() for key in self.header.routers if key in reader.keys())
+        if here and router_checksums(model, reader, mixtures) != self.header.routers:
             raise RecipeError(
                 f"--scores {self.path}: of {self.header.model}, whose routers are others than this model's; measure it with "
                 "`llmsparse scores`"

@@ -6,14 +6,15 @@ tokens of all experts one after the other, weighed beforehand, zeros where a tok
 own code computes f, whatever it does with biases and clamps.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ class Mixture:
         return self.parameters[-1]
 
 
-class Routed(NamedTuple):
+@dataclass(frozen=True)
+class Routed:
     """Some tokens in the experts of a block. A token that is sent to fewer experts has numbers beyond the last one."""
 
     index: Tensor  # (tokens, k) numbers of experts
@@ -93,7 +95,7 @@ def find_mixture(model: StreamedModel, index: int) -> Mixture | None:
 
 
 @contextmanager
-def intercepted(block: Block, mixture: Mixture, handle: Callable[[Call], Tensor]) -> Iterator[None]:
+def intercepted(block: Block, mixture: Mixture, handle: Callable[[Call], Tensor]) -> Generator[None]:
     """Within it `handle` gets every call of the block's experts, and gives what the module shall return."""
     experts = block.module.get_submodule(mixture.path)
     around = block.module.get_submodule(mixture.path.rpartition(".")[0])
@@ -108,7 +110,7 @@ def intercepted(block: Block, mixture: Mixture, handle: Callable[[Call], Tensor]
 
     def take(_: int, own: Callable[..., Any]) -> Callable[..., Any]:
         if mixture.weighs_inputs:
-            return lambda weighed: handle(_WeighedInputs(own, mixture.experts, weighed, entering[0]))
+            return lambda weighed: handle(_WeighedInputs(own, mixture.experts, weighed, entering[0]))  # pyright: ignore[reportUnknownLambdaType]
         return lambda *args, **kwargs: handle(_WeighedOutputs(own, mixture.experts, *args, *kwargs.values()))
 
     with replaced([around] * mixture.weighs_inputs, keep), replaced([experts], take):

@@ -37,6 +37,7 @@ def scores(
     """
     plan = make_plan(from_arguments(ScoresRecipe, recipe, keys), resume=resume, overwrite=overwrite)
     with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
+        plan = run.plan
         run.copy_the_rest()
         acts = plan.model.embed(plan.batches)
         report = ScoresReport(**plan.described(), texts=plan.texts)

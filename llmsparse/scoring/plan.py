@@ -39,18 +39,15 @@ class ScoresPlan(RunPlan[ScoresRecipe]):
     mixtures: Mapping[int, Mixture]  # block number → its experts
 
     @property
-    def single_file(self) -> bool:
-        return True
-
-    @property
     def metadata(self) -> dict[str, str]:
         names = self.model.block_names
+        recipe = {key: value for key, value in self.resolved.resolved().items() if key != "output"}
         return ScoresHeader(
             model=self.name,
             experts={names[index]: mixture.experts for index, mixture in self.mixtures.items()},
             routers=router_checksums(self.model, self.reader, self.mixtures),
             texts=self.texts,
-            described={"recipe": self.resolved.resolved(), "calibration": self.protocol, "versions": self.versions},
+            described={"recipe": recipe, "calibration": self.protocol, "versions": self.versions},
         ).metadata()
 
     @cached_property
@@ -60,7 +57,7 @@ class ScoresPlan(RunPlan[ScoresRecipe]):
             found |= specs_of(self.model.block_names[index], len(self.texts), mixture.experts)
         return found
 
-    @property
+    @cached_property
     def copied(self) -> list[str]:
         return []
 

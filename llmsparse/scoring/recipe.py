@@ -13,10 +13,11 @@ class ScoresRecipe(RunRecipe):
     """A model whose experts are measured. `keys.py` says what each key is for."""
 
     verb: ClassVar[str] = "scores"
+    single_file: ClassVar[bool] = True
 
     model: Source
     output: PathText | None = None
-    calibration: Texts = "c4"
+    calibration: Texts = "auto"
     text_field: str | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None

@@ -12,6 +12,8 @@ the others. An expert that gives far larger outputs than its neighbours may be o
 ("super experts", arXiv 2507.23279): it stays. Neither holds for `random`.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false
 from __future__ import annotations
 
 from collections.abc import Callable

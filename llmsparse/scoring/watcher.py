@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,7 +25,7 @@ class Watcher:
         self.outputs: list[Tensor] = []
 
     @contextmanager
-    def watching(self, batch: int) -> Iterator[None]:
+    def watching(self, batch: int) -> Generator[None]:
         """Open while batch number `batch` runs through the block."""
 
         def observe(call: Call) -> Tensor:

@@ -16,6 +16,7 @@ from llmsparse.models.streamed import Activations, Block, StreamedModel
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.run import Made
 from llmsparse.shrinking.reduction import Cut, Reduction
+from llmsparse.storage.heap import release_freed
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,15 @@ def shrink_block(
     for cut in cuts.values():
         tensors = cut.cut(tensors)
     block.evict()
+    release_freed()
     made_block = made.block(target, {key: tensor.contiguous() for key, tensor in tensors.items()})
     if options.refit:
         for cut in cuts.values():
             cut.refit(made_block, entering)
     rows = {name: row for name, cut in cuts.items() if (row := cut.row())}
+    if outputs and rows:
+        for cut in cuts.values():
+            outputs = cut.aim(outputs)
     matched = match_made(made_block, entering, outputs, options, progress) if options.match_steps and rows else None
     result = made_block.stored
     made_block.evict()

@@ -53,7 +53,8 @@ def plan(recipe: ShrinkRecipe, source: Source) -> Reduction:
     ops = {index: expert_keys(model, source.reader, index, shapes, experts) for index in mixtures}
     scores = None if recipe.scores is None else ScoresFile(recipe.scores)
     if scores is not None:
-        scores.check_model(model, mixtures)
+        scores.check_model(model, source.reader, mixtures)
+        scores.blend(recipe.blend)
     last = max(mixtures)
     more = beside(model, ops[last], model.block_keys(last))
     return Experts(recipe, mixtures, experts, kept, groups, model.config, fields, ops, more, scores)
@@ -105,11 +106,11 @@ class Experts(Reduction):
     def watches(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.scores is None or self.recipe.refit
 
-    def survey(self, plan: ShrinkPlan, run: Run) -> Experts:
+    def survey(self, plan: ShrinkPlan, run: Run[Any]) -> Experts:
         """Which windows are of which text; and that scores measured before are of this very model."""
         if self.scores is None:
             return replace(self, texts=plan.texts_of_batches, weights=plan.texts)
-        self.scores.check_weights(plan.model, plan.reader, self.mixtures)
+        self.scores.check_model(plan.model, plan.reader, self.mixtures)
         return replace(self, texts=plan.texts_of_batches, weights=self.scores.blend(self.recipe.blend))
 
     def fingerprint(self) -> dict[str, Any]:
@@ -139,6 +140,11 @@ class Experts(Reduction):
     @property
     def _more(self) -> dict[str, Op]:
         return {key: op for ops in self.more for key, op in ops.items()}
+
+    def memory_bytes(self, tokens: int) -> int:
+        """What all experts gave, where what is left is fitted to it, and sums of pairs."""
+        width = self.config.get_text_config(decoder=True).hidden_size
+        return 4 * tokens * width * self.recipe.refit + 4 * 8 * self.experts**2
 
     def begin(self, block: Block) -> Cut:
         if block.index not in self.mixtures:

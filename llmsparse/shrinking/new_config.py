@@ -36,7 +36,7 @@ def text_part(config: Any, raw: dict[str, Any]) -> dict[str, Any]:
     if text is config:
         return raw
     for key, value in raw.items():
-        inner = getattr(config, key, None)
+        inner: Any = getattr(config, key, None)
         if (
             isinstance(value, dict)
             and hasattr(inner, "get_text_config")

@@ -17,10 +17,11 @@ from llmsparse.runs.progress import Progress
 from llmsparse.runs.recipe import from_arguments
 from llmsparse.runs.run import Run
 from llmsparse.shrinking.block import BlockRecord, shrink_block
-from llmsparse.shrinking.plan import ShrinkPlan, make_plan
+from llmsparse.shrinking.plan import make_plan, surveyed
 from llmsparse.shrinking.recipe import ShrinkRecipe
 from llmsparse.shrinking.report import ShrinkReport
 from llmsparse.storage.checkpoint import CheckpointReader
+from llmsparse.storage.heap import release_freed
 
 
 def shrink(
@@ -38,9 +39,8 @@ def shrink(
     the same bytes. Raises a LlmsparseError of one line.
     """
     planned = make_plan(from_arguments(ShrinkRecipe, recipe, keys), resume=resume, overwrite=overwrite)
-    with Run(planned, progress, resume=resume, overwrite=overwrite, survey=planned.surveyed) as run:
+    with Run(planned, progress, resume=resume, overwrite=overwrite, survey=surveyed) as run:
         plan = run.plan
-        assert isinstance(plan, ShrinkPlan)
         run.copy_the_rest()
         reader = CheckpointReader(run.folder)
         trusted = plan.trust_remote_code
@@ -64,5 +64,6 @@ def shrink(
             written = made.block(target, found.tensors)
             streams.through_made(written)
             written.evict()
+            release_freed()
         report.perplexity = streams.perplexity()
         return run.publish(report)

@@ -3,6 +3,7 @@
 # pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmsparse.calibration.matching import HELD_OUT_SHARE
+from llmsparse.encodings.reader import without_encoding
 from llmsparse.models.origin import read_config
 from llmsparse.models.prunable import refuse_flat_experts, refuse_shared_blocks
 from llmsparse.runs.device import split_batches
@@ -45,13 +47,6 @@ class ShrinkPlan(RunPlan[ShrinkRecipe]):
         for reduction in self.reductions:
             reduction.change(raw)
         return replace(self, config=NewConfig(raw))
-
-    def surveyed(self, run: Run) -> Self:
-        """The plan once all is known that the shapes of the result depend on."""
-        reductions = [reduction.survey(self, run) for reduction in self.reductions]
-        plan = replace(self, reductions=reductions).with_config()
-        check_made(plan.model.config, plan.config.raw, plan.tensors, plan.folder, plan.trust_remote_code)
-        return plan
 
     @property
     def fits(self) -> bool:
@@ -170,6 +165,15 @@ class ShrinkPlan(RunPlan[ShrinkRecipe]):
         }
 
 
+def surveyed(run: Run[ShrinkPlan]) -> ShrinkPlan:
+    """The plan of a run once all is known that the shapes of the result depend on."""
+    reductions = [reduction.survey(run.plan, run) for reduction in run.plan.reductions]
+    plan = replace(run.plan, reductions=reductions).with_config()
+    check_made(plan.model.config, plan.config.raw, plan.tensors, plan.folder, plan.trust_remote_code)
+    gc.collect()  # models without weights, which shapes were learned from: their modules hold each other
+    return plan
+
+
 def make_plan(
     recipe: ShrinkRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True
 ) -> ShrinkPlan:
@@ -180,10 +184,11 @@ def make_plan(
     opened = open_model(recipe, resume=resume, overwrite=overwrite)
     refuse_shared_blocks(opened.model)
     refuse_flat_experts(opened.model)
-    raw = read_config(opened.origin.folder)
+    raw = without_encoding(read_config(opened.origin.folder))
     reductions = plan_reductions(recipe, Source(opened.model, opened.reader, raw, opened.trust_remote_code))
     windows = read_windows(opened, recipe.calibration_samples)
     plan = ShrinkPlan(**opened.fields, windows=windows, reductions=reductions, raw=raw).with_config()
     check_made(opened.config, plan.config.raw, plan.tensors, plan.folder, plan.trust_remote_code)
+    gc.collect()
     check_room(opened.output, plan.bytes_to_write + parse_size("1MB"), held_bytes(opened.output))
     return fetched(plan, download)

@@ -84,7 +84,7 @@ class ShrinkRecipe(RunRecipe):
     one_pass: bool = False
     refit: bool = True
     match_steps: Whole = 0
-    calibration: Texts = "c4"
+    calibration: Texts = "auto"
     text_field: str | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None

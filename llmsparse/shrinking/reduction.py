@@ -67,6 +67,11 @@ class Cut:
         names are those of `Reduction.resized`. Never writes into the tensors that it is given."""
         return tensors
 
+    def aim(self, outputs: list[Tensor]) -> list[Tensor]:
+        """What the made block's outputs are to come to, one (batch, tokens, width) a batch: those of the whole block, which
+        are given, or more."""
+        return outputs
+
     def refit(self, made: Block, acts: Activations) -> None:
         """Improve the block as it was made in `made.stored`, and `made.reload()`, if what it does comes closer to what was
         watched; `acts` enter it, the batches that were watched. Only where the recipe asks for refit."""
@@ -86,7 +91,7 @@ class Reduction(ABC):
     def change(self, raw: dict[str, Any]) -> None:
         """Write what changes into a config.json, which the reductions before it have changed already."""
 
-    def survey(self, plan: ShrinkPlan, run: Run) -> Reduction:
+    def survey(self, plan: ShrinkPlan, run: Run[Any]) -> Reduction:
         """The same reduction once all is known that the shapes of the result depend on; what it finds goes into
         `run.fact`, so that a resumed run does not look again."""
         return self

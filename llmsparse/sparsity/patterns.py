@@ -23,6 +23,9 @@ from llmsparse.errors import NumericalError, PatternError
 Scope = Literal["row", "matrix"]
 
 PATTERNS = ((1, 8), (1, 4), (2, 8), (2, 4), (4, 8))  # N:M that is looked for in a weight, the narrowest first
+SORTED = (
+    2**20
+)  # up to so long rows are sorted on a GPU: solvers ask for one mask after the other, and waiting costs most
 PAIRED = 4  # up to this M comparing every pair of a group is faster than partitioning it (CPU, 2048 × 8192)
 
 
@@ -195,6 +198,8 @@ def _drop_smallest(score: Tensor, count: int) -> Tensor:
     if count == 0:
         return torch.ones_like(score, dtype=torch.bool)
     rows, n = score.shape
+    if score.device.type != "cpu" and n <= SORTED:
+        return drop_first_of_sorted(score, count)
     threshold = _kth_smallest(score, count)
     keep = score > threshold  # at most n - count in every row, so if the total is right each row is
     if int(keep.count_nonzero()) == rows * (n - count):
@@ -206,6 +211,13 @@ def _drop_smallest(score: Tensor, count: int) -> Tensor:
     last = from_end <= missing[short][row]
     keep[short[row[last]], column[last]] = True
     return keep
+
+
+def drop_first_of_sorted(score: Tensor, count: int) -> Tensor:
+    """Mask of (rows, n) without the `count` smallest of each row, of equals the first: by a stable sort, which takes more
+    time and memory than a partition but never makes the host wait for the device."""
+    dropped = score.argsort(dim=1, stable=True)[:, :count]
+    return torch.ones_like(score, dtype=torch.bool).scatter_(1, dropped, False)
 
 
 def _kth_smallest(score: Tensor, k: int) -> Tensor:

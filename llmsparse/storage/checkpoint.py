@@ -160,21 +160,28 @@ class CheckpointWriter:
         """What was written before, by this run or by the one it resumes."""
         return {key: read_tensor(self.spec(key)) for key in keys}
 
-    def copy(self, reader: CheckpointReader, keys: Iterable[str], *, named: Mapping[str, str] | None = None) -> None:
+    def copy(
+        self, reader: CheckpointReader, keys: Iterable[str], *, named: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
         """The named tensors byte for byte from another checkpoint, `CHUNK_BYTES` at a time whatever their size; `named`
-        says which have another name there."""
-        buffer = memoryview(bytearray(CHUNK_BYTES))
+        says which have another name there. Returns the SHA-256 of each."""
+        buffer, sums = memoryview(bytearray(CHUNK_BYTES)), dict[str, str]()
         for key in keys:
-            name = (named or {}).get(key, key)
+            name, digest = (named or {}).get(key, key), hashlib.sha256()
             if not reader.is_stored(name):
-                self.write({key: reader.read([name])[name]})
+                tensor = reader.read([name])[name]
+                self.write({key: tensor})
+                sums[key] = hashlib.sha256(bytes_of(tensor)).hexdigest()
                 continue
             source, target = reader.spec(name), self.spec(key)
             _check_same(key, target, source.shape, source.dtype)
             for offset in range(0, source.end - source.begin, CHUNK_BYTES):
                 chunk = buffer[: min(CHUNK_BYTES, source.end - source.begin - offset)]
                 read_into(source, offset, chunk)
+                digest.update(chunk)
                 self._put(target, offset, chunk)
+            sums[key] = digest.hexdigest()
+        return sums
 
     def sync(self) -> None:
         """Return when everything written so far would survive a power cut."""
@@ -250,6 +257,7 @@ def _weight_map(folder: Path, absent: Collection[str]) -> dict[str, str]:
             raise CheckpointError(f"{folder}: {_no_weights(folder)}")
         weight_map: Any = json.loads(index.read_bytes())["weight_map"]
         bare = all(Path(name).name == name for name in weight_map.values())
+        missing = sorted({name for name in weight_map.values() if name not in absent and not (folder / name).is_file()})
     except CheckpointError:
         raise
     except OSError as error:
@@ -258,7 +266,6 @@ def _weight_map(folder: Path, absent: Collection[str]) -> dict[str, str]:
         raise CheckpointError(f"{index}: not a checkpoint index (no weight_map of names); download it again") from error
     if not bare or not weight_map:
         raise CheckpointError(f"{index}: weight_map is empty or names files outside of its folder")
-    missing = sorted({name for name in weight_map.values() if name not in absent and not (folder / name).is_file()})
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
@@ -298,5 +305,6 @@ def _holds(file: Path, header: bytes, size: int) -> bool:
 def _check_same(key: str, planned: TensorSpec, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if (shape, dtype) != (planned.shape, planned.dtype):
         raise CheckpointError(
-            f"tensor {key!r}: got shape {list(shape)} {dtype}, planned {list(planned.shape)} {planned.dtype}"
+            f"{planned.file}: tensor {key!r}: got shape {list(shape)} {dtype}, planned {list(planned.shape)} {planned.dtype}; "
+            "what is read does not belong together"
         )

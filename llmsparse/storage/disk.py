@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import shutil
@@ -41,10 +42,10 @@ def parse_size(text: str | int) -> int:
     (5000000000, 1073741824)
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)\s*", str(text).upper())
-    size = int(float(match[1]) * UNITS[match[2]]) if match and match[2] in UNITS else 0
-    if size <= 0:
+    size = float(match[1]) * UNITS[match[2]] if match and match[2] in UNITS else 0
+    if not 1 <= size < math.inf:
         raise RecipeError(f"size {text!r}: wanted a positive number of bytes, such as 5GB, 500MB or 1GiB")
-    return size
+    return int(size)
 
 
 def spell_size(size: int) -> str:

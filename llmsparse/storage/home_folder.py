@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -9,7 +10,15 @@ from llmsparse.errors import LlmsparseError
 
 
 def expand_home(path: str | Path, error: type[LlmsparseError]) -> Path:
-    """`path` with the home folder in the place of `~`; `error` where there is no such user."""
+    """`path` with the home folder in the place of `~`; `error` where there is no such user, and for a name that neither a
+    file nor what is written about it could have."""
+    text = os.fspath(path)
+    try:
+        usable = b"\0" not in text.encode() and text != ""
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        raise error(f"{text!r}: empty, not UTF-8 or with a NUL in it, which no name may be here; give another")
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -74,11 +74,11 @@ def _files(folder: Path) -> list[Path]:
     try:
         names: set[str] = set(json.loads(index.read_bytes())["weight_map"].values())
         bare = all(Path(name).name == name for name in names)
+        missing = sorted(name for name in names if not (folder / name).is_file())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: not a checkpoint index (no weight_map of names); download it again") from error
     if not bare or not names:
         raise CheckpointError(f"{index}: weight_map is empty or names files outside of its folder")
-    missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
         raise CheckpointError(f"{index}: names shard {missing[0]}, which is missing; download the checkpoint again")
     return [folder / name for name in sorted(names)]
@@ -94,4 +94,10 @@ def _open(file: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise CheckpointError(f"{file}: holds something else than tensors by name")
+    for key, tensor in found.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            kind = "no numbers" if tensor.device.type != "cpu" else f"a tensor of layout {tensor.layout}"
+            raise CheckpointError(
+                f"{file}: {key} is {kind}, wanted a dense tensor; save_pretrained the model as safetensors"
+            )
     return {str(key): tensor.detach() for key, tensor in found.items()}

@@ -110,6 +110,7 @@ def _specs(file: Path, start: int, text: bytes) -> dict[str, TensorSpec]:
         entries: Any = json.loads(text.decode())
         entries.pop("__metadata__", None)
         specs = {key: _spec(file, start, key, entry) for key, entry in entries.items()}
+        "".join(specs).encode()  # half of a surrogate pair is no name
     except CheckpointError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

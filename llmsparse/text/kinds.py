@@ -9,7 +9,9 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of tabl
 COMPRESSED = (".gz", ".zst")  # behind .json and .jsonl
 KINDS = f"{TEXT_SUFFIX}, {', '.join(BUILDERS)} (.json and .jsonl also with .gz or .zst behind) or {TOKEN_FILE_SUFFIX}"
 WIKITEXT_COPY = "wikitext2:"  # before a file: rows joined as of wikitext2
-KNOWN = ("builtin", "c4", "wikitext2")  # texts that have a name
+SELF = "self"  # text that the model writes itself, to be calibrated on
+AUTO = "auto"  # text that is chosen by what can be had
+KNOWN = ("builtin", "c4", "wikitext2", SELF, AUTO)  # texts that have a name
 
 
 def file_kind(path: Path) -> str | None:

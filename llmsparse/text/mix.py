@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from llmsparse.errors import CalibrationError
-from llmsparse.text.kinds import has_columns, is_file_name, is_token_file
+from llmsparse.text.kinds import SELF, has_columns, is_file_name, is_token_file
+from llmsparse.text.own_text import Starts, Unwritten, own_protocol
 from llmsparse.text.shares import Share, Sources, apportion, split_shares
 from llmsparse.text.sources import Purpose
-from llmsparse.text.windows import Windows, load_windows, stored_length
+from llmsparse.text.windows import DEFAULT_SEQ_LEN, Windows, load_windows, stored_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,16 +34,20 @@ def load_mix(
     held_out: int = 0,
     text_field: str | None = None,
     vocabulary: int | None = None,
+    starts: Starts | None = None,
     purpose: Purpose = "calibration",
 ) -> Windows:
     """`load_windows` of one text; of several, windows of each in its share, shuffled by the seed.
 
     `held_out` windows are then divided between the texts, eight of each at least, one text after the other
-    (`Windows.held_out_of`). A column is looked for where there are columns.
+    (`Windows.held_out_of`). A column is looked for where there are columns. `starts` is how the model begins a text, for
+    windows that it is to write.
     CalibrationError, beside what `load_windows` refuses, for a text that is too short for its share.
     """
     options: dict[str, Any] = {"seed": seed, "vocabulary": vocabulary, "purpose": purpose}
     shares = split_shares(sources)
+    if len(shares) == 1 and shares[0].source == SELF:
+        return _own(starts, samples, held_out, seq_len or DEFAULT_SEQ_LEN, seed)
     if len(shares) == 1:
         known: dict[str, Any] = options | {"seq_len": seq_len, "samples": samples, "held_out": held_out}
         return load_windows(shares[0].source, tokenizer, text_field=text_field, **known)
@@ -52,6 +58,9 @@ def load_mix(
     held_of_each = max(LEAST_HELD_OUT, held_out // len(shares)) if held_out else 0
     parts: list[Windows] = []
     for share, count in zip(shares, counts, strict=True):
+        if share.source == SELF:
+            parts.append(_own(starts, count, held_of_each, length or DEFAULT_SEQ_LEN, seed))
+            continue
         column = text_field if has_columns(share.source) else None
         known = options | {"seq_len": length, "samples": count, "held_out": held_of_each}
         part = load_windows(share.source, tokenizer, text_field=column, **known)
@@ -66,17 +75,46 @@ def load_mix(
 
 def mixed(shares: Sequence[Share], parts: Sequence[Windows], seed: int) -> Windows:
     """The windows of `parts`, one for each share, as one: shuffled by the seed; held-out ones part after part."""
+    unwritten = next((part.unwritten for part in parts if part.unwritten), None)
     order = torch.randperm(sum(len(part.ids) for part in parts), generator=torch.Generator().manual_seed(seed))
-    ids = torch.cat([part.ids for part in parts])[order]
-    held = torch.cat([part.held_out for part in parts])
+    device = "cpu" if unwritten is None else "meta"
+    ids = torch.cat([part.ids.to(device) for part in parts])[order.to(device)]
+    held = torch.cat([part.held_out.to(device) for part in parts])
     named = list(zip(names(shares), shares, parts, strict=True))
     sources = [{"source": name, "weight": share.weight} | part.protocol for name, share, part in named]
     notes = [f"{name}: {part.protocol['note']}" for name, _, part in named if "note" in part.protocol]
     protocol: dict[str, Any] = {"sources": sources, "order": "seeded", "seed": seed, "held_out_from": "each of them"}
     made = Windows.of(ids, held, protocol | ({"note": "; ".join(notes)} if notes else {}))
-    owners = [name for name, _, part in named for _ in part.ids]
-    ids_of = tuple(owners[place] for place in order.tolist())
-    return replace(made, held_out_of=tuple((name, len(part.held_out)) for name, _, part in named), ids_of=ids_of)
+    owners = [name for name, _, part in named for _ in range(len(part.ids))]
+    places: list[int] = order.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    ids_of = tuple(owners[place] for place in places)
+    held_out_of = tuple((name, len(part.held_out)) for name, _, part in named)
+    made = replace(made, held_out_of=held_out_of, ids_of=ids_of)
+    if unwritten is None:
+        return made
+    texts = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
+
+    def complete(own: Windows) -> Windows:
+        return mixed(shares, [own if part.unwritten else part for part in parts], seed)
+
+    return replace(made, fingerprint=texts, unwritten=replace(unwritten, complete=complete))
+
+
+def _own(starts: Starts | None, samples: int, held_out: int, length: int, seed: int) -> Windows:
+    """Windows that the model has yet to write."""
+    assert starts is not None
+    protocol = own_protocol(starts, seed)
+    unwritten = Unwritten(starts, samples + held_out, samples, length, seed, protocol, complete=lambda own: own)
+    ids = torch.empty(samples + held_out, length, dtype=torch.int64, device="meta")
+    others = {"held_out_from": "other windows that it wrote"}
+    return replace(Windows.of(ids[:samples], ids[samples:], protocol | others), unwritten=unwritten)
+
+
+def own_windows(unwritten: Unwritten, ids: Tensor) -> Windows:
+    """Those that the model has written, (windows, length) int64, with all others of the run."""
+    others = {"held_out_from": "other windows that it wrote"}
+    own = Windows.of(ids[: unwritten.calibration], ids[unwritten.calibration :], unwritten.protocol | others)
+    return unwritten.complete(own)
 
 
 def names(shares: Sequence[Share]) -> list[str]:

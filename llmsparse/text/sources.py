@@ -23,7 +23,7 @@ from llmsparse.errors import CalibrationError, MachineError
 from llmsparse.storage.home_folder import expand_home
 from llmsparse.text import builtin
 from llmsparse.text.columns import documents, joined
-from llmsparse.text.kinds import BUILDERS, KINDS, KNOWN, TEXT_SUFFIX, WIKITEXT_COPY, file_kind
+from llmsparse.text.kinds import AUTO, BUILDERS, KINDS, KNOWN, SELF, TEXT_SUFFIX, WIKITEXT_COPY, file_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,6 +73,10 @@ def open_texts(source: str, purpose: Purpose, text_field: str | None = None, tok
         raise CalibrationError(
             f"{source}: its text is known, there is no column {text_field!r} to choose; leave it out"
         )
+    if source in (SELF, AUTO):
+        raise CalibrationError(
+            f"{source} is for calibration alone, for some of it a model writes itself; {_instead(purpose)}"
+        )
     if source == "builtin":
         return _builtin(purpose)
     if source == "c4":
@@ -87,7 +91,7 @@ def open_texts(source: str, purpose: Purpose, text_field: str | None = None, tok
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.-]+))?", source)
     if hub is None:
         raise CalibrationError(
-            f"no text {source!r}: neither a file, nor builtin, c4 or wikitext2, nor a dataset such as org/name:split"
+            f"no text {source!r}: neither a file, nor self, builtin, c4 or wikitext2, nor a dataset such as org/name:split"
         )
     return _hub(hub[1], hub[2], hub[3], purpose, text_field, tokenizer)
 
@@ -159,7 +163,7 @@ def _rows(path: str, builder: str, where: str) -> Iterator[dict[str, Any]]:
         with TemporaryDirectory() as cache:  # for its lock files: nothing is copied when streaming
             rows: Any = load_dataset(builder, data_files=path, split="train", streaming=True, cache_dir=cache)
         yield from rows
-    except (OSError, EOFError, zlib.error, ValueError, TypeError, DatasetsError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, RecursionError, DatasetsError) as error:
         if path.lower().endswith(".zst") and find_spec("zstandard") is None:
             raise CalibrationError(f"{where}: unpack it first, or install zstandard, which reads .zst") from None
         raise CalibrationError(f"{where}: cannot be read as {builder}: {_first_line(error)}") from None
@@ -176,6 +180,13 @@ def _c4(purpose: Purpose) -> Texts:
     protocol = {"dataset": name, "file": file, "revision": revision, "split": split}
     found = documents(rows, "text", "c4", None)
     return Texts(found.texts, True, protocol | found.protocol)
+
+
+def reach_c4() -> None:
+    """MachineError where C4 is neither in the cache nor to be had."""
+    (name, revision), (_, file) = C4, C4_FILES["calibration"]
+    if _cached(name, revision, file) is None:
+        _reach(name, revision, "calibration", "c4")
 
 
 def _wikitext(purpose: Purpose) -> Texts:

@@ -21,6 +21,7 @@ from torch import Tensor
 from llmsparse.errors import CalibrationError
 from llmsparse.storage.home_folder import expand_home
 from llmsparse.text.kinds import TOKEN_FILE_SUFFIX, is_token_file
+from llmsparse.text.own_text import Unwritten
 from llmsparse.text.sources import Purpose, open_texts
 from llmsparse.text.tokens import special_tokens, tokenize
 
@@ -37,12 +38,16 @@ __all__ = ["TOKEN_FILE_SUFFIX", "Windows", "is_token_file", "load_evaluation", "
 
 @dataclass(frozen=True)
 class Windows:
-    """`ids` (n, seq_len) int64; `held_out` (m, seq_len) int64 from the same source, none of them in `ids`."""
+    """`ids` (n, seq_len) int64; `held_out` (m, seq_len) int64 from the same source, none of them in `ids`.
+
+    Both are on meta as long as some are `unwritten`.
+    """
 
     ids: Tensor
     held_out: Tensor
     protocol: dict[str, Any]  # JSON-able; "note" where something is not as asked
     fingerprint: str  # sha256 of both tensors
+    unwritten: Unwritten | None = None
     held_out_of: tuple[
         tuple[str, int], ...
     ] = ()  # of a mix: each text and how many windows are held out of it, in order
@@ -53,7 +58,7 @@ class Windows:
         digest = hashlib.sha256()
         for tensor in (ids, held_out):
             digest.update(str(tuple(tensor.shape)).encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
+            digest.update(str(protocol).encode() if tensor.is_meta else tensor.contiguous().numpy().tobytes())
         sizes = {"seq_len": ids.shape[1], "windows": len(ids), "tokens": ids.numel()}
         origin = {"held_out_from": protocol.pop("held_out_from", "the rows that follow")}
         held = {"held_out_windows": len(held_out)} | origin if len(held_out) else {}

@@ -119,7 +119,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(run: Any, here: Path, arguments: 
 def test_what_the_machine_lacks_is_one_line_and_exit_code_3(run: Any, here: Path, model: str) -> None:
     code, _, err = run("inspect", "org/name")
     assert code == 3 and "offline" in one_error(err)
-    code, _, err = run("prune", model, "--sparsity", "0.5")
+    code, _, err = run("prune", model, "--sparsity", "0.5", "--calibration", "c4")
     assert code == 3 and one_error(err).startswith("c4 cannot be read offline: use --calibration builtin")
     assert not list(here.iterdir())
 
@@ -269,6 +269,9 @@ def test_recipes_are_listed_shown_copied_and_validated(run: Any, here: Path) -> 
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 3, "out of memory"),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 3, "/x: No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 3, "/x: Permission denied"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/x"), 2, "/x: File name too long"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), 3, "the current folder is no longer there"),
+        (RuntimeError("can't start new thread"), 3, "no further thread may be started here"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
@@ -297,6 +300,23 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
     assert terminal.how_to_resume() == ""
     partial.mkdir()
     assert terminal.how_to_resume().endswith("go on with: llmsparse prune m -o 'my out' --resume")
+
+
+NO_TYPER = """
+import sys
+class Ctrl_C:
+    def find_spec(self, name, *rest):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Ctrl_C())
+from llmsparse.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_ctrl_c_before_the_command_line_is_there_is_one_line_too() -> None:
+    done = subprocess.run([sys.executable, "-c", NO_TYPER], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
 def test_a_reader_that_stops_reading_is_no_error() -> None:

@@ -76,7 +76,7 @@ def corrupt(folder: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:8] + b"garbage!" + shard.read_bytes()[16:])
 
 
-def only_bin(folder: Path) -> None:
+def empty_bin(folder: Path) -> None:
     for file in folder.glob("*.safetensors*"):
         file.unlink()
     torch.save({}, folder / "pytorch_model.bin")
@@ -110,10 +110,19 @@ def no_tokenizer(folder: Path) -> None:
         file.unlink()
 
 
+def stored_as(folder: Path, key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if key in tensors:
+            tensors[key] = change(tensors[key])
+            save_file(tensors, shard, metadata={"format": "pt"})
+
+
+K_PROJ = "model.layers.0.self_attn.k_proj.weight"
 SPOILT: dict[str, tuple[Spoil, str]] = {
     "truncated shard": (truncate, "model-00001-of-00002.safetensors"),
     "corrupt header": (corrupt, "model-00001-of-00002.safetensors"),
-    "only pickled weights": (only_bin, "pytorch_model.bin"),
+    "pickled weights that hold nothing": (empty_bin, "21 of the tensors that config.json asks for are not on disk"),
     "missing shard": (lambda m: first_shard(m).unlink(), "model-00001-of-00002.safetensors"),
     "missing tensor": (lambda m: index_names(m, "model.x", first_shard(m).name), "model.x"),
     "nan": (nan, "model.layers.1.mlp.up_proj in model holds NaN or Inf"),
@@ -135,6 +144,30 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
         lambda m: config(m, model_type="mine", auto_map={"AutoConfig": "mine.MyConfig"}),
         "--trust-remote-code",
     ),
+    "an unknown activation": (
+        lambda m: config(m, hidden_act="nope"),
+        "config.json: transformers cannot build this model",
+    ),
+    "unknown positions": (lambda m: config(m, rope_parameters={"rope_type": "nope"}), "KeyError: 'nope'"),
+    "no heads": (lambda m: config(m, num_attention_heads=0), "config.json: transformers cannot read it"),
+    "a negative width": (lambda m: config(m, hidden_size=-32), "negative dimension"),
+    "an attention that is not installed": (
+        lambda m: config(m, _attn_implementation="flash_attention_2"),
+        "config.json: transformers cannot build this model: FlashAttention2",
+    ),
+    "more blocks than tensors": (
+        lambda m: config(m, num_hidden_layers=10**7),
+        "config.json asks for 10,000,000 blocks (num_hidden_layers), and there are 20 tensors",
+    ),
+    "a matrix stored flat": (lambda m: stored_as(m, K_PROJ, torch.flatten), f"tensor '{K_PROJ}' has shape [512]"),
+    "a matrix stored transposed": (
+        lambda m: stored_as(m, K_PROJ, lambda w: w.T.contiguous()),
+        f"tensor '{K_PROJ}' has shape [32, 16]",
+    ),
+    "a matrix stored in integers": (
+        lambda m: stored_as(m, K_PROJ, lambda w: w.view(torch.int32)),
+        f"{K_PROJ} is stored in int32, and config.json does not say what that stands for",
+    ),
     "no tokenizer": (no_tokenizer, "no tokenizer"),
 }
 
@@ -144,6 +177,16 @@ def test_a_spoilt_model_is_refused(case: str, model: Path, fails: Callable[..., 
     spoil, wanted = SPOILT[case]
     spoil(model)
     assert wanted in fails()
+
+
+@pytest.mark.parametrize("case", [name for name in SPOILT if name.startswith("a matrix") or "blocks" in name])
+def test_a_spoilt_model_is_not_run(case: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil, wanted = SPOILT[case]
+    spoil(model)
+    for command in (["generate", "model", "--prompt", "def"], ["eval", "model", "--text", "builtin", "--windows", "1"]):
+        assert main(command) == 2
+        (error,) = (line for line in capsys.readouterr().err.splitlines() if line and "Loading weights" not in line)
+        assert error.startswith("error: ") and wanted in error
 
 
 @pytest.mark.parametrize("name", ["./nothing", "no/such/model"])
@@ -207,6 +250,54 @@ def test_a_recipe_with_aliases(keys: str, model: Path, fails: Callable[..., str]
     assert f"r.yaml:{line}: holds an alias (*name)" in fails("--recipe", "r.yaml")
     if "q_proj" not in keys:
         assert "holds an alias" in fails("rules=&a [*a]")
+
+
+@pytest.mark.parametrize(
+    "keys", ["output: !!binary aGVsbG8=\n", "seed: !!python/object/apply:os.system [id]\n", "only: !x\n"]
+)
+def test_a_recipe_with_tags(keys: str, model: Path, fails: Callable[..., str]) -> None:
+    Path("r.yaml").write_text(f"sparsity: 0.5\n{keys}")
+    assert "r.yaml:2: holds a tag (!" in fails("--recipe", "r.yaml")
+    assert "holds a tag (!" in fails(keys.strip().replace(": ", "=", 1))
+
+
+def test_a_file_too_large_to_be_a_recipe_is_not_read(model: Path, fails: Callable[..., str]) -> None:
+    with Path("r.yaml").open("wb") as file:
+        file.truncate(10**12)
+    assert "r.yaml: is no recipe: 1.00 TB, wanted 1.05 MB at most" in fails("--recipe", "r.yaml")
+
+
+@pytest.mark.parametrize("name", ["a\\0b", "\\ud800"])
+@pytest.mark.parametrize("key", ["output", "model", "calibration"])
+def test_a_name_that_no_file_can_have(key: str, name: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = {"model": "model", "output": "out", "calibration": "builtin"} | {key: f'"{name}"'}
+    Path("r.yaml").write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))
+    assert main(["prune", "--recipe", "r.yaml", *PRUNE]) == 2
+    error = capsys.readouterr().err
+    assert "which no name may be here" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["prune", "pack"])
+def test_an_output_that_is_a_link_to_itself(verb: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").symlink_to("out")
+    assert main([verb, "model", "-o", "out", *(["--sparsity", "0.5"] if verb == "prune" else [])]) == 2
+    error = capsys.readouterr().err
+    assert "a symbolic link that leads back to itself" in error and error.count("\n") == 1
+
+
+def test_a_name_that_is_not_utf_8_is_refused_before_anything_is_computed(
+    model: Path, fails: Callable[..., str]
+) -> None:
+    for given in ({"model": "caf\udce9"}, {"calibration": "caf\udce9.txt"}):
+        assert "not UTF-8" in fails(**given)
+    assert "not UTF-8" in fails("-o", "caf\udce9")
+
+
+def test_an_output_of_no_name(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A variable of the shell that is not set is not the current folder."""
+    for command in (["prune", "model", "-o", "", *PRUNE], ["pack", "model", "-o", ""], ["unpack", "model", "-o", ""]):
+        assert main(command) == 2
+        assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_a_number_of_more_digits_than_python_reads(model: Path, fails: Callable[..., str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from architectures import save_random, tiny_config
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import llmsparse
 from llmsparse.cli.app import main
@@ -133,6 +134,7 @@ def test_pieces_are_the_text_that_the_whole_would_be() -> None:
         (["--dtype", "float17"], 2, "did you mean 'float16'?"),
         (["--max-new-tokens", "128"], 2, "more than the model's 128 positions"),
         (["--prompt", ""], 2, "the prompt has no tokens"),
+        (["--prompt", "caf\udce9"], 2, "the prompt is not UTF-8"),
     ],
     ids=lambda value: value[1] if isinstance(value, list) else None,
 )
@@ -146,11 +148,61 @@ def test_bad_input_is_one_line(
     assert out == "" and len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
 
 
+def test_a_model_that_says_nan_is_an_error(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(pruned, tmp_path / "nan"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main(["generate", str(folder), "--prompt", PROMPT]) == 1
+    assert "the model's logits are NaN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "not JSON"),
+        ("[]", "not a JSON object"),
+        (
+            '{"repetition_penalty": 0}',
+            "transformers cannot generate by it: `penalty` has to be a strictly positive float",
+        ),
+        ('{"eos_token_id": "x"}', "transformers cannot generate by it"),
+        ('{"bad_words_ids": [[1000000000]]}', "transformers cannot generate by it"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_one_line(
+    content: str, said: str, pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(pruned, tmp_path / "odd"))
+    (folder / "generation_config.json").write_text(content)
+    assert main(["generate", str(folder), "--prompt", PROMPT]) == 2
+    assert f"generation_config.json: {said}" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_grew_without_its_model_is_one_line(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(pruned, tmp_path / "grown"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|im_start|>"])
+    tokenizer.save_pretrained(folder)
+    assert main(["generate", str(folder), "--prompt", "<|im_start|>"]) == 2
+    assert "token 384 is none of the model's, which are 0 to 383" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_cannot_be_used_is_one_line(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(pruned, tmp_path / "odd"))
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": "long"}))
+    assert main(["generate", str(folder), "--prompt", PROMPT]) == 2
+    assert "tokenizer cannot be loaded: '>' not supported" in capsys.readouterr().err
+
+
 def test_a_folder_that_lacks_tensors_is_refused(
     packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     folder = Path(shutil.copytree(packed, tmp_path / "lacking"))
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.norm.weight"]

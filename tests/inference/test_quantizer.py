@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 import llmsparse
+from llmsparse.backends import BACKENDS
 from llmsparse.errors import CheckpointError, MachineError, RecipeError
 from llmsparse.inference.linear import SparseLinear
 from llmsparse.inference.packed_experts import SparseExperts
+from llmsparse.packing.folder import FORMAT_VERSION
 
 # pytest has filters of its own in place of the one that the package sets
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
@@ -243,7 +245,7 @@ def test_what_runs_the_weights_is_said_in_a_few_lines(folders: Folders) -> None:
     said = str(llmsparse.explain(load(folders("llama")[1], quantization_config=config("dense-lowmem")))).splitlines()
     assert said[0] == "15 weights run by dense-lowmem: asked for"
     assert re.fullmatch(r"0\.\d MB packed, 0\.\d MB dense", said[1])
-    assert "not dense: another was asked for" in said and len(said) < 12
+    assert "not dense: another was asked for" in said and len(said) < 8 + len(BACKENDS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the backend can run")
@@ -261,9 +263,11 @@ def test_the_environment_chooses_where_nobody_does(folders: Folders, monkeypatch
 
 def test_a_newer_format_is_refused(folders: Folders, tmp_path: Path) -> None:
     folder, _, stored = packed_copy(folders("llama")[1], tmp_path / "newer")
-    stored["quantization_config"]["format_version"] = 2
+    stored["quantization_config"]["format_version"] = FORMAT_VERSION + 1
     (folder / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(CheckpointError, match="format version 2, this llmsparse reads up to 1"):
+    with pytest.raises(
+        CheckpointError, match=f"format version {FORMAT_VERSION + 1}, this llmsparse reads up to {FORMAT_VERSION}"
+    ):
         load(folder)
 
 
@@ -346,5 +350,5 @@ def test_torch_compile_runs_it(backend: str, family: str, folders: Folders) -> N
 
     torch._dynamo.reset()
     model = load(folders(family)[1], quantization_config=config(backend), dtype=torch.float32)
-    compiled = torch.compile(model, backend="eager", fullgraph=backend != "cpu-bitmask" and family == "llama")
+    compiled = torch.compile(model, backend="eager", fullgraph=family == "llama")
     torch.testing.assert_close(logits(compiled, 1, 1), logits(model, 1, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -223,6 +224,18 @@ def refused(run: Callable[[], object], message: str, folder: Path) -> None:
         run()
     one_line(error.value)
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_a_record_that_does_not_belong_is_refused_by_its_file(llama: Path, tmp_path: Path) -> None:
+    packed = Path(shutil.copytree(llama.parent / "packed", tmp_path / "packed"))
+    whole = json.loads((packed / RECORD).read_text())
+    one = whole["tensors"] | {"model.embed_tokens.weight": {"dtype": "BF16", "shape": [1]}}
+    for spoilt, message in (
+        (whole | {"files": {}}, rf"{RECORD}: does not hold the config\.json"),
+        (whole | {"tensors": one}, r"tensor 'model\.embed_tokens\.weight': got shape .* does not belong together"),
+    ):
+        (packed / RECORD).write_text(json.dumps(spoilt))
+        refused(lambda: llmsparse.unpack(str(packed), tmp_path / "back"), message, tmp_path)
 
 
 def test_a_dense_checkpoint_is_refused_as_dense(tmp_path: Path) -> None:

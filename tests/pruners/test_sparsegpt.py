@@ -49,6 +49,16 @@ def test_equals_the_paper_in_numpy(
     np.testing.assert_allclose(result.weight.numpy(), as_in_the_paper(weight, stat, pattern, block), atol=2e-5)
 
 
+@pytest.mark.parametrize("pattern", [Unstructured(0.5, "matrix"), Unstructured(0.6, "row"), NofM(2, 4)], ids=repr)
+def test_a_block_in_one_launch_equals_the_paper_too(
+    pattern: Pattern, correlated: Callable[..., Layer], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SparseGPT, "_launches", staticmethod(lambda device, columns, pattern: True))  # pyright: ignore
+    weight, stat = correlated(12, 72)
+    result = SparseGPT(block=32)(weight, stat, pattern, generator)
+    np.testing.assert_allclose(result.weight.numpy(), as_in_the_paper(weight, stat, pattern, 32), atol=2e-5)
+
+
 def test_two_columns_by_hand(generator: torch.Generator) -> None:
     # H = [[1, ½], [½, 1]], no damping to speak of: 1 / (H⁻¹)_11 = ¾ and 1 / H_22 = 1, so the scores of w = (1, 1) are ¾ and 1.
     # Pruning the first moves the second by +w₁ H_12 / H_22.

@@ -164,7 +164,7 @@ def test_defaults_yield_to_the_recipe_and_the_recipe_to_flags_and_assignments(wr
     recipe = PruneRecipe.load(path, {"model": "m", "seed": "2", "seq_len": None}, ["calibration_samples=9"])
     assert (recipe.sparsity, recipe.seed, recipe.calibration_samples, recipe.seq_len) == (0.5, 2, 9, None)
     assert recipe.only == ("*.q_proj",)
-    assert (recipe.method, recipe.match_steps, recipe.calibration) == ("sparsegpt", "auto", "c4")
+    assert (recipe.method, recipe.match_steps, recipe.calibration) == ("sparsegpt", "auto", "auto")
 
 
 def test_dotted_assignments_reach_into_methods_and_rules(write: Any) -> None:
@@ -296,8 +296,9 @@ def test_dump_spells_out_every_default_and_loads_to_the_same_run(name: str, tmp_
     (tmp_path / "r.yaml").write_text(recipe.dump({"torch": "2.13"}))
     again = PruneRecipe.load(tmp_path / "r.yaml")
     assert again.dump() == recipe.dump()
-    assert again.pruner == recipe.pruner
-    assert again.model_dump(exclude={"method"}) == recipe.model_dump(exclude={"method"})
+    assert again.pruner == recipe.pruner and again.allocator == recipe.allocator
+    spelt_out = {"method", "allocation"}
+    assert again.model_dump(exclude=spelt_out) == recipe.model_dump(exclude=spelt_out)
     assert recipe.dump({"torch": "2.13"}).startswith("# torch: 2.13\nmodel: org/m\n")
 
 

@@ -65,9 +65,9 @@ def make_plan(recipe, *, resume=False, overwrite=False, download=True):
     return fetched(SignPlan(**opened.fields, windows=read_windows(opened, recipe.calibration_samples)), download)
 
 
-def sign(recipe, *, resume=False, overwrite=False, progress=None):
-    plan = make_plan(recipe, resume=resume, overwrite=overwrite)
-    with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
+def sign(recipe, *, progress=None, **how):
+    with Run(make_plan(recipe, **how), progress, **how) as run:
+        plan = run.plan
         run.copy_the_rest()
         streams, report = plan.streams(), SignReport(**plan.described())
         for block in run.blocks():

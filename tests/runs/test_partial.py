@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -100,9 +101,22 @@ def test_torn_last_line_of_the_journal_is_dropped(tmp_path: Path, torn: bytes) -
         assert partial.finished["block 2"] == {"rows": [2]}
 
 
-def test_corrupt_journal_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"garbage",
+        b"",
+        b"[" * 100_000,
+        b"5",
+        b'{"block": "0"}',
+        b'{"block": "0", "entry": "x"}',
+        b'{"block": [], "entry": {}}',
+    ],
+    ids=lambda line: line[:30].decode(),
+)
+def test_corrupt_journal_is_refused(tmp_path: Path, line: bytes) -> None:
     journal = unfinished(tmp_path / "out") / STATE_FOLDER / "journal.jsonl"
-    journal.write_bytes(b"garbage\n" + journal.read_bytes())
+    journal.write_bytes(line + b"\n" + journal.read_bytes())
     refused(tmp_path / "out", CheckpointError, r"journal.jsonl:1: corrupt", resume=True)
 
 
@@ -126,7 +140,19 @@ def test_a_run_noted_before_runs_could_be_other_than_resumable_is_resumed(tmp_pa
         assert list(partial.finished) == ["block 0", "block 1"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"overwrite": false}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"overwrite": false}',
+        "[" * 100_000,
+        '{"fingerprint": null, "overwrite": false}',
+        '{"fingerprint": {}, "overwrite": 1}',
+    ],
+    ids=lambda content: content[:50],
+)
 def test_a_run_that_left_no_sense_is_refused(tmp_path: Path, content: str) -> None:
     (unfinished(tmp_path / "out") / STATE_FOLDER / "run.json").write_text(content)
     refused(tmp_path / "out", RecipeError, "corrupt; delete .* and start anew", resume=True)
@@ -311,6 +337,19 @@ with PartialOutput(Path(sys.argv[1]), fingerprint={"seed": 0}, resume=False, ove
     print("started", flush=True)
     time.sleep(60)
 """
+
+
+def test_a_disk_too_full_for_the_lock_keeps_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("llmsparse.runs.partial.os.pwrite", full)
+        with pytest.raises(MachineError, match="disk full"):
+            start(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    with start(tmp_path / "out"):
+        pass
 
 
 def test_second_run_is_told_of_the_first_until_that_dies(tmp_path: Path) -> None:

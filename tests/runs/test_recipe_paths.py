@@ -133,7 +133,7 @@ def test_a_note_that_is_none_is_left_alone(tmp_path: Path) -> None:
     file.write_text("# mine\n# calibration sha256: 12\nmodel: builtin\nsparsity: 0.5\n")
     PruneRecipe.load(file).check_text("calibration", "34")  # only what stands at the head was written by a run
     file.write_text("# calibration sha256: 12\nmodel: builtin\nsparsity: 0.5\n")
-    with pytest.raises(RecipeError, match="calibration c4: not the text of the run"):
+    with pytest.raises(RecipeError, match="calibration auto: not the text of the run"):
         PruneRecipe.load(file).check_text("calibration", "34")
     PruneRecipe.load(file).check_text("calibration", "12")
     assert json.loads(json.dumps(PruneRecipe.load(file).resolved()))["model"] == "builtin"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 import sign_verb
 from torch import Tensor
 
-from llmsparse.errors import MachineError
-from llmsparse.runs.run import Run
-from llmsparse.storage.checkpoint import CheckpointWriter
+from llmsparse.errors import CheckpointError, MachineError, RecipeError
+from llmsparse.runs.partial import STATE_FOLDER
+from llmsparse.runs.run import CHECKSUMS, Run
+from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter
 
 
 @pytest.fixture
@@ -62,6 +64,55 @@ def test_an_error_beside_a_failed_write_tells_of_both(
             if number == 1:
                 raise KeyboardInterrupt
     assert any("disk full" in note for note in caught.value.__notes__)
+
+
+def journaled(out: Path) -> tuple[Path, list[dict[str, Any]]]:
+    journal = out.with_name(out.name + ".partial") / STATE_FOLDER / "journal.jsonl"
+    return journal, [json.loads(line) for line in journal.read_text().splitlines()]
+
+
+@pytest.fixture
+def interrupted(recipe: sign_verb.SignRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """What is left of a run that ended after its first block."""
+    with monkeypatch.context() as patched, pytest.raises(MachineError):
+        FullDisk(patched)
+        sign_verb.sign(recipe)
+    return tmp_path / "out.partial"
+
+
+def test_a_bit_that_flips_in_what_was_only_copied_is_found(recipe: sign_verb.SignRecipe, interrupted: Path) -> None:
+    spec = CheckpointReader(interrupted).spec("model.embed_tokens.weight")
+    with spec.file.open("r+b") as stream:
+        stream.seek(spec.end - 1)
+        byte = stream.read(1)[0]
+        stream.seek(spec.end - 1)
+        stream.write(bytes([byte ^ 1]))
+    with pytest.raises(MachineError, match=r"model\.embed_tokens\.weight does not read back as it was written"):
+        sign_verb.sign(recipe, resume=True)
+    assert not interrupted.with_name("out").exists()
+
+
+def test_a_block_that_the_journal_notes_with_the_checksums_of_another_is_not_taken_for_made(
+    recipe: sign_verb.SignRecipe, interrupted: Path
+) -> None:
+    journal, notes = journaled(interrupted.with_name("out"))
+    journal.write_text("".join(json.dumps(note) + "\n" for note in [*notes, notes[-1] | {"block": "model.layers.2"}]))
+    with pytest.raises(CheckpointError, match=r"tensors are missing, .* model\.layers\.2\."):
+        sign_verb.sign(recipe, resume=True)
+    assert not interrupted.with_name("out").exists()
+
+
+@pytest.mark.parametrize("sums", [None, {}, "x"])
+def test_a_block_that_the_journal_notes_without_checksums_is_refused(
+    sums: Any, recipe: sign_verb.SignRecipe, interrupted: Path
+) -> None:
+    journal, notes = journaled(interrupted.with_name("out"))
+    notes[-1]["entry"][CHECKSUMS] = sums
+    journal.write_text("".join(json.dumps(note) + "\n" for note in notes))
+    with pytest.raises(
+        RecipeError, match=r"another version .* noted of model\.layers\.0 .* start again with --overwrite"
+    ):
+        sign_verb.sign(recipe, resume=True)
 
 
 def test_a_run_that_is_planned_and_never_begun_locks_nothing(recipe: sign_verb.SignRecipe, tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def test_assignments_count_over_flags_over_the_file(kind: Kind, tmp_path: Path) 
         ("seq_len", 1, "seq_len: "),
         ("device", "tpu", "device: got 'tpu', wanted auto, cpu, cuda or cuda:0"),
         ("max_shard_size", "5 apples", "max_shard_size: size '5 apples': wanted a positive number of bytes"),
-        ("model", "", "model: "),
+        ("model", "", "model: got '', wanted a name or a path"),
+        ("output", "", "output: got '', wanted a name or a path"),
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_its_key(kind: Kind, key: str, value: Any, said: str) -> None:

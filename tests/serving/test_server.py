@@ -133,12 +133,12 @@ def test_sigterm_while_generating_ends_every_answer_and_exits_0(started: Callabl
     server = started("builtin")  # it has no chat template
     with pytest.raises(openai.BadRequestError, match="no chat template"):
         server.client().chat.completions.create(model="builtin", messages=[{"role": "user", "content": "x"}])
-    options: dict[str, Any] = {"model": "builtin", "prompt": "def ", "max_tokens": 500, "temperature": 2}
+    options: dict[str, Any] = {"model": "builtin", "prompt": "def ", "max_tokens": 500, "temperature": 2, "n": 8}
     stream = server.client().completions.create(**options, stream=True)
     next(iter(stream))
     with ThreadPoolExecutor(1) as threads:
         whole = threads.submit(server.client().completions.create, **options)
-        while server.send("GET", "/health")[1]["running"] < 2:
+        while server.send("GET", "/health")[1]["running"] <= 8 and not whole.done():
             time.sleep(0.02)
         code, out, err = end(server, signal.SIGTERM)
         with pytest.raises(openai.APIError):

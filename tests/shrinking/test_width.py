@@ -34,8 +34,10 @@ def silence(model: Any, names: tuple[str, ...], pieces: int, silent: int) -> Non
                     columns[:, piece * size : (piece + 1) * size] = 0
 
 
-@pytest.mark.parametrize("refit", [False, True])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3", "opt", "gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("name", "refit"),
+    [("llama", False), *((name, True) for name in ("qwen3", "gemma2", "phi3", "opt", "gpt_oss", "qwen3_moe"))],
+)
 def test_cutting_channels_that_add_nothing_changes_no_logit(name: str, refit: bool, tmp_path: Path) -> None:
     model = random_model(tiny_config(name))
     width = 24 if name == "qwen3_moe" else 48
@@ -48,7 +50,7 @@ def test_cutting_channels_that_add_nothing_changes_no_logit(name: str, refit: bo
     torch.testing.assert_close(logits(made), logits(model), rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "phi3", "gpt_oss", "deepseek_v3"])
 def test_cutting_heads_that_add_nothing_changes_no_logit(name: str, tmp_path: Path) -> None:
     changes = {} if name == "deepseek_v3" else {"num_attention_heads": 8, "num_key_value_heads": 4}
     model = random_model(tiny_config(name, **changes))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmsparse.errors import NumericalError, PatternError
-from llmsparse.sparsity.patterns import NofM, Pattern, Unstructured, parse_pattern
+from llmsparse.sparsity.patterns import NofM, Pattern, Unstructured, drop_first_of_sorted, parse_pattern
 
 SCOPES = ("row", "matrix")
 sizes = st.integers(1, 12)
@@ -64,6 +64,15 @@ def test_unstructured_drops_the_smallest_the_first_of_equals_first(
     flat = score if scope == "row" else score.reshape(1, -1)
     expected = by_stable_sort(flat, round(sparsity * flat.shape[1])).reshape(rows, columns)
     np.testing.assert_array_equal(keep.numpy(), expected)
+
+
+@given(sizes, sizes, st.integers(1, 12), seeds)
+def test_a_gpu_sorts_to_the_same_mask_without_making_the_host_wait(
+    rows: int, columns: int, count: int, seed: int
+) -> None:
+    score = scores(rows, columns, seed)
+    count = min(count, columns)
+    np.testing.assert_array_equal(drop_first_of_sorted(score, count).numpy(), by_stable_sort(score, count))
 
 
 @given(sizes, st.integers(1, 5), st.integers(2, 20), st.data())

@@ -299,6 +299,7 @@ GOOD = with_header({"a": entry(0, 8), "b": entry(8, 16)}, 16)
         (with_header({"a": entry(0, 8, shape=[-1, -2])}, 8), "tensor 'a'"),
         (with_header({"a": entry(0, 8, shape=["2"])}, 8), "tensor 'a'"),
         (with_header({"a": entry(0, 8, dtype="Q4")}, 8), "dtype Q4"),
+        (with_header({"\ud800": entry(0, 8)}, 8), "corrupt"),
     ],
 )
 def test_damage_is_one_line_that_names_the_file(tmp_path: Path, content: bytes, message: str) -> None:
@@ -355,6 +356,13 @@ def test_index_is_held_against_the_shards(tmp_path: Path, tiny_llama) -> None:
 def test_broken_index_is_one_line(tmp_path: Path, index: str) -> None:
     (tmp_path / INDEX).write_text(index)
     with pytest.raises(CheckpointError, match=INDEX) as error:
+        CheckpointReader(tmp_path)
+    assert_one_line(error)
+
+
+def test_a_shard_of_a_name_too_long_for_any_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"w": "x" * 5000}}))
+    with pytest.raises(CheckpointError, match="cannot be read") as error:
         CheckpointReader(tmp_path)
     assert_one_line(error)
 
@@ -462,7 +470,9 @@ def test_sizes(text: str | int, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "5XB", "-5GB", "0", 0, -1, "5 5GB", "five", "0.1B", "1IB", "1e9"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "5XB", "-5GB", "0", 0, -1, "5 5GB", "five", "0.1B", "1IB", "1e9", "9" * 400 + "GB"]
+)
 def test_sizes_that_are_none(text: str | int) -> None:
     with pytest.raises(RecipeError, match="wanted a positive number of bytes"):
         parse_size(text)

@@ -83,6 +83,23 @@ def test_what_is_no_pickle_of_weights_is_one_line(content: bytes, message: str, 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(4, 4).to_sparse(), "w is a tensor of layout torch.sparse_coo, wanted a dense tensor"),
+        (torch.zeros(4, 4, device="meta"), "w is no numbers, wanted a dense tensor"),
+    ],
+    ids=["sparse", "meta"],
+)
+def test_a_tensor_that_is_none_of_numbers_in_rows_is_one_line(
+    tensor: torch.Tensor, message: str, tmp_path: Path
+) -> None:
+    torch.save({"w": tensor}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=message) as error:
+        open_checkpoint(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_a_missing_shard_is_named(pickled: tuple[Path, Path]) -> None:
     (pickled[1] / "pytorch_model-1.bin").unlink()
     with pytest.raises(CheckpointError, match=r"names shard pytorch_model-1\.bin, which is missing"):

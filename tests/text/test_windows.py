@@ -204,6 +204,7 @@ def test_a_tokenizer_of_another_model_is_noticed(story: str, tokenizer: Any) -> 
         ("empty.json", b"[]", "is empty"),
         ("blank.jsonl", b'{"text": ""}\n', "is empty"),
         ("torn.jsonl", b'{"text": "a\n', "cannot be read as json"),
+        ("deep.jsonl", b'{"text": ' + b"[" * 1000 + b"]" * 1000 + b"}\n", "cannot be read as json"),
         ("torn.parquet", b"PAR1 not really", "cannot be read as parquet"),
         ("torn.safetensors", b"\xff" * 64, "is not a safetensors file"),
         (

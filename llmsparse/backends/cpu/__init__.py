@@ -8,14 +8,16 @@ chosen by what the CPU has; the result does not depend on the number of threads,
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from ctypes import c_void_p
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
-from llmsparse.backends.cpu.library import DTYPES, kernel_rows, kernels, library, why_not
+from llmsparse.backends.cpu.library import DTYPES, Target, kernel_rows, kernels, library, why_not
 from llmsparse.backends.cpu.weight import CpuWeight, prepare
 
-__all__ = ["CpuWeight", "expand", "kernel_rows", "kernels", "matvec", "prepare", "why_not"]
+__all__ = ["CpuWeight", "expand", "kernel_rows", "kernels", "matvec", "matvecs", "prepare", "why_not"]
 
 
 def matvec(weight: CpuWeight, x: Tensor, bias: Tensor | None = None, *, kernel: str | None = None) -> Tensor:
@@ -23,33 +25,42 @@ def matvec(weight: CpuWeight, x: Tensor, bias: Tensor | None = None, *, kernel: 
 
     x and bias are bfloat16 or float32. No gradient flows. `kernel` takes a name of `kernels()` in place of the fastest.
     """
-    out, width = weight.shape
+    return matvecs((weight,), x, (bias,), kernel=kernel)[0]
+
+
+def matvecs(
+    weights: Sequence[CpuWeight], x: Tensor, biases: Sequence[Tensor | None], *, kernel: str | None = None
+) -> list[Tensor]:
+    """The same for weights (out_i, in) of one dtype, in one call: the work is shared out to threads once."""
+    width, dtype = weights[0].shape[-1], x.dtype
     rows = x.numel() // width if width else 0
-    if x.shape[-1] != width or rows < 1:
-        raise ValueError(f"x is {list(x.shape)}, wanted (..., {width}) with at least one row")
-    if bias is not None and (bias.shape != (out,) or bias.dtype not in DTYPES):
-        raise ValueError(f"bias is {list(bias.shape)} {bias.dtype}, wanted [{out}] of bfloat16 or float32")
-    if not x.device.type == "cpu" == (bias.device.type if bias is not None else "cpu"):
-        raise ValueError(f"x is on {x.device}, wanted on the cpu")
-    numbers = kernels(weight.dtype, x.dtype)
+    if x.shape[-1] != width or rows < 1 or not x.is_cpu:
+        raise ValueError(f"x is {list(x.shape)} on {x.device}, wanted (..., {width}) with at least one row on the cpu")
+    numbers = kernels(weights[0].dtype, dtype)
     number = numbers[kernel] if kernel else next(iter(numbers.values()))
     x = x.contiguous()
-    bias = bias.contiguous() if bias is not None else None
-    y = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
-    status = library().matvec(
-        ctypes.byref(weight.matrices[0]),
-        number,
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        rows,
-        bias.data_ptr() if bias is not None else None,
-        DTYPES[bias.dtype] if bias is not None else 0,
-        y.data_ptr(),
-        torch.get_num_threads(),
-    )
+    count, lead = len(weights), x.shape[:-1]
+    pointers, targets, results = (c_void_p * count)(), (Target * count)(), list[Tensor]()
+    held = [bias if bias is None else _fitting(bias, weight) for weight, bias in zip(weights, biases, strict=True)]
+    for place, weight in enumerate(weights):
+        if place and (weight.shape[-1] != width or weight.dtype != weights[0].dtype):
+            raise ValueError(f"{weight.dtype} {list(weight.shape)} beside {weights[0].dtype} {list(weights[0].shape)}")
+        y = torch.empty((*lead, weight.shape[0]), dtype=dtype)
+        pointers[place], targets[place].y = weight.address, y.data_ptr()
+        if (bias := held[place]) is not None:
+            targets[place].bias, targets[place].bias_dtype = bias.data_ptr(), DTYPES[bias.dtype]
+        results.append(y)
+    status = library().matvec(pointers, targets, count, number, x.data_ptr(), DTYPES[dtype], rows, get_num_threads())
     if status:
         raise MemoryError
-    return y
+    return results
+
+
+def _fitting(bias: Tensor, weight: CpuWeight) -> Tensor:
+    if bias.shape != weight.shape[:1] or bias.dtype not in DTYPES or not bias.is_cpu:
+        found = f"bias is {list(bias.shape)} {bias.dtype} on {bias.device}"
+        raise ValueError(f"{found}, wanted {list(weight.shape[:1])} of bfloat16 or float32 on the cpu")
+    return bias.contiguous()
 
 
 def expand(weight: CpuWeight, out: Tensor, *, kernel: str | None = None) -> Tensor:
@@ -61,5 +72,5 @@ def expand(weight: CpuWeight, out: Tensor, *, kernel: str | None = None) -> Tens
     numbers = kernels(weight.dtype, weight.dtype)
     number = numbers[kernel] if kernel else next(iter(numbers.values()))
     for matrix, matrix_out in zip(weight.matrices, out.view(-1, *out.shape[-2:]), strict=True):
-        library().expand(ctypes.byref(matrix), number, matrix_out.data_ptr(), torch.get_num_threads())
+        library().expand(ctypes.byref(matrix), number, matrix_out.data_ptr(), get_num_threads())
     return out

@@ -105,31 +105,35 @@ int32_t kernel_fits(int32_t k, int32_t dtype, int32_t x_dtype) {
     return k >= 0 && k < KERNELS && kernels[k].dtype == dtype && kernels[k].x_dtype >= x_dtype && kernels[k].runs_here();
 }
 
+/* What a weight adds to the bias, and where the sums go. */
+struct target {
+    const void *bias; /* (rows,) or NULL */
+    void *y;          /* (m, rows) */
+    int32_t bias_dtype;
+};
+
 struct product {
-    const struct weight *w;
+    const struct weight *const *w;
+    const struct target *targets; /* one for each weight */
     const struct kernel *kernel;
-    const void *x, *bias;
-    void *y;
+    const void *x;
     int64_t stride;
-    int32_t m, bias_dtype, y_dtype;
+    int32_t m, y_dtype;
 };
 
 /* Add the bias and round, for m rows of x from `from` on. */
-static void finish(const struct product *p, int64_t tile, int32_t from, int32_t m, const float *sums) {
-    for (int64_t i = 0; i < rows_of(p->w, tile); i++) {
+static void finish(const struct product *p, int64_t which, int64_t tile, int32_t from, int32_t m, const float *sums) {
+    const struct target *t = &p->targets[which];
+    for (int64_t i = 0; i < rows_of(p->w[which], tile); i++) {
         int64_t row = tile * ROWS + i;
-        float bias = !p->bias ? 0 : p->bias_dtype == FP32 ? ((const float *)p->bias)[row] : widen(((const uint16_t *)p->bias)[row]);
-        for (int64_t j = 0; j < m; j++) {
-            float y = sums[j * ROWS + i] + bias;
-            if (p->y_dtype == FP32) ((float *)p->y)[(from + j) * p->w->rows + row] = y;
-            else ((uint16_t *)p->y)[(from + j) * p->w->rows + row] = narrow(y);
-        }
+        float bias = t->bias ? get(t->bias, row, t->bias_dtype) : 0;
+        for (int64_t j = 0; j < m; j++) put(t->y, (from + j) * p->w[which]->rows + row, p->y_dtype, sums[j * ROWS + i] + bias);
     }
 }
 
-static void multiply(const void *job, int64_t first, int64_t last) {
+static void multiply(const void *job, int64_t which, int64_t first, int64_t last) {
     const struct product *p = job;
-    const struct weight *w = p->w;
+    const struct weight *w = p->w[which];
     int64_t groups = groups_of(w);
     for (int64_t tile = first; tile < last; tile++) {
         const char *values = (const char *)w->values + w->starts[tile] * w->dtype;
@@ -138,14 +142,14 @@ static void multiply(const void *job, int64_t first, int64_t last) {
             int32_t m = p->m - done < MOST ? p->m - done : MOST;
             const char *x = (const char *)p->x + done * p->stride * p->kernel->x_dtype;
             p->kernel->tile[m - 1](values, w->masks + tile * groups * ROWS, x, p->stride, groups, sums);
-            finish(p, tile, done, m, sums);
+            finish(p, which, tile, done, m, sums);
         }
     }
 }
 
 /* x (m, columns) in the kernel's dtype, each row filled up with zeros to whole groups: x itself if it is so already. */
 static void *prepared(const struct product *p, const void *x, int32_t x_dtype) {
-    int64_t columns = p->w->columns;
+    int64_t columns = p->w[0]->columns;
     if (columns == p->stride && x_dtype == p->kernel->x_dtype) return (void *)x;
     char *copy = calloc((size_t)(p->m * p->stride) + 1, (size_t)p->kernel->x_dtype);
     for (int j = 0; copy && j < p->m; j++) {
@@ -153,19 +157,20 @@ static void *prepared(const struct product *p, const void *x, int32_t x_dtype) {
         char *to = copy + j * p->stride * p->kernel->x_dtype;
         if (x_dtype == p->kernel->x_dtype) memcpy(to, row, (size_t)(columns * x_dtype));
         else
-            for (int64_t c = 0; c < columns; c++) ((float *)to)[c] = widen(((const uint16_t *)row)[c]);
+            for (int64_t c = 0; c < columns; c++) put(to, c, p->kernel->x_dtype, get(row, c, x_dtype));
     }
     return copy;
 }
 
-/* y (m, rows) of x_dtype = x (m, columns) · Wᵀ + bias (rows,) or NULL. 0, or -1 if there is no memory. */
-int32_t matvec(const struct weight *w, int32_t k, const void *x, int32_t x_dtype, int32_t m, const void *bias,
-               int32_t bias_dtype, void *y, int32_t threads) {
-    struct product p = {w, &kernels[k], NULL, bias, y, groups_of(w) * COLUMNS, m, bias_dtype, x_dtype};
+/* y (m, rows) of x_dtype = x (m, columns) · Wᵀ + bias for each of `count` weights of the same columns and dtype, in one go.
+ * 0, or -1 if there is no memory. */
+int32_t matvec(const struct weight *const *w, const struct target *targets, int64_t count, int32_t k, const void *x,
+               int32_t x_dtype, int32_t m, int32_t threads) {
+    struct product p = {w, targets, &kernels[k], NULL, groups_of(w[0]) * COLUMNS, m, x_dtype};
     void *ready = prepared(&p, x, x_dtype);
     if (!ready) return -1;
     p.x = ready;
-    share_out(w, multiply, &p, threads);
+    share_out(w, count, multiply, &p, threads);
     if (ready != x) free(ready);
     return 0;
 }
@@ -176,8 +181,9 @@ struct unpacking {
     char *out;
 };
 
-static void unpack(const void *job, int64_t first, int64_t last) {
+static void unpack(const void *job, int64_t which, int64_t first, int64_t last) {
     const struct unpacking *u = job;
+    (void)which;
     const struct weight *w = u->w;
     int64_t groups = groups_of(w), whole = w->columns / COLUMNS;
     for (int64_t tile = first; tile < last; tile++) {
@@ -200,5 +206,5 @@ static void unpack(const void *job, int64_t first, int64_t last) {
 /* W into out (rows, columns), of its own dtype. */
 void expand(const struct weight *w, int32_t k, void *out, int32_t threads) {
     struct unpacking u = {w, &kernels[k], out};
-    share_out(w, unpack, &u, threads);
+    share_out(&w, 1, unpack, &u, threads);
 }

@@ -35,17 +35,20 @@ class Matrix(ctypes.Structure):
     )
 
 
+class Target(ctypes.Structure):
+    """`struct target` of bitmask.c: the bias of a weight, and where its product goes."""
+
+    _fields_ = (("bias", c_void_p), ("y", c_void_p), ("bias_dtype", c_int32))
+
+
 SIGNATURES = {
-    "first_tile": (c_int64, (c_void_p, c_int64, c_int64)),
+    "first_tile": (c_int64, (c_void_p, c_int64, c_int64, c_int64, c_int64)),
     "first_bad_row": (c_int64, (c_void_p, c_void_p, c_int64, c_int64, c_int64)),
     "repack": (None, (c_void_p, c_void_p, c_void_p, c_void_p, c_int32)),
     "restore": (None, (c_void_p, c_void_p, c_void_p, c_void_p, c_int32)),
     "kernel_name": (c_char_p, (c_int32,)),
     "kernel_fits": (c_int32, (c_int32, c_int32, c_int32)),
-    "matvec": (
-        c_int32,
-        (c_void_p, c_int32, c_void_p, c_int32, c_int32, c_void_p, c_int32, c_void_p, c_int32),
-    ),
+    "matvec": (c_int32, (c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int32, c_int32, c_int32)),
     "expand": (None, (c_void_p, c_int32, c_void_p, c_int32)),
 }
 
@@ -58,6 +61,7 @@ def why_not() -> str | None:
     return LIBRARY.why_not()
 
 
+@cache
 def library() -> ctypes.CDLL:
     """The library. MachineError with the reason where there is none."""
     return LIBRARY.loaded()

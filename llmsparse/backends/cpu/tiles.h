@@ -23,35 +23,51 @@ static int64_t rows_of(const struct weight *w, int64_t tile) {
     return left < ROWS ? left : ROWS;
 }
 
+/* What the tiles before this one cost. */
+static double cost_before(const struct weight *w, int64_t tile) {
+    return (double)(w->starts[tile] - w->starts[0]) + (double)tile * (double)(groups_of(w) * ROWS * WORD_COST);
+}
+
+/* Weights that are read one after the other, and what is done with tiles `first` to `last` of number `which`. */
 struct share {
-    const struct weight *w;
-    void (*run)(const void *job, int64_t first, int64_t last);
+    const struct weight *const *w;
+    void (*run)(const void *job, int64_t which, int64_t first, int64_t last);
     const void *job;
+    int64_t count;
 };
 
-/* The tile where the share of thread `rank` of `size` begins: shares cost the same, however values are spread over rows. */
-int64_t first_tile(const struct weight *w, int64_t rank, int64_t size) {
-    int64_t tiles = tiles_of(w), tile_cost = groups_of(w) * ROWS * WORD_COST, low = 0, high = tiles;
-    double whole = (double)(w->starts[tiles] - w->starts[0]) + (double)tiles * (double)tile_cost;
+/* The tile of weight `which` where the share of thread `rank` of `size` begins, or its end where that is before: shares of
+ * all weights together cost the same, however values are spread over rows. */
+int64_t first_tile(const struct weight *const *w, int64_t count, int64_t which, int64_t rank, int64_t size) {
+    double whole = 0, before = 0;
+    for (int64_t i = 0; i < count; i++) {
+        if (i == which) before = whole;
+        whole += cost_before(w[i], tiles_of(w[i]));
+    }
+    int64_t low = 0, high = tiles_of(w[which]);
+    if (rank == size) return high;
+    double begin = whole * (double)rank / (double)size - before;
     while (low < high) {
         int64_t middle = low + (high - low) / 2;
-        double before = (double)(w->starts[middle] - w->starts[0]) + (double)middle * (double)tile_cost;
-        if (before * (double)size < whole * (double)rank) low = middle + 1;
+        if (cost_before(w[which], middle) < begin) low = middle + 1;
         else high = middle;
     }
-    return rank == size ? tiles : low;
+    return low;
 }
 
 static void run_share(void *data) {
     const struct share *s = data;
     int64_t rank = team_rank(), size = team_size();
-    s->run(s->job, first_tile(s->w, rank, size), first_tile(s->w, rank + 1, size));
+    for (int64_t i = 0; i < s->count; i++)
+        s->run(s->job, i, first_tile(s->w, s->count, i, rank, size), first_tile(s->w, s->count, i, rank + 1, size));
 }
 
-static void share_out(const struct weight *w, void (*run)(const void *, int64_t, int64_t), const void *job, int32_t threads) {
-    struct share s = {w, run, job};
-    if (threads > 1 && parallel && tiles_of(w) > 1) parallel(run_share, &s, (unsigned)threads, 0);
-    else run(job, 0, tiles_of(w));
+static void share_out(const struct weight *const *w, int64_t count, void (*run)(const void *, int64_t, int64_t, int64_t),
+                      const void *job, int32_t threads) {
+    struct share s = {w, run, job, count};
+    if (threads > 1 && parallel && (count > 1 || tiles_of(*w) > 1)) parallel(run_share, &s, (unsigned)threads, 0);
+    else
+        for (int64_t i = 0; i < count; i++) run(job, i, 0, tiles_of(w[i]));
 }
 
 /* The first row that disagrees with the mask or the offsets, or -1: after this nothing can be read out of bounds. */
@@ -80,8 +96,9 @@ struct moving {
     int back;
 };
 
-static void move(const void *job, int64_t first, int64_t last) {
+static void move(const void *job, int64_t which, int64_t first, int64_t last) {
     const struct moving *v = job;
+    (void)which;
     const struct weight *w = v->w;
     int64_t groups = groups_of(w), width = (w->columns + 7) / 8;
     for (int64_t tile = first; tile < last; tile++) {
@@ -112,11 +129,11 @@ static void move(const void *job, int64_t first, int64_t last) {
 /* Fill the tiles of w, whose masks are zero and whose starts are set, from a matrix that first_bad_row has passed. */
 void repack(const struct weight *w, const void *values, const uint8_t *mask, const int64_t *offsets, int32_t threads) {
     struct moving v = {w, (char *)values, (uint8_t *)mask, (int64_t *)offsets, 0};
-    share_out(w, move, &v, threads);
+    share_out(&w, 1, move, &v, threads);
 }
 
 /* The inverse: fills values, mask and offsets from the tiles. */
 void restore(const struct weight *w, void *values, uint8_t *mask, int64_t *offsets, int32_t threads) {
     struct moving v = {w, values, mask, offsets, 1};
-    share_out(w, move, &v, threads);
+    share_out(&w, 1, move, &v, threads);
 }

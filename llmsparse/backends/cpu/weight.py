@@ -90,6 +90,11 @@ class CpuWeight:
             for number in range(self.masks.shape[0])
         ]
 
+    @cached_property
+    def address(self) -> int:
+        """Of its first matrix."""
+        return ctypes.addressof(self.matrices[0])
+
     def __reduce__(self) -> tuple[Any, ...]:  # a copy has pointers of its own
         return CpuWeight, (self.values, self.masks, self.starts, self.shape, self.pattern)
 

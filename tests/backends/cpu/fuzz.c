@@ -12,10 +12,14 @@ static void fail(const char *what, int64_t rows, int64_t columns, const char *ke
 }
 
 static void product(const struct weight *w, const void *dense, int32_t k, int x_dtype) {
-    int m = 1 + (int)draw(9), bias_dtype = draw(2) ? FP32 : BF16, with_bias = (int)draw(2);
+    int m = 1 + (int)draw(9), count = 1 + (int)draw(3), bias_dtype = draw(2) ? FP32 : BF16, with_bias = (int)draw(2);
     void *x = buffer(m * w->columns, x_dtype), *y = buffer(m * w->rows, x_dtype), *bias = buffer(w->rows, bias_dtype);
     fill(x, m * w->columns, x_dtype), fill(bias, w->rows, bias_dtype);
-    if (matvec(w, k, x, x_dtype, m, with_bias ? bias : NULL, bias_dtype, y, 1 + (int)draw(4))) exit(1);
+    const struct weight *weights[] = {w, w, w}; /* the last of them is looked at */
+    struct target targets[3];
+    for (int i = 0; i < count; i++)
+        targets[i] = (struct target){with_bias ? bias : NULL, i + 1 < count ? buffer(m * w->rows, x_dtype) : y, bias_dtype};
+    if (matvec(weights, targets, count, k, x, x_dtype, m, 1 + (int)draw(4))) exit(1);
     for (int64_t j = 0; j < m; j++)
         for (int64_t r = 0; r < w->rows; r++) {
             double wanted = with_bias ? get(bias, r, bias_dtype) : 0, magnitude = fabs(wanted);
@@ -26,6 +30,7 @@ static void product(const struct weight *w, const void *dense, int32_t k, int x_
             double bound = (x_dtype == BF16 ? 1.0 / 256 : 1e-7) * fabs(wanted) + 1e-6 * magnitude;
             if (!(fabs(get(y, j * w->rows + r, x_dtype) - wanted) <= bound)) fail("product", w->rows, w->columns, kernel_name(k));
         }
+    for (int i = 0; i + 1 < count; i++) free(targets[i].y);
     free(x), free(y), free(bias);
 }
 

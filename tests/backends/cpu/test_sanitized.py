@@ -1,4 +1,4 @@
-"""The C sources under AddressSanitizer and UndefinedBehaviorSanitizer, with random matrices, packed and dense, and mixtures."""
+"""The C sources under AddressSanitizer and UndefinedBehaviorSanitizer, with random matrices, packed and dense, mixtures and attention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FLAGS = ("-O1", "-g", "-std=gnu11", "-fno-strict-aliasing", "-fopenmp", "-Wall",
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
-@pytest.fixture(scope="module", params=["fuzz", "fuzz_experts", "fuzz_dense", "fuzz_nested"])
+@pytest.fixture(scope="module", params=["fuzz", "fuzz_experts", "fuzz_dense", "fuzz_attention", "fuzz_nested"])
 def fuzz(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("fuzz") / request.param
     source = Path(__file__).with_name(f"{request.param}.c")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sparse_weights import sparse
 
-from llmsparse.backends.cpu import expand, kernels, matvec, prepare
+from llmsparse.backends.cpu import expand, kernels, matvec, matvecs, prepare
 from llmsparse.backends.cpu.library import library
 from llmsparse.formats.bitmask import Bitmask
 
@@ -67,8 +67,42 @@ def test_shares_cost_the_same_wherever_the_values_are(number: int) -> None:
     weight = sparse(400, 256)
     weight[100:300] = 0  # values at both ends
     held = prepare(Bitmask.pack(weight))
-    firsts = [library().first_tile(ctypes.byref(held.matrices[0]), rank, number) for rank in range(number + 1)]
+    pointers = (ctypes.c_void_p * 1)(held.address)
+    firsts = [library().first_tile(pointers, 1, 0, rank, number) for rank in range(number + 1)]
     assert firsts[0] == 0 and firsts[-1] == 100 and firsts == sorted(firsts)
     cost = held.starts.diff() + 8 * 4 * 12  # of a tile: its values, and 12 for each of its 8 · 4 mask words
     shares = [int(cost[first:last].sum()) for first, last in pairwise(firsts)]
     assert max(shares) - min(shares) <= 2 * int(cost.max())
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 7])
+def test_shares_of_several_weights_follow_each_other_and_cost_the_same_together(number: int) -> None:
+    held = [prepare(Bitmask.pack(sparse(out, 256, seed=out))) for out in (400, 4, 100)]
+    pointers = (ctypes.c_void_p * 3)(*(one.address for one in held))
+    firsts = [
+        [library().first_tile(pointers, 3, which, rank, number) for rank in range(number + 1)] for which in range(3)
+    ]
+    costs = [one.starts.diff() + 8 * 4 * 12 for one in held]
+    assert [ends[0] for ends in firsts] == [0, 0, 0] and [ends[-1] for ends in firsts] == [100, 1, 25]
+    shares = [
+        sum(int(cost[ends[rank] : ends[rank + 1]].sum()) for cost, ends in zip(costs, firsts, strict=True))
+        for rank in range(number)
+    ]
+    assert max(shares) - min(shares) <= 2 * max(int(cost.max()) for cost in costs)
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_several_weights_at_once_give_what_each_gives_alone(number: int, threads: None) -> None:
+    torch.set_num_threads(number)
+    held = [prepare(Bitmask.pack(sparse(out, 200, seed=out))) for out in (67, 3, 32)]
+    biases = [torch.randn(67).bfloat16(), None, torch.randn(32)]
+    for x in (torch.randn(1, 200).bfloat16(), torch.randn(2, 3, 200).bfloat16()):
+        wanted = [matvec(one, x, bias) for one, bias in zip(held, biases, strict=True)]
+        for y, alone in zip(matvecs(held, x, biases), wanted, strict=True):
+            assert y.is_contiguous() and torch.equal(y, alone)
+
+
+def test_weights_of_other_inputs_are_refused() -> None:
+    held = [prepare(Bitmask.pack(sparse(8, width))) for width in (64, 96)]
+    with pytest.raises(ValueError, match=r"\[8, 96\] beside torch.bfloat16 \[8, 64\]"):
+        matvecs(held, torch.ones(1, 64, dtype=BF16), [None, None])

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import MIXTURE, save_random, stream, tiny_config, windows
 from torch import Tensor
 
 from llmsparse.errors import CheckpointError
 from llmsparse.models.streamed import Block
 from llmsparse.scoring.mixture import Call, Routed, find_mixture, intercepted
+from tests.architectures import MIXTURE, save_random, stream, tiny_config, windows
 
 FAMILIES = [*MIXTURE, "jamba", "qwen3_next"]
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import MIXTURE, VOCABULARY, random_model, save_random, tiny_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from wrapped import load, save_wrapped
 
 import llmsparse
 from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.storage.checkpoint import CheckpointReader
+from tests.architectures import MIXTURE, VOCABULARY, random_model, save_random, tiny_config
+from tests.wrapped import load, save_wrapped
 
 FAMILIES = [*MIXTURE, "jamba", "qwen3_next"]
 PER_EXPERT = ("mixtral", "qwen3_moe", "deepseek_v3")  # on disk
@@ -172,6 +172,41 @@ def test_a_block_for_multi_token_prediction_keeps_as_many_by_the_norm_of_their_w
             assert torch.equal(after[key], more[key])
     _, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["mismatched_keys"]
+
+
+@pytest.mark.parametrize(
+    ("name", "spelled", "as_released"),
+    [("qwen3_moe", "num_local_experts", "num_experts"), ("deepseek_v3", "n_routed_experts", "num_local_experts")],
+)
+def test_config_says_it_in_the_field_that_it_had(
+    name: str, spelled: str, as_released: str, shrink: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = save_random(tiny_config(name), tmp_path / "model")
+    fields = {as_released if key == spelled else key: value for key, value in config(source).items()}
+    (source / "config.json").write_text(json.dumps(fields))
+    shrink(source, experts=3)
+    assert config(tmp_path / "out") == fields | {as_released: 3}
+
+
+def test_a_source_in_8_bits_is_shrunk_as_what_it_stands_for(shrink: Callable[..., Any], tmp_path: Path) -> None:
+    source = save_random(tiny_config("qwen3_moe", dtype="bfloat16"), tmp_path / "model", shard="5GB")
+    stored: dict[str, Tensor] = {}
+    for key, tensor in load_file(source / "model.safetensors").items():
+        scale = tensor.abs().amax() / 448
+        encoded = {key: (tensor / scale).to(torch.float8_e4m3fn), f"{key}_scale_inv": scale.float()}
+        stored |= encoded if ".experts." in key else {key: tensor.bfloat16()}
+    save_file(stored, source / "model.safetensors", {"format": "pt"})
+    block = {"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}}
+    (source / "config.json").write_text(json.dumps(config(source) | block))
+    report = shrink(source, experts=3, refit=False)
+    after, kept = tensors(tmp_path / "out"), report.blocks[0].rows["experts"]["kept"]
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    name = "model.layers.0.mlp.experts.{}.up_proj.weight"
+    for number, expert in enumerate(kept):
+        whole = stored[name.format(expert)].float() * stored[f"{name.format(expert)}_scale_inv"]
+        assert torch.equal(after[name.format(number)], whole.bfloat16())
+    assert "quantization_config" not in config(tmp_path / "out")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out").generate(IDS, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl_moe", "llama4"])

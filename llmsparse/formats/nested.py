@@ -34,6 +34,7 @@ TILE = (
     2**16
 )  # places of a tile, at least, where a matrix has so many: what a tile begins with costs nothing beside them
 TILE_ROWS = 16  # a tile has a multiple of these, unless it is a whole matrix
+ROUNDED = ("float32", "bfloat16", "float16")  # what step · q may be rounded to
 STEPS = torch.bfloat16
 TENSORS = ("stream", "steps", "tiles")
 CHUNK = 2**22  # weights unpacked at a time
@@ -144,11 +145,15 @@ class Nested:
         shape: Any = described.get("shape")
         counts = [described.get(key) for key in ("nnz", "bytes", "tile", "group")]
         fits = isinstance(shape, list) and len(shape) > 1 and _whole([*shape, *counts]) and 0 not in counts[2:]
-        if not fits or counts[3] > max(1, shape[-1]):
+        if not fits or int(counts[3] or 0) > max(1, shape[-1]):
             raise CheckpointError(
                 f"{name}: shape {shape!r}, nnz, bytes, tile and group {counts!r}: wanted two or more sizes and four counts"
             )
         check_dtype(name, described)
+        if described["dtype"] not in ROUNDED:
+            raise CheckpointError(
+                f"{name}: dtype {described['dtype']!r}: wanted {', '.join(ROUNDED)} for numbers in few bits"
+            )
         digits, fours = described.get("digits"), described.get("fours")
         if not isinstance(digits, list) or not isinstance(fours, list) or not _whole([*digits, *fours]):
             raise CheckpointError(f"{name}: digits {digits!r}, fours {fours!r}: wanted two lists of whole numbers")

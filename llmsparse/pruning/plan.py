@@ -83,7 +83,10 @@ class PrunePlan(RunPlan[PruneRecipe]):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        return self.recipe.allocation_bounds or bounds_of(self.allocated_sparsity)
+        if self.recipe.allocation_bounds is None:
+            return bounds_of(self.allocated_sparsity)
+        low, high = self.recipe.allocation_bounds
+        return low, high
 
     @property
     def levels(self) -> list[Pattern]:

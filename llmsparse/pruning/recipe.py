@@ -6,7 +6,7 @@ What needs the model's shapes (a rule that matches nothing, a width that 4 does 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from decimal import Decimal
 from fnmatch import fnmatchcase
@@ -129,7 +129,7 @@ class PruneRecipe(RunRecipe):
     scope: Literal["auto", "row", "matrix"] = "auto"
     allocation: Allocating = "auto"
     allocation_level: Literal["block", "projection", "weight"] = "block"
-    allocation_bounds: Annotated[tuple[float, float] | None, PlainValidator(_bounds)] = None
+    allocation_bounds: Annotated[Sequence[float] | None, PlainValidator(_bounds)] = None
     rules: tuple[Rule, ...] = ()
     only: Globs = ()
     include: Globs = ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 import resource
 import shutil
@@ -200,9 +201,9 @@ def check(packed: PackedTensor, dense: Tensor, expected: Any) -> None:
     bits = dense.contiguous().view(torch.uint8).numpy().view(kind) if dense.numel() else np.zeros(dense.shape, kind)
     assert bits.shape == expected.shape and (bits == np.ascontiguousarray(expected).view(kind)).all(), "other numbers"
     weight = packed.unpack()
-    if len(packed.shape) > 2 and packed.shape[0]:
+    if len(packed.shape) > 2 and math.prod(packed.shape[:-2]):
         out = packed.shape[-2]
-        parts = [packed.rows(e * out, (e + 1) * out) for e in range(packed.shape[0])]
+        parts = [packed.rows(e * out, (e + 1) * out) for e in range(math.prod(packed.shape[:-2]))]
         assert same(type(packed).joined(parts), packed), "other parts"
     spec = WeightSpec.of(packed)
     if isinstance(packed, Nested) and not BACKENDS["cpu-nested"].why_not(spec):

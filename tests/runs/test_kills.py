@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from sparse import save_sparse
-from warm_process import WarmProcess
+from warm_process import Kill, WarmProcess
 
 import llmsparse
 from llmsparse.errors import RecipeError
@@ -24,7 +24,15 @@ WINDOWS: dict[str, Any] = {"calibration_samples": 8, "seq_len": 32, "device": "c
 PRUNE: dict[str, Any] = {"method": "sparsegpt", "sparsity": 0.7, "match_steps": 4, "max_shard_size": "100KB"}
 FACTORIZE: dict[str, Any] = {"experts": 4, "shared": 1, "active": 1, "router_steps": 20}
 TUNE: dict[str, Any] = {"seq_len": 32, "batch_size": 8, "steps": 20, "save_every": 3, "device": "cpu"}
-RUNS = ["prune", "prune to packed", "factorize", "shrink", "tune", "pack"]
+JOURNAL: list[Kill] = [("journal.jsonl", 2), ("journal.jsonl", 3)]  # the first block; when resumed, one after that
+RUNS: dict[str, list[Kill]] = {
+    "prune": JOURNAL,
+    "prune to packed": JOURNAL,
+    "factorize": JOURNAL,
+    "shrink": JOURNAL,
+    "tune": [("tuning.pt", 2), ("tuning.pt", 2)],
+    "pack": [("llmsparse_packed.json", 1)],
+}
 
 
 class Case:
@@ -46,22 +54,13 @@ class Case:
         """Whether there is a run to go on with."""
         return (self.out.with_name(self.out.name + ".partial") / ".llmsparse" / "run.json").exists()
 
-    def left_unfinished(self) -> bool:
-        """Kill it, at the latest moment of 40 that leaves something to go on with."""
-        for moment in range(40, 0, -1):
-            if self._process.run(self.verb, self.keys, kill_after=moment / 40 * self.seconds) is not None:
-                shutil.rmtree(self.out)
-            elif self.noted:
-                return True
-        return False
-
-    def killed(self, moments: list[float], old: Path | None = None) -> int:
-        """Begin, in the place of an `old` result if there is one, be killed after each of these shares of the time that it
-        takes, go on, come to the end; how many kills came in time. What is there is the old, the new, or nothing."""
+    def killed(self, moments: list[Kill], old: Path | None = None) -> int:
+        """Begin, in the place of an `old` result if there is one, be killed at each of these moments, go on, come to the
+        end; how many kills came in time. What is there is the old, the new, or nothing."""
         how, before = {"overwrite": old is not None}, files(shutil.copytree(old, self.out)) if old else None
         kills = 0
         for moment in moments:
-            if self._process.run(self.verb, self.keys | how, kill_after=moment * self.seconds) is not None:
+            if self._process.run(self.verb, self.keys | how, moment) is not None:
                 break
             kills += 1
             if self.out.exists():
@@ -72,7 +71,7 @@ class Case:
                 how = {"overwrite": True} if self.verb == "pack" else {"resume": True}  # pack is begun anew
         else:
             assert self._process.run(self.verb, self.keys | how) is not None
-        assert files(self.out) == self.whole, f"{self.verb}: other bytes, killed at {moments[:kills]} of its time"
+        assert files(self.out) == self.whole, f"{self.verb}: other bytes, killed at {moments[:kills]}"
         assert not self.out.with_name(self.out.name + ".partial").exists()
         shutil.rmtree(self.out)
         return kills
@@ -128,8 +127,8 @@ def case_of(
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_killed_twice_goes_on_to_the_same_bytes(name: str, case_of: Callable[[str], Case]) -> None:
-    assert case_of(name).killed([0.5, 0.5]) > 0
+def test_a_run_killed_while_it_writes_goes_on_to_the_same_bytes(name: str, case_of: Callable[[str], Case]) -> None:
+    assert case_of(name).killed(RUNS[name]) == len(RUNS[name])
 
 
 @pytest.mark.slow
@@ -144,15 +143,15 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_bytes(
     for file in ("config.json", "model.safetensors", "README.md"):
         (old / file).write_text("old")
     while kills < KILLS:
-        moments = [rng.random() for _ in range(rng.choice((1, 1, 2, 3)))]
+        moments: list[Kill] = [case.seconds * rng.random() for _ in range(rng.choice((1, 1, 2, 3)))]
         kills += case.killed(moments[: KILLS - kills], old if runs % 2 else None)
         runs += 1
     print(f"{name}: {kills} kills in {runs} runs, all of the same bytes")
 
 
-def test_a_killed_pack_is_begun_anew_by_leave(case_of: Callable[[str], Case]) -> None:
+def test_a_killed_pack_is_begun_anew_by_leave(process: WarmProcess, case_of: Callable[[str], Case]) -> None:
     case = case_of("pack")
-    assert case.left_unfinished(), "at none of 40 moments was there a folder that it writes"
+    assert process.run("pack", case.keys, ("llmsparse_packed.json", 1)) is None and case.noted
     with pytest.raises(RecipeError, match="an unfinished run is there; start anew with --overwrite"):
         llmsparse.pack(case.keys["model"], case.out)
     assert not case.out.exists()

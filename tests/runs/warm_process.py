@@ -16,6 +16,8 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
+Kill = float | tuple[str, int]  # after so many seconds; or at a file, the so-and-so-many-th time
+
 
 class WarmProcess:
     """The process as a test sees it; a context manager."""
@@ -34,13 +36,28 @@ class WarmProcess:
     ) -> None:
         self._process.communicate()
 
-    def run(self, verb: str, keys: dict[str, Any], kill_after: float | None = None) -> float | None:
-        """`llmsparse.verb(**keys)`: the seconds that it took, None where it was killed after `kill_after` of them."""
+    def run(self, verb: str, keys: dict[str, Any], kill: Kill | None = None) -> float | None:
+        """`llmsparse.verb(**keys)`: the seconds that it took, None where it was killed."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        print(json.dumps([verb, keys, kill_after]), file=self._process.stdin, flush=True)
+        print(json.dumps([verb, keys, kill]), file=self._process.stdin, flush=True)
         status, seconds = json.loads(self._process.stdout.readline())
         assert status in (0, -signal.SIGKILL), f"{verb} ended with exit code {status}"
         return seconds if status == 0 else None
+
+
+def die_at(name: str, time: int) -> None:
+    """Kill this process as it opens, or puts in its place, a file of that name for the so-and-so-many-th time."""
+    left = time
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal left
+        path = args[0] if event == "open" else args[1] if event == "os.rename" else ""
+        if isinstance(path, str | os.PathLike) and os.fspath(path).endswith(f"/{name}"):
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
 
 
 def main() -> None:
@@ -55,10 +72,13 @@ def main() -> None:
     answers = os.dup(1)
     os.dup2(2, 1)
     for line in sys.stdin:
-        verb, keys, kill_after = json.loads(line)
+        verb, keys, kill = json.loads(line)
+        kill_after = kill if isinstance(kill, float) else None
         started = time.perf_counter()
         child = os.fork()
         if not child:
+            if isinstance(kill, list):
+                die_at(*kill)
             verbs[verb](**keys)
             os._exit(0)
         ended = os.pidfd_open(child)

@@ -21,7 +21,7 @@ from llmsparse.errors import CheckpointError, NumericalError
 from llmsparse.models.streamed import Block, Slot, StreamedModel
 from llmsparse.models.tap import Tap
 from llmsparse.shrinking.narrowing import Unit, cut_parameters, positions
-from llmsparse.shrinking.projection import Seen, energies, fit_columns, loudest
+from llmsparse.shrinking.projection import Seen, energies, fit_columns, least_missed, loudest
 from llmsparse.shrinking.reduction import Cut, Reduction, Rows, Source, Specs
 
 SAME = 1e-3  # relative difference of what a zero elsewhere must not change
@@ -147,16 +147,22 @@ class NarrowerCut(Cut):
         """The pieces that stay in one projection, and what the projection becomes where a fit is better than a cut."""
         seen = self._seen.get(slot) or Seen(matrix.shape[1], unit.pieces, matrix.device, self._plan.fits)
         try:
-            pieces = loudest(matrix, seen, unit.kept)
+            choices = {"energy": loudest(matrix, seen, unit.kept)}
         except NumericalError as error:
             raise NumericalError(f"{self._block.name}.{unit.into.name}: {error}") from error
         energy = energies(matrix, seen) if seen.tokens else None
-        columns = positions(unit.into, 0, unit.pieces, pieces)
-        result = fit_columns(matrix, columns, seen)
+        if seen.gram is not None:
+            choices["least missed"] = least_missed(matrix, seen, unit.kept)
+        fits = {
+            how: fit_columns(matrix, positions(unit.into, 0, unit.pieces, one), seen) for how, one in choices.items()
+        }
+        how = min(fits, key=lambda how: (fits[how].after is None, fits[how].after))
+        pieces, result = choices[how], fits[how]
         self._rows.append(
             {
                 "projection": unit.into.name if slot[1] is None else f"{unit.into.name}.{slot[1]}",
                 "tokens": seen.tokens,
+                "chosen_by": how,
                 "energy": None if energy is None else (energy[pieces].sum() / energy.sum().clamp_min(1e-30)).item(),
                 "error_cut": result.before,
                 "error": result.after,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llmsparse.calibration.least_squares import DAMPS, HELD_BACK
 from llmsparse.errors import NumericalError
-from llmsparse.shrinking.projection import Seen, energies, fit_columns, loudest
+from llmsparse.shrinking.projection import Seen, energies, fit_columns, least_missed, loudest
 
 CPU = torch.device("cpu")
 
@@ -75,3 +75,35 @@ def test_columns_that_say_nothing_are_left_as_they_are() -> None:
 def test_activations_that_are_no_numbers_are_an_error() -> None:
     with pytest.raises(NumericalError, match="NaN or Inf"):
         energies(torch.ones(2, 4), seen_of(torch.full((4, 4), float("nan")), 4, fits=False))
+
+
+@given(st.sampled_from([1, 2]), st.integers(0, 50))
+def test_the_piece_that_goes_is_the_one_that_a_fit_of_the_others_misses_least(size: int, seed: int) -> None:
+    x, weight = correlated(200, 5 * size, seed), torch.randn(4, 5 * size, generator=torch.Generator().manual_seed(seed))
+    seen = seen_of(x, 5)
+    assert seen.gram is not None
+    gram = seen.gram.xtx.double().numpy()
+    gram = gram + 0.01 * np.diag(gram).mean() * np.eye(len(gram))
+
+    def missed(piece: int) -> float:
+        """tr E H Eᵀ of what is lost, the others fitted: the Schur complement of H."""
+        gone = np.arange(piece * size, (piece + 1) * size)
+        left = np.setdiff1d(np.arange(5 * size), gone)
+        rest = gram[np.ix_(gone, gone)] - gram[np.ix_(gone, left)] @ np.linalg.solve(
+            gram[np.ix_(left, left)], gram[np.ix_(left, gone)]
+        )
+        part = weight.double().numpy()[:, gone]
+        return float(np.trace(part @ rest @ part.T))
+
+    found = least_missed(weight, seen, 4).tolist()
+    assert sorted(set(range(5)) - set(found)) == [min(range(5), key=missed)]
+
+
+def test_pieces_that_others_can_stand_in_for_go_before_quieter_ones() -> None:
+    x = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 3] = x[:, 2]  # as loud as any, and said twice
+    weight = torch.tensor([[1.0, 1.0, 2.0, 2.0]])
+    seen = seen_of(x, 4)
+    assert loudest(weight, seen, 3).tolist() != (found := least_missed(weight, seen, 3).tolist())
+    assert {0, 1} < set(found)
+    assert fit_columns(weight, torch.tensor(found), seen).after == pytest.approx(0, abs=1e-4)

@@ -8,8 +8,8 @@ from itertools import accumulate
 from torch import Tensor
 
 from llmsparse.calibration.inputs import Input
-from llmsparse.ranks.group import ALONE, Ranks
-from llmsparse.ranks.tree import HELD
+from llmsparse.ranks.share import Share
+from llmsparse.ranks.tree import held_at_once
 from llmsparse.sparsity.stats import Gram, Statistic
 
 
@@ -19,19 +19,20 @@ def passes(
     budget: int,
     *,
     one_by_one: bool = False,
-    ranks: Ranks = ALONE,
+    share: Share,
 ) -> Iterator[list[Input]]:
     """Inputs measured in one pass: as many as `budget` bytes of statistics allow, at least one; or just one. Of several
     processes the first decides, and each input gets an owner."""
     needed = [needs(entry) for entry in inputs]
-    sizes = [HELD * kind.nbytes(entry.width) if kind else 0 for kind, entry in zip(needed, inputs, strict=True)]
+    ranks, held = share.ranks, held_at_once(share.total)
+    sizes = [held * kind.nbytes(entry.width) if kind else 0 for kind, entry in zip(needed, inputs, strict=True)]
     counts = [1] * len(inputs) if one_by_one else ranks.broadcast(_counts(sizes, budget), 0)
     for stop, count in zip(accumulate(counts), counts, strict=True):
-        held = inputs[stop - count : stop]
-        costs = [solving(entry, kind) for entry, kind in zip(held, needed[stop - count : stop], strict=True)]
-        for entry, owner in zip(held, ranks.assigned(costs), strict=True):
+        group = inputs[stop - count : stop]
+        costs = [solving(entry, kind) for entry, kind in zip(group, needed[stop - count : stop], strict=True)]
+        for entry, owner in zip(group, ranks.assigned(costs), strict=True):
             entry.owner = owner
-        yield held
+        yield group
 
 
 def _counts(sizes: list[int], budget: int) -> list[int]:

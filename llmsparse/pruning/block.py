@@ -90,7 +90,7 @@ def prune_block(
     ranks, one_by_one = acts.share.ranks, options.true_sequential
     inputs = learn_inputs(block, acts, [choice.weight for choice in choices.values()])
     for number, group in enumerate(
-        passes(inputs, needs, options.statistics_budget, one_by_one=one_by_one, ranks=ranks)
+        passes(inputs, needs, options.statistics_budget, one_by_one=one_by_one, share=acts.share)
     ):
         if number and options.true_sequential:
             block.reload()  # later inputs see the weights pruned so far; otherwise the module stays dense

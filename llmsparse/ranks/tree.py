@@ -3,7 +3,7 @@
 Sums of floats depend on their order. So batches are dealt to LEAVES leaves, each summed one batch after the other, and
 leaves are added up in halves. A process takes leaves that lie side by side, sums what it can of the tree, and whoever
 needs the total adds the rest in the tree's order: 1, 2, 4 and 8 processes give the same bits, and so does any other number.
-What that costs a single process: at most log2(LEAVES) + 1 partial sums are held at once.
+What that costs a single process: `held_at_once` partial sums.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from itertools import zip_longest
 from typing import TypeVar
 
 LEAVES = 8  # so many processes have something to do
-HELD = 4  # partial sums that are held at once while one process adds up all leaves
 
 T = TypeVar("T")
 
@@ -22,6 +21,15 @@ def leaves_of(batches: int) -> list[range]:
     """Leaf → the numbers of its batches."""
     count = max(1, min(LEAVES, batches))
     return [range(leaf * batches // count, (leaf + 1) * batches // count) for leaf in range(count)]
+
+
+def held_at_once(batches: int) -> int:
+    """The most partial sums that are there while one process adds up all leaves of so many batches.
+
+    >>> [held_at_once(batches) for batches in (1, 2, 3, 8, 128)]
+    [1, 2, 3, 4, 4]
+    """
+    return 1 + (min(LEAVES, batches) - 1).bit_length()
 
 
 def leaves_at(rank: int, size: int, leaves: int) -> range:

@@ -119,7 +119,7 @@ def _looked(
 
     plan, looked = run.plan, dict[str, Any]()
     inputs = learn_inputs(block, acts, weights)
-    for group in passes(inputs, needs, plan.options.statistics_budget, ranks=plan.ranks):
+    for group in passes(inputs, needs, plan.options.statistics_budget, share=acts.share):
         advance = run.progress.batches(f"looking at {block.name}", len(acts.hidden))
         calibrate(block, acts, group, needs, device=plan.device, seed=plan.recipe.seed, advance=advance)
         for found in plan.ranks.divided(group, [entry.owner for entry in group], look):

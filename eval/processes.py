@@ -25,7 +25,10 @@ import torch
 from eval.speed import SHAPES, build
 
 RESULTS = Path(__file__).parent / "results" / "processes.csv"
-HEADER = ["device", "threads", "torch", "shape", "blocks", "tokens", "method", "processes", "seconds", "critical_cpu_s", "cpu_s", "peak_mb_each", "speedup_clock", "speedup_critical", "same_bytes"]  # fmt: skip
+HEADER = [
+    "device", "threads", "torch", "shape", "blocks", "tokens", "method", "processes", "seconds", "critical_cpu_s", "cpu_s",
+    "peak_mb_each", "speedup_clock", "speedup_critical", "same_bytes",
+]  # fmt: skip
 
 
 def child(method: str, folder: Path, out: Path) -> None:
@@ -70,10 +73,19 @@ def child(method: str, folder: Path, out: Path) -> None:
 def run(method: str, processes: int, folder: Path) -> dict[str, float]:
     out = folder / f"out-{method}-{processes}"
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--no-python", sys.executable]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={processes}",
+        "--no-python",
+        sys.executable,
+    ]
     command = command if processes > 1 else [sys.executable]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "-m", "eval.processes", "--child", method, str(folder), str(out)], check=True, env=environment)
+    subprocess.run(
+        [*command, "-m", "eval.processes", "--child", method, str(folder), str(out)], check=True, env=environment
+    )
     ended = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
     return {
         "seconds": max(one["seconds"] for one in ended),

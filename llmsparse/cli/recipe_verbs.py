@@ -82,9 +82,9 @@ def add_recipe_verb(
     def run(terminal: Terminal, **given: Any) -> None:
         how = {switch: given.pop(switch) for switch in ("resume", "overwrite")}
         json, dry_run = given.pop("json"), given.pop("dry_run", plan_only)
+        terminal.calm_libraries()
         with joined().together():
             chosen = recipe_from(described.load_recipe(), given, **how)
-        terminal.calm_libraries()
         if dry_run:
             return terminal.show(described.load_make_plan()(chosen, **how, download=False), json)
         terminal.will_write(chosen.output_folder)

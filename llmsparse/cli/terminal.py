@@ -81,6 +81,8 @@ class Terminal:
         os.environ.setdefault("DATASETS_VERBOSITY", "critical")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        if self.place.size > 1:  # before torch is loaded: what it logs of lost connections is said in our own words
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
         if self.quiet or not downloads or not progress.watched():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

@@ -57,7 +57,7 @@ for name in VERBS:
 add_recipe_verb(app, "prune", "plan", help=PLAN_HELP, plan_only=True)
 
 
-@verb(app, "eval")
+@verb(app, "eval", several=True)
 def evaluate(
     terminal: Terminal,
     model: Model,

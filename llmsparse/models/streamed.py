@@ -84,6 +84,10 @@ class StreamedModel:
         """Where the checkpoint lies."""
         return self._reader.folder
 
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
     def dtype_of(self, weight: Weight) -> torch.dtype:
         """The dtype that a weight is stored in."""
         return self._reader.spec(weight.key).dtype

@@ -26,6 +26,7 @@ from llmsparse.runs.joint import refuse_others
 from llmsparse.runs.progress import Progress, Silent
 from llmsparse.storage.home_folder import expand_home
 from llmsparse.text import windows as calibration
+from llmsparse.text.bos import Bos
 from llmsparse.text.shares import split_shares
 from llmsparse.text.windows import Windows
 
@@ -69,6 +70,7 @@ def perplexity(
     batch_size: int | None = None,
     windows: int | None = None,
     text_field: str | None = None,
+    bos: Bos | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -85,7 +87,7 @@ def perplexity(
         for name, value, least in (("seq_len", seq_len, 2), ("batch_size", batch_size, 1), ("windows", windows, 1)):
             if value is not None and value < least:
                 raise RecipeError(f"{name}: got {value}, wanted at least {least}")
-        how = (seq_len, device, dtype, windows, text_field, revision, trust_remote_code)
+        how = (seq_len, device, dtype, windows, text_field, bos, revision, trust_remote_code)
         streamed, chosen = _open(str(model), str(text), *how)
     batches = split_batches(chosen.ids, batch_size, streamed.device, streamed.hidden_size)
     refuse_others(ranks, {"text": chosen.fingerprint, "batch size": len(batches[0]), "blocks": streamed.block_names})
@@ -117,6 +119,7 @@ def _open(
     dtype: str,
     windows: int | None,
     text_field: str | None,
+    bos: Bos | None,
     revision: str | None,
     trust_remote_code: bool,
 ) -> tuple[StreamedModel, Windows]:
@@ -136,6 +139,7 @@ def _open(
         seq_len=window_length(config, seq_len, text),
         limit=windows,
         text_field=text_field,
+        bos=bos,
         vocabulary=streamed.vocabulary,
     )
     window_length(config, chosen.ids.shape[1], text)

@@ -23,6 +23,7 @@ from llmsparse.pruners.spec import MethodSpec
 from llmsparse.pruning.allocation import ALLOCATIONS, Allocation, Uniform
 from llmsparse.runs.recipe import Count, Device, Dtype, Length, PathText, RunRecipe, Seed, ShardSize, Source, Texts
 from llmsparse.sparsity.patterns import Pattern, parse_pattern
+from llmsparse.text.bos import Bos
 from llmsparse.text.shares import Sources
 
 DEFAULT_METHOD = "sparsegpt"
@@ -139,6 +140,7 @@ class PruneRecipe(RunRecipe):
     match_steps: Annotated[int | Literal["auto"], PlainValidator(_match_steps)] = "auto"
     calibration: Texts = "auto"
     text_field: str | None = None
+    bos: Bos | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None
     batch_size: Count | None = None

@@ -145,6 +145,7 @@ def read_windows(
         seed=recipe.seed,
         held_out=held_out_windows(length),
         text_field=recipe.text_field,
+        bos=recipe.bos,
         vocabulary=opened.model.vocabulary,
         starts=starts,
         purpose=purpose,

@@ -28,6 +28,7 @@ from llmsparse.runs.streams import Streams
 from llmsparse.runs.verbs import VERBS, verb_of
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.disk import spell_size
+from llmsparse.text.bos import Bos
 from llmsparse.text.mix import held_out_parts, names
 from llmsparse.text.shares import Sources, split_shares
 from llmsparse.text.windows import Windows
@@ -48,6 +49,8 @@ class PlannedRecipe(Protocol):
     def text_source(self) -> Sources: ...
     @property
     def text_field(self) -> str | None: ...
+    @property
+    def bos(self) -> Bos | None: ...
     @property
     def seq_len(self) -> int | None: ...
     @property

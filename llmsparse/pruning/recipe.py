@@ -136,6 +136,7 @@ class PruneRecipe(RunRecipe):
     include: Globs = ()
     exclude: Globs = ()
     keep_zeros: bool = False
+    text_only: bool = False
     true_sequential: bool = False
     match_steps: Annotated[int | Literal["auto"], PlainValidator(_match_steps)] = "auto"
     calibration: Texts = "auto"

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from llmsparse.models.model_class import pipeline_tag
 from llmsparse.models.origin import Origin, config_fingerprint
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.ranks.group import Ranks
@@ -175,6 +176,11 @@ class RunPlan(ABC, Generic[Chosen]):
         return None
 
     @property
+    def text_only(self) -> bool:
+        """The language model alone is written, of a model that wraps one."""
+        return bool(getattr(self.recipe, "text_only", False))
+
+    @property
     def metadata(self) -> dict[str, str]:
         """In the header of every file of tensors."""
         return {"format": "pt"}
@@ -242,6 +248,7 @@ class RunPlan(ABC, Generic[Chosen]):
             "model": self.name,
             "output": str(self.output),
             "recipe": self.resolved.resolved(),
+            "pipeline_tag": pipeline_tag(self.config or self.model.config),
             "protocol": self.protocol,
             "versions": self.versions,
         }

@@ -97,6 +97,7 @@ def test_the_same_weights_are_computed_with_unpacked_and_read_by_the_page(model:
     assert all(torch.equal(again[name], tensor) for name, tensor in load_file("out/model.safetensors").items())
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 def test_by_name_it_runs_with_activations_of_8_bits(model: str) -> None:
     llmsparse.quantize(model, bits=2.5, output="out", **SMALL)
     loaded = load_model(Path("out"), backend="cpu-nested-int8", device=torch.device("cpu"))

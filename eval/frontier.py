@@ -23,6 +23,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from llmsparse.packing.folder import PackedCheckpoint
 RESULTS = Path(__file__).parent / "results" / "frontier.csv"
 SAMPLES = 64
 WINDOWS = 64  # to measure on
-BITS = (1.7, 3.0, 3.5, 4.0)  # besides 2, 2.3 and 2.7, which have several seeds
+BITS = (1.7, 3.0, 3.5, 4.0)  # besides 2, 2.3 and 2.7
 SEEDS = (0, 1, 2)
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
 MATCH_STEPS = 75
@@ -111,8 +112,8 @@ def cases(model: str) -> Iterator[Case]:
             ("quantize", "2"),
         ):
             yield Case(model, method, setting, seed)
-    for bits in BITS:
-        yield Case(model, "quantize", f"{bits:g}", 0)
+    for seed, bits in product(SEEDS, BITS):
+        yield Case(model, "quantize", f"{bits:g}", seed)
     for sparsity in SPARSITIES:
         yield Case(model, "mask", f"{sparsity:g}", 0)
     for sparsity, kind in ((0.7, "int8"), (0.7, "int4"), (0.5, "int4")):

@@ -26,10 +26,8 @@ from llmsparse.pruning.starved import pruner_that_fits
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.run import Made, Run
 from llmsparse.runs.seeding import generator_for
-from llmsparse.sparsity.patterns import KeepingZeros
+from llmsparse.sparsity.patterns import SPARSE, KeepingZeros
 from llmsparse.sparsity.stats import Statistic, combine
-
-SPARSE = 0.05  # fraction of zeros that no dense weight has by chance
 
 
 @dataclass(frozen=True)

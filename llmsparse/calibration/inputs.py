@@ -95,10 +95,11 @@ def calibrate(
     seed: int,
     advance: Callable[[], None] = lambda: None,
     keep_output: bool = False,
+    sampled: int | None = None,
 ) -> list[Tensor]:
     """Fill `statistic`, `rows` and `tokens` of each input from one pass of all batches through the block.
 
-    Returns the block's outputs, one (batch, tokens, width) a batch, when `keep_output`; the block is still dense, so
+    `sampled` rows are kept of an input, or so many as errors are measured on. Returns the block's outputs, one (batch, tokens, width) a batch, when `keep_output`; the block is still dense, so
     these are what block matching aims at. Otherwise a batch ends with the last input that is wanted: what follows, in most
     blocks the product that is nearly a third of the FFN, is not computed.
     """
@@ -114,7 +115,7 @@ def calibrate(
     calls = [entry.calls for entry in inputs]
     enough = None if keep_output or None in calls or 0 in calls else sum(filter(None, calls))
     seen = 0
-    wanted = sample_rows(sum(hidden.shape[0] * hidden.shape[1] for hidden in acts.hidden))
+    wanted = sampled or sample_rows(sum(hidden.shape[0] * hidden.shape[1] for hidden in acts.hidden))
 
     def update(slot: Slot, x: Tensor) -> None:  # x: (tokens, in)
         nonlocal seen

@@ -80,6 +80,13 @@ VERBS: dict[str, Verb] = {
         "llmsparse.shrinking.pipeline:shrink",
         shipped="shrink",
     ),
+    "activations": Verb(
+        "llmsparse.activations.keys",
+        "llmsparse.activations.recipe:ActivationsRecipe",
+        "llmsparse.activations.plan:make_plan",
+        "llmsparse.activations.pipeline:activations",
+        shipped="activations",
+    ),
     "scores": Verb(
         "llmsparse.scoring.keys",
         "llmsparse.scoring.recipe:ScoresRecipe",

@@ -27,9 +27,9 @@ from llmsparse.inference import import_hook
 from llmsparse.version import __version__
 
 if TYPE_CHECKING:
-    from llmsparse.activations.pipeline import activations as activations
-    from llmsparse.activations.recipe import ActivationsRecipe as ActivationsRecipe
-    from llmsparse.activations.report import ActivationsReport as ActivationsReport
+    from llmsparse.cutting.pipeline import activations as activations
+    from llmsparse.cutting.recipe import ActivationsRecipe as ActivationsRecipe
+    from llmsparse.cutting.report import ActivationsReport as ActivationsReport
     from llmsparse.benchmark.doctor import Diagnosis as Diagnosis
     from llmsparse.benchmark.doctor import diagnose as diagnose
     from llmsparse.evaluation.perplexity import Perplexity as Perplexity
@@ -73,8 +73,8 @@ _ERRORS = (
 )  # fmt: skip
 
 _LAZY = {  # name → the module it stands in
-    "ActivationsRecipe": "activations.recipe",
-    "ActivationsReport": "activations.report",
+    "ActivationsRecipe": "cutting.recipe",
+    "ActivationsReport": "cutting.report",
     "Diagnosis": "benchmark.doctor",
     "Explanation": "inference.explain",
     "FactorizeRecipe": "factorization.recipe",
@@ -97,7 +97,7 @@ _LAZY = {  # name → the module it stands in
     "TuneRecipe": "tuning.recipe",
     "TuneReport": "tuning.report",
     "Unpacking": "packing.unpack",
-    "activations": "activations.pipeline",
+    "activations": "cutting.pipeline",
     "diagnose": "benchmark.doctor",
     "explain": "inference.explain",
     "factorize": "factorization.pipeline",

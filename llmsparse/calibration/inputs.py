@@ -99,9 +99,10 @@ def calibrate(
 ) -> list[Tensor]:
     """Fill `statistic`, `rows` and `tokens` of each input from one pass of all batches through the block.
 
-    `sampled` rows are kept of an input, or so many as errors are measured on. Returns the block's outputs, one (batch, tokens, width) a batch, when `keep_output`; the block is still dense, so
-    these are what block matching aims at. Otherwise a batch ends with the last input that is wanted: what follows, in most
-    blocks the product that is nearly a third of the FFN, is not computed.
+    `sampled` rows are kept of an input, or so many as errors are measured on. Returns the block's outputs, one (batch,
+    tokens, width) a batch, when `keep_output`; the block is still dense, so these are what block matching aims at. Otherwise
+    a batch ends with the last input that is wanted: what follows, in most blocks the product that is nearly a third of the
+    FFN, is not computed.
     """
     inputs = list(inputs)
     lead: dict[Slot, Input] = {}

@@ -81,10 +81,10 @@ VERBS: dict[str, Verb] = {
         shipped="shrink",
     ),
     "activations": Verb(
-        "llmsparse.activations.keys",
-        "llmsparse.activations.recipe:ActivationsRecipe",
-        "llmsparse.activations.plan:make_plan",
-        "llmsparse.activations.pipeline:activations",
+        "llmsparse.cutting.keys",
+        "llmsparse.cutting.recipe:ActivationsRecipe",
+        "llmsparse.cutting.plan:make_plan",
+        "llmsparse.cutting.pipeline:activations",
         shipped="activations",
     ),
     "scores": Verb(

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from llmsparse.errors import RecipeError
 from llmsparse.pruners import PRUNERS, DSnoT, Magnitude, SparseGPT, Wanda
 from llmsparse.pruning.recipe import PruneRecipe
-from llmsparse.sparsity.fraction import parse_fraction
 from llmsparse.runs import recipe_file
+from llmsparse.sparsity.fraction import parse_fraction
 from llmsparse.sparsity.patterns import NofM, Unstructured
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from llmsparse.activations.block import ROWS
-from llmsparse.activations.recipe import ActivationsRecipe
+from llmsparse.cutting.block import ROWS
+from llmsparse.cutting.recipe import ActivationsRecipe
 from llmsparse.calibration.selection import matching_weights
 from llmsparse.encodings.reader import encoding_of, open_checkpoint
 from llmsparse.errors import CheckpointError, RecipeError

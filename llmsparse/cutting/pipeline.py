@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmsparse.activations.block import CutBlock, choose
-from llmsparse.activations.plan import make_plan
-from llmsparse.activations.recipe import ActivationsRecipe
-from llmsparse.activations.report import ActivationsReport
-from llmsparse.activations.writing import write_thresholds
+from llmsparse.cutting.block import CutBlock, choose
+from llmsparse.cutting.plan import make_plan
+from llmsparse.cutting.recipe import ActivationsRecipe
+from llmsparse.cutting.report import ActivationsReport
+from llmsparse.cutting.writing import write_thresholds
 from llmsparse.models.thresholds import cutting
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.recipe import from_arguments

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
-from llmsparse.activations.block import CutBlock, CutLayer
+from llmsparse.cutting.block import CutBlock, CutLayer
 from llmsparse.models.thresholds import Thresholds
 from llmsparse.runs.report import (
     SCHEMA_VERSION,

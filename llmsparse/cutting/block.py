@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from llmsparse.activations.allocation import Levels, greedy, uniform
-from llmsparse.activations.recipe import ActivationsRecipe
+from llmsparse.cutting.allocation import Levels, greedy, uniform
+from llmsparse.cutting.recipe import ActivationsRecipe
 from llmsparse.calibration.inputs import Input, calibrate, learn_inputs
 from llmsparse.errors import LlmsparseError
 from llmsparse.models.block import unwrap
@@ -24,7 +24,7 @@ from llmsparse.models.thresholds import Applied, applied, cutting, matrix_of
 from llmsparse.sparsity.activation import column_norms, scores, threshold_at
 
 ROWS = 4096  # of an input, to choose its thresholds from
-GREEDY_TOKENS = 2048  # that the error of a block is measured on, at least a window
+GREEDY_TOKENS = 1024  # that the error of a block is measured on, at least a window
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ from llmsparse.inference import import_hook
 from llmsparse.version import __version__
 
 if TYPE_CHECKING:
+    from llmsparse.benchmark.doctor import Diagnosis as Diagnosis
+    from llmsparse.benchmark.doctor import diagnose as diagnose
     from llmsparse.cutting.pipeline import activations as activations
     from llmsparse.cutting.recipe import ActivationsRecipe as ActivationsRecipe
     from llmsparse.cutting.report import ActivationsReport as ActivationsReport
-    from llmsparse.benchmark.doctor import Diagnosis as Diagnosis
-    from llmsparse.benchmark.doctor import diagnose as diagnose
     from llmsparse.evaluation.perplexity import Perplexity as Perplexity
     from llmsparse.evaluation.perplexity import perplexity as perplexity
     from llmsparse.factorization.pipeline import factorize as factorize

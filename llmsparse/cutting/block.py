@@ -14,9 +14,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from llmsparse.calibration.inputs import Input, calibrate, learn_inputs
 from llmsparse.cutting.allocation import Levels, greedy, uniform
 from llmsparse.cutting.recipe import ActivationsRecipe
-from llmsparse.calibration.inputs import Input, calibrate, learn_inputs
 from llmsparse.errors import LlmsparseError
 from llmsparse.models.block import unwrap
 from llmsparse.models.streamed import Activations, Block, Weight

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from llmsparse.calibration.selection import matching_weights
 from llmsparse.cutting.block import ROWS
 from llmsparse.cutting.recipe import ActivationsRecipe
-from llmsparse.calibration.selection import matching_weights
 from llmsparse.encodings.reader import encoding_of, open_checkpoint
 from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.models.origin import Origin, is_packed, read_config

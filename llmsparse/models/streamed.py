@@ -51,7 +51,10 @@ class StreamedModel:
     def __init__(
         self, reader: CheckpointReader, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
     ) -> None:
-        self.config: Any = load_config(reader.folder, trust_remote_code, encoded=isinstance(reader, DecodedReader))
+        encoded = isinstance(reader, DecodedReader)
+        self.config: Any = load_config(reader.folder, trust_remote_code, packed=reader.packed, encoded=encoded)
+        if reader.packed:
+            vars(self.config).pop("quantization_config", None)
         check_depth(self.config, reader)
         refuse_integers(reader)
         self._reader = reader
@@ -83,6 +86,11 @@ class StreamedModel:
     def folder(self) -> Path:
         """Where the checkpoint lies."""
         return self._reader.folder
+
+    def bytes_of(self, key: str) -> int:
+        """What an on-disk tensor takes once it is read."""
+        spec = self._reader.spec(key)
+        return spec.end - spec.begin
 
     def dtype_of(self, weight: Weight) -> torch.dtype:
         """The dtype that a weight is stored in."""

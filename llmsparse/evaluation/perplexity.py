@@ -18,8 +18,9 @@ import torch
 from llmsparse.encodings.reader import open_checkpoint
 from llmsparse.errors import CalibrationError, NumericalError, RecipeError
 from llmsparse.models.likelihood import negative_log_likelihood, perplexity_of
-from llmsparse.models.origin import fetch_model, load_config, load_tokenizer
+from llmsparse.models.origin import fetch_model, load_config, load_tokenizer, read_config
 from llmsparse.models.streamed import StreamedModel
+from llmsparse.models.thresholds import Thresholds, cutting, read_thresholds, rules_of
 from llmsparse.ranks.launch import joined
 from llmsparse.runs.device import choose_device, choose_dtype, split_batches, window_length
 from llmsparse.runs.joint import refuse_others
@@ -88,7 +89,7 @@ def perplexity(
             if value is not None and value < least:
                 raise RecipeError(f"{name}: got {value}, wanted at least {least}")
         how = (seq_len, device, dtype, windows, text_field, bos, revision, trust_remote_code)
-        streamed, chosen = _open(str(model), str(text), *how)
+        streamed, chosen, cut = _open(str(model), str(text), *how)
     batches = split_batches(chosen.ids, batch_size, streamed.device, streamed.hidden_size)
     refuse_others(ranks, {"text": chosen.fingerprint, "batch size": len(batches[0]), "blocks": streamed.block_names})
     if calibrated_on(streamed.folder, str(text), chosen.protocol):
@@ -101,13 +102,16 @@ def perplexity(
         progress.start(len(streamed.block_names))
         for block in streamed.blocks():
             progress.block(block.name)
-            block.run(acts, into=acts)
+            with cutting(block.module, rules_of(cut, block.name, block.module) if cut else {}):
+                block.run(acts, into=acts)
         nll = negative_log_likelihood(streamed, acts, batches)
     if not math.isfinite(nll):
         with ranks.together():
             raise NumericalError(_overflowed(str(model), streamed.dtype))
     tokens = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
     protocol = chosen.protocol | {"stride": chosen.ids.shape[1], "level": "token"}
+    if cut:
+        protocol |= {"activation sparsity": cut.sparsity}
     return Perplexity(str(model), perplexity_of(nll, tokens), tokens, time.perf_counter() - started, protocol)
 
 
@@ -122,8 +126,8 @@ def _open(
     bos: Bos | None,
     revision: str | None,
     trust_remote_code: bool,
-) -> tuple[StreamedModel, Windows]:
-    """The model and the windows of the text."""
+) -> tuple[StreamedModel, Windows, Thresholds | None]:
+    """The model, the windows of the text, and below which thresholds activations are left out."""
     folder = fetch_model(model, revision)
     config = load_config(folder, trust_remote_code, encoded=True)
     reader = open_checkpoint(folder)
@@ -143,7 +147,7 @@ def _open(
         vocabulary=streamed.vocabulary,
     )
     window_length(config, chosen.ids.shape[1], text)
-    return streamed, chosen
+    return streamed, chosen, read_thresholds(folder, read_config(folder))
 
 
 def _overflowed(model: str, dtype: torch.dtype) -> str:

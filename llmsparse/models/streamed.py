@@ -58,9 +58,12 @@ class StreamedModel:
         trust_remote_code: bool = False,
         config: Any = None,
     ) -> None:
+        encoded = isinstance(reader, DecodedReader)
         self.config: Any = config or load_config(
-            reader.folder, trust_remote_code, encoded=isinstance(reader, DecodedReader)
+            reader.folder, trust_remote_code, packed=reader.packed, encoded=encoded
         )
+        if reader.packed:
+            vars(self.config).pop("quantization_config", None)
         check_depth(self.config, reader)
         refuse_integers(reader)
         self._reader = reader
@@ -102,6 +105,11 @@ class StreamedModel:
     @property
     def device(self) -> torch.device:
         return self._device
+
+    def bytes_of(self, key: str) -> int:
+        """What an on-disk tensor takes once it is read."""
+        spec = self._reader.spec(key)
+        return spec.end - spec.begin
 
     def dtype_of(self, weight: Weight) -> torch.dtype:
         """The dtype that a weight is stored in."""

@@ -42,7 +42,7 @@ def _join(place: Place) -> None:
     import torch
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
+    from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
 
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     patience = timedelta(seconds=float(os.environ.get(JOIN_SECONDS, DEFAULT_JOIN_SECONDS)))

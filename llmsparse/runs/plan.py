@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
-import transformers
 from torch import Tensor
 
 from llmsparse.models.model_class import pipeline_tag
@@ -21,57 +20,22 @@ from llmsparse.models.streamed import StreamedModel
 from llmsparse.ranks.group import Ranks
 from llmsparse.ranks.launch import joined
 from llmsparse.runs.device import split_batches
+from llmsparse.runs.fingerprint import machine, versions
 from llmsparse.runs.memory import footprint_bytes
 from llmsparse.runs.own_windows import Writing, noted, plan_writing
+from llmsparse.runs.planned_recipe import PlannedRecipe
 from llmsparse.runs.recipe import RunRecipe, from_arguments
 from llmsparse.runs.report import spell_protocol
 from llmsparse.runs.streams import Streams
 from llmsparse.runs.verbs import VERBS, verb_of
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.disk import spell_size
-from llmsparse.text.bos import Bos
 from llmsparse.text.mix import held_out_parts, names
-from llmsparse.text.shares import Sources, split_shares
+from llmsparse.text.shares import split_shares
 from llmsparse.text.windows import Windows
-from llmsparse.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-
-class PlannedRecipe(Protocol):
-    """Keys that the recipes of all verbs have."""
-
-    single_file: ClassVar[bool]
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def text_source(self) -> Sources: ...
-    @property
-    def text_field(self) -> str | None: ...
-    @property
-    def bos(self) -> Bos | None: ...
-    @property
-    def seq_len(self) -> int | None: ...
-    @property
-    def batch_size(self) -> int | None: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def revision(self) -> str | None: ...
-    @property
-    def max_shard_size(self) -> str: ...
-    @property
-    def output_folder(self) -> Path: ...
-
-    def replace(self, **changes: Any) -> Self: ...
-    def resolved(self) -> dict[str, Any]: ...
-    def check_text(self, key: str, fingerprint: str) -> None: ...
 
 
 Chosen = TypeVar("Chosen", bound=PlannedRecipe)
@@ -307,13 +271,3 @@ def plan(
 def spoken_name(model: str) -> str:
     """A model as the user named it, without the path."""
     return Path(model).resolve().name if Path(model).exists() else model
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the last bits of a result depend on, beside the versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"threads": torch.get_num_threads(), "device": name}
-
-
-def versions() -> dict[str, str]:
-    return {"llmsparse": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -94,13 +94,11 @@ def calibrate(
     device: torch.device,
     seed: int,
     advance: Callable[[], None] = lambda: None,
-    keep_output: bool = False,
-) -> list[Tensor]:
+) -> None:
     """Fill `statistic`, `rows` and `tokens` of each input from one pass of all batches through the block.
 
-    Returns the block's outputs, one (batch, tokens, width) a batch, when `keep_output`; the block is still dense, so
-    these are what block matching aims at. Otherwise a batch ends with the last input that is wanted: what follows, in most
-    blocks the product that is nearly a third of the FFN, is not computed.
+    A batch ends with the last input that is wanted: what follows, in most blocks the product that is nearly a third of the
+    FFN, is not computed.
     """
     inputs = list(inputs)
     lead: dict[Slot, Input] = {}
@@ -112,7 +110,7 @@ def calibrate(
         followers.update(dict.fromkeys(entry.slots[1:], entry))
     current: dict[int, Tensor] = {}
     calls = [entry.calls for entry in inputs]
-    enough = None if keep_output or None in calls or 0 in calls else sum(filter(None, calls))
+    enough = None if None in calls or 0 in calls else sum(filter(None, calls))
     seen = 0
     wanted = sample_rows(sum(hidden.shape[0] * hidden.shape[1] for hidden in acts.hidden))
 
@@ -144,13 +142,10 @@ def calibrate(
         quota = -(-(wanted if slot[1] is None else EXPERT_ROWS) // len(acts.hidden))
         entry.rows.append(x[_draw(x.shape[0], quota, seed + batch).to(x.device)])
 
-    outputs: list[Tensor] = []
     for batch in range(len(acts.hidden)):
         seen = 0
         with suppress(_AllSeen), torch.no_grad(), Tap(block, update):
-            output = block.call(acts, batch)
-            if keep_output:
-                outputs.append(output)
+            block.call(acts, batch)
         current.clear()
         advance()
     for entry in lead.values():
@@ -158,7 +153,6 @@ def calibrate(
             raise NumericalError(
                 f"the activations that enter {entry.weights[0].name} are NaN or Inf; try --dtype float32, or check the model"
             )
-    return outputs
 
 
 class _AllSeen(Exception):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import reduce
 from typing import Any
 
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from llmsparse.calibration.inputs import Input, calibrate, learn_inputs
-from llmsparse.calibration.matching import Match, autocast_dtype, match
+from llmsparse.calibration.matching import Match
 from llmsparse.calibration.passes import output_error, passes
 from llmsparse.models.streamed import HEAD, Activations, Block
 from llmsparse.pruners import Pruned
+from llmsparse.pruning.matched import fading_of, match_block
+from llmsparse.pruning.options import PruneOptions
 from llmsparse.pruning.report import BlockRecord, PrunedWeight
 from llmsparse.pruning.selection import Choice
 from llmsparse.pruning.starved import pruner_that_fits
@@ -27,33 +29,24 @@ from llmsparse.runs.progress import Progress
 from llmsparse.runs.run import Made, Run
 from llmsparse.runs.seeding import generator_for
 from llmsparse.sparsity.patterns import KeepingZeros
-from llmsparse.sparsity.stats import Statistic, combine
+from llmsparse.sparsity.stats import InputNorm, Statistic, combine
 
 SPARSE = 0.05  # fraction of zeros that no dense weight has by chance
 
 
-@dataclass(frozen=True)
-class PruneOptions:
-    """What the solver of a block is told, besides what to prune."""
-
-    device: torch.device
-    dtype: torch.dtype  # to run blocks in
-    seed: int
-    match_steps: int
-    true_sequential: bool
-    keep_zeros: bool
-    calibration_tokens: int
-    statistics_budget: int  # bytes of statistics that may be held at once
-
-
 def finish_block(
-    block: Block, acts: Activations, choices: Sequence[Choice], options: PruneOptions, run: Run[Any]
+    block: Block,
+    acts: Activations,
+    aims: Activations | None,
+    choices: Sequence[Choice],
+    options: PruneOptions,
+    run: Run[Any],
 ) -> BlockRecord:
     """Leave `block` pruned, as it is on disk: pruned now, or read back from an interrupted run."""
     keys = sorted({choice.weight.key for choice in choices})
 
     def make() -> Made[BlockRecord]:
-        record = prune_block(block, acts, choices, options, run.progress)
+        record = prune_block(block, acts, choices, options, run.progress, aims)
         return Made({key: block.stored[key] for key in keys}, record)
 
     made = run.block(block.name, BlockRecord, make)
@@ -64,9 +57,14 @@ def finish_block(
 
 @torch.no_grad()
 def prune_block(
-    block: Block, acts: Activations, chosen: Sequence[Choice], options: PruneOptions, progress: Progress
+    block: Block,
+    acts: Activations,
+    chosen: Sequence[Choice],
+    options: PruneOptions,
+    progress: Progress,
+    aims: Activations | None = None,
 ) -> BlockRecord:
-    """Prune the chosen weights of a dense block in `block.stored`, and match its output to the dense block's."""
+    """Prune the chosen weights of a dense block in `block.stored`, and match its output to `aims`, if there are any."""
     started = time.perf_counter()
     choices = {choice.weight.name: choice for choice in chosen}
     if not choices:
@@ -75,19 +73,21 @@ def prune_block(
     seconds: dict[str, float] = {}
     keep: dict[str, Tensor] = {}
     zeros_at: dict[str, Tensor] = {}  # of weights that were sparse already
-    targets: list[Tensor] = []
-    matching = options.match_steps > 0 and block.name != HEAD
+    norms: dict[str, Tensor] = {}
+    loss = None if aims is None or block.name == HEAD else options.loss_of(block.name, aims)
+    fading = loss is not None and options.fading
+    dense = {key: block.stored[key].clone() for key in {choice.weight.key for choice in chosen}} if fading else {}
 
     def needs(entry: Input) -> type[Statistic] | None:
-        return reduce(combine, (choices[weight.name].pruner.needs for weight in entry.weights))
+        least = InputNorm if fading else None
+        return reduce(combine, (choices[weight.name].pruner.needs for weight in entry.weights), least)
 
     inputs = learn_inputs(block, acts, [choice.weight for choice in choices.values()])
-    for number, group in enumerate(
-        passes(inputs, needs, options.statistics_budget, one_by_one=options.true_sequential)
-    ):
+    grouped = passes(inputs, needs, options.statistics_budget, one_by_one=options.true_sequential)
+    for number, group in enumerate(grouped):
         if number and options.true_sequential:
             block.reload()  # later inputs see the weights pruned so far; otherwise the module stays dense
-        outputs = calibrate(
+        calibrate(
             block,
             acts,
             group,
@@ -95,25 +95,27 @@ def prune_block(
             device=options.device,
             seed=options.seed,
             advance=progress.batches(f"calibrating {block.name}", len(acts.hidden)),
-            keep_output=matching and number == 0,
         )
-        targets = targets or outputs
         for entry in group:
             for weight in entry.weights:
                 begun = time.perf_counter()
                 row, mask, zeros = prune_weight(block, choices[weight.name], entry, options)
                 rows.append(row)
-                if matching:
+                if loss:
                     keep[weight.name] = mask.cpu()
-                if matching and "zeros_before" in row.notes:
+                if loss and ("zeros_before" in row.notes or options.keep_zeros):
                     zeros_at[weight.name] = zeros.cpu()
+                if fading:
+                    assert isinstance(entry.statistic, InputNorm)
+                    norms[weight.name] = entry.statistic.norm.cpu()
                 seconds[weight.name] = time.perf_counter() - begun
             entry.statistic = None
             entry.rows.clear()
 
     result: Match | None = None
-    if matching:
-        result = match_block(block, acts, targets, choices, keep, options, progress)
+    if loss:
+        fades = fading_of(choices.values(), norms, zeros_at if options.keep_zeros else {}, dense) if fading else None
+        result = match_block(block, acts, loss, choices, keep, fades, options, progress)
         if result.improved:
             rows = [as_matched(row, block.view(choices[row.name].weight), zeros_at.get(row.name)) for row in rows]
     order = list(choices)
@@ -165,37 +167,3 @@ def zeros_before(zeros: Tensor, moved: Tensor) -> dict[str, Any]:
     """Of a weight that was sparse already: the share of it that was 0, and how many of these are no longer."""
     share = zeros.count_nonzero().item() / zeros.numel()
     return {"zeros_before": share, "zeros_returned": int((zeros & moved).sum())} if share > SPARSE else {}
-
-
-def match_block(
-    block: Block,
-    acts: Activations,
-    targets: list[Tensor],
-    choices: dict[str, Choice],
-    keep: dict[str, Tensor],
-    options: PruneOptions,
-    progress: Progress,
-) -> Match:
-    """Tune the surviving weights so that the block's output comes back to the dense one's; updates `block.stored`."""
-    block.reload()
-    free = {key: torch.zeros(tensor.shape, dtype=torch.bool) for key, tensor in block.stored.items()}
-    for choice in choices.values():
-        block.view(choice.weight, free).copy_(keep[choice.weight.name])
-    movable = {name: mask for name, mask in block.in_module(free).items() if mask.any()}
-    tuned, result = match(
-        block,
-        acts,
-        targets,
-        movable,
-        steps=options.match_steps,
-        seed=options.seed,
-        autocast=autocast_dtype(options.dtype, options.device),
-        advance=progress.batches(f"matching {block.name}", options.match_steps),
-    )
-    if not result.improved:
-        return result
-    on_disk = block.on_disk(tuned)
-    for choice in choices.values():
-        values = block.view(choice.weight, on_disk)  # (out, in) fp32
-        block.store(choice.weight, values * keep[choice.weight.name].to(values.device))
-    return result

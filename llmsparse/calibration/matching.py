@@ -12,6 +12,9 @@ neither rate nor step, where there are any.
 Half precision is bfloat16, whatever the model computes in: an error of a token relative to its own norm, as a mean over
 thousands of tokens, has gradients of 1e-9 and less in a large model, all of them 0 in float16. Adam does not care for
 scale, so the loss that is backpropagated is scaled up besides, for what a model still does in float16.
+
+Of several processes each has the batches that it holds, and every step takes some of each: their gradients are added up in
+the tree of `ranks/tree.py`, so that all take the same step, which is that of one process alone.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -27,6 +31,7 @@ from llmsparse.calibration.fading import Fading, rounds
 from llmsparse.calibration.matching_loss import Loss
 from llmsparse.calibration.tuner import Tuner
 from llmsparse.models.streamed import Activations, Block
+from llmsparse.ranks.tree import far_apart
 
 TOKENS_PER_STEP = 1024  # or the block's width, if that is more
 LEARNING_RATES = (1e-2, 3e-2, 1e-1)  # fractions of a weight's root mean square
@@ -77,9 +82,10 @@ def match(
     dense block, and the masks are made on the way; it is kept only if it ends better than what is stored.
     The module itself is left with its old parameters.
     """
-    validation, reported, train = shares(len(acts.hidden))
+    share = acts.share
+    validation, reported, train = shares(share.total)
     validated = not set(train) & set(validation)
-    group = batches_per_step(*acts.hidden[0].shape, most=len(train))
+    group = share.ranks.known(lambda: batches_per_step(*acts.hidden[0].shape, most=len(train)))
     tuner = Tuner(block, acts, loss, keep, autocast)
 
     before = tuner.error(reported)
@@ -87,8 +93,9 @@ def match(
     best, best_error = Matched(tuner.values(), tuner.keep, Match(before, before, steps, 0.0, validated, False)), first
     rate = 0.0
     if steps:
-        schedule = _batches(train, group, steps, seed)
-        probes = {rate: tuner.probe(rate, schedule[: probe_steps(steps)], validation) for rate in LEARNING_RATES}
+        schedule = _batches(train, group, steps, seed, share.leaves)
+        probing = schedule[: probe_steps(steps)]
+        probes = {rate: tuner.probe(rate, probing, validation, best.values) for rate in LEARNING_RATES}
         rate = min(probes, key=lambda rate: probes[rate])
         fades = rounds(steps) if fading else {}
         if fading:
@@ -143,10 +150,13 @@ def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype | No
     return torch.bfloat16 if native else torch.float16
 
 
-def _batches(train: Sequence[int], group: int, steps: int, seed: int) -> list[list[int]]:
-    """`steps` groups of batch numbers: epochs of a seeded shuffle."""
+def _batches(train: Sequence[int], group: int, steps: int, seed: int, leaves: Sequence[range]) -> list[list[int]]:
+    """`steps` groups of batch numbers: epochs of a seeded shuffle, dealt so that every group has its batches from leaves
+    that lie far apart, and so, of several processes, work for all."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     while len(order) < steps * group:
-        order += [train[int(j)] for j in torch.randperm(len(train), generator=generator)]
+        shuffled = [train[int(j)] for j in torch.randperm(len(train), generator=generator)]
+        piles = [[batch for batch in shuffled if batch in leaves[leaf]] for leaf in far_apart(len(leaves))]
+        order += [batch for layer in zip_longest(*piles) for batch in layer if batch is not None]
     return [order[step * group : (step + 1) * group] for step in range(steps)]

@@ -1,5 +1,6 @@
 """What block matching makes small: how far a block's output is from what it should be."""
 
+# pyright: reportUnknownVariableType=false
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -26,9 +26,10 @@ class Tuner:
         self, block: Block, acts: Activations, loss: Loss, keep: Mapping[str, Tensor], autocast: torch.dtype | None
     ) -> None:
         self.block, self.acts, self._loss, self.autocast = block, acts, loss, autocast
+        self.share = acts.share
         self.scale = 1.0 if autocast is None else SCALE
         self.parameters = {name: block.module.get_parameter(name) for name in keep}
-        self.original = {name: parameter.data for name, parameter in self.parameters.items()}
+        self.device = next(iter(self.parameters.values())).device
         stored = block.in_module(block.stored)  # the module may hold them rounded to the compute dtype
         self.keep = self._placed(keep)
         self._never: dict[str, Tensor] = {}  # once weights fade: what stays whatever it is
@@ -37,7 +38,7 @@ class Tuner:
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Go on from these values, of any dtype, which are copied."""
         for name, parameter in self.parameters.items():
-            parameter.data = values[name].to(self.original[name].device, torch.float32, copy=True)
+            parameter.data = values[name].to(self.device, torch.float32, copy=True)
             parameter.requires_grad_(True)
 
     def begin_fading(self, values: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> None:
@@ -56,27 +57,28 @@ class Tuner:
             self.parameters[name].data.mul_(self.keep[name] | never)
 
     def _placed(self, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: mask.to(self.original[name].device) for name, mask in keep.items()}
+        return {name: mask.to(self.device) for name, mask in keep.items()}
 
     def values(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     def restore(self) -> None:
-        for name, parameter in self.parameters.items():
+        for parameter in self.parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
-            parameter.data = self.original[name]
+        self.block.reload()
 
     def loss(self, batch: int) -> Tensor:
-        hidden = self.acts.hidden[batch]
-        device = next(iter(self.original.values())).device
-        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-            output = self.block.call(self.acts, batch, hidden=hidden.to(device))
-        return self._loss(output, batch)
+        """Of a batch that is held here."""
+        place = self.share.place(batch)
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            output = self.block.call(self.acts, place)
+        return self._loss(output, place)
 
     @torch.no_grad()
     def error(self, batches: Sequence[int]) -> float:
-        return sum(self.loss(batch).item() for batch in batches) / len(batches)
+        losses = {batch: self.loss(batch).item() for batch in batches if batch in self.share.numbers}
+        return sum(self.share.collected(losses).values()) / len(batches)
 
     def start(self, rate: float) -> torch.optim.Adam:
         """An optimizer whose steps are `rate` of each parameter's root mean square."""
@@ -88,24 +90,40 @@ class Tuner:
         return torch.optim.Adam(groups, betas=BETAS)
 
     def step(self, optimizer: torch.optim.Adam, batches: Sequence[int], fraction: float) -> None:
-        """One step on these batches, at a fraction of the rate."""
-        optimizer.zero_grad()
-        for batch in batches:
-            (self.loss(batch) * (self.scale / len(batches))).backward()
-        for name, parameter in self.parameters.items():
-            if parameter.grad is not None:  # None for experts that no token of these batches reached
-                parameter.grad.mul_(self.keep[name])  # Adam never moves a weight whose gradients were all zero
+        """One step on these batches, wherever they are held, at a fraction of the rate."""
+        parameters = list(self.parameters.values())
+
+        def gradients(leaf: int) -> list[Tensor | None]:
+            optimizer.zero_grad()
+            for batch in batches:
+                if batch in self.share.leaves[leaf]:
+                    (self.loss(batch) * (self.scale / len(batches))).backward()
+            return [parameter.grad for parameter in parameters]
+
+        sums = self.share.summed_for_all(gradients, _both, [parameter.numel() for parameter in parameters])
+        for (name, parameter), gradient in zip(self.parameters.items(), sums, strict=True):
+            parameter.grad = gradient
+            if gradient is not None:  # None for experts that no token of these batches reached
+                gradient.mul_(self.keep[name])  # Adam never moves a weight whose gradients were all zero
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * fraction
         optimizer.step()
         self._zero()  # what Adam remembers moves weights that have faded
 
-    def probe(self, rate: float, schedule: Sequence[Sequence[int]], validation: Sequence[int]) -> float:
-        """Validation error after a few steps at a constant rate; the weights are put back."""
-        start = self.values()
+    def probe(
+        self, rate: float, schedule: Sequence[Sequence[int]], validation: Sequence[int], start: Mapping[str, Tensor]
+    ) -> float:
+        """Validation error after a few steps at a constant rate from `start`, to which the weights are put back."""
         optimizer = self.start(rate)
         for batches in schedule:
             self.step(optimizer, batches, 1.0)
         error = self.error(validation)
         self.load(start)
         return error if math.isfinite(error) else math.inf
+
+
+def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, either of which may not be there."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one.add_(other)

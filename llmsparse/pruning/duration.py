@@ -64,7 +64,7 @@ def seconds_by_effort(plan: PrunePlan) -> dict[EffortName, float]:
     for name in EFFORTS:
         draft = replace(plan, recipe=plan.recipe.replace(effort=name))
         steps = default_match_steps(draft) if plan.recipe.match_steps == "auto" else plan.match_steps
-        found[name] = round(seconds_of(replace(draft, match_steps=steps)), 1)
+        found[name] = seconds_of(replace(draft, match_steps=steps))
     return found
 
 

@@ -219,12 +219,11 @@ class StreamedModel:
             fill=self._fill,
         )
 
-    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (batch, tokens, vocabulary) of hidden states (batch, tokens, width) after the last block.
 
         Final norm, head, scaling and caps are the model's own code; each token stands for itself, so any part of a
-        sequence will do.
+        sequence will do. Hidden states that want a gradient get it; nothing else does.
         """
         self._load(self._output)
         return self._finish(hidden.to(self._device)).logits

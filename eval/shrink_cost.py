@@ -40,7 +40,7 @@ def write_mixture(folder: Path, blocks: int) -> Path:
     config = CONFIG_MAPPING["olmoe"](**SHAPE, num_hidden_layers=blocks, architectures=["OlmoeForCausalLM"])
     folder.mkdir()
     config.save_pretrained(folder)
-    empty = build_empty(config, torch.device("cpu"), torch.bfloat16)
+    empty = build_empty(config, torch.device("cpu"), torch.bfloat16, False)
     shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     writer = CheckpointWriter(folder, {name: (shape, torch.bfloat16) for name, shape in shapes.items()}, 2**40)
     generator = torch.Generator().manual_seed(0)

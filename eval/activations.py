@@ -21,7 +21,6 @@ import argparse
 import csv
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -38,7 +37,9 @@ import torch
 import llmsparse
 from eval.cpu_speed import cpu_name
 from eval.end_to_end import build
+from llmsparse.backends.choice import AUTO
 from llmsparse.inference.decode import decode
+from llmsparse.inference.load import load_model
 from llmsparse.models.origin import BUILTIN_FOLDER
 
 HERE = Path(__file__).parent
@@ -146,13 +147,9 @@ def quality(data: Path, chosen: list[str]) -> None:
                     )
 
 
-def child(folder: Path, tokens: int) -> None:
+def child(folder: Path, backend: str, tokens: int) -> None:
     """One model in a process of its own: prints its figures as JSON."""
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", quantization_config=llmsparse.SparseConfig()
-    )
+    model = load_model(folder, backend=backend, device=torch.device("cpu"))
     model.generation_config.eos_token_id = None
     ids = (torch.arange(16) % 1000)[None]
     stamps: list[float] = []
@@ -171,22 +168,18 @@ def decoding(folder: Path, tokens: int, repeats: int) -> None:
     for name in ("pruned", "packed"):
         if not (folder / f"{name}-cut").is_dir():
             llmsparse.activations(folder / name, output=folder / f"{name}-cut", **run)
-    if not (folder / "whole-cut").is_dir():  # dense weights: none of them is packed while it is loaded
-        shutil.copytree(folder / "pruned-cut", folder / "whole-cut")
-    who = {"packed 70 %": "packed", "packed 70 %, half of the inputs": "packed-cut"}
+    who = {
+        "dense torch bf16": ("pruned", AUTO),
+        "dense": ("packed", "cpu-dense"),
+        "dense, half of the inputs": ("pruned-cut", AUTO),
+        "packed 70 %": ("packed", AUTO),
+        "packed 70 %, half of the inputs": ("packed-cut", AUTO),
+    }
     times: dict[str, list[float]] = {name: [] for name in who}
     for _ in range(repeats):
-        for name, part in who.items():
-            command = [
-                sys.executable,
-                "-m",
-                "eval.activations",
-                "",
-                "--child",
-                str(folder / part),
-                "--tokens",
-                str(tokens),
-            ]
+        for name, (part, backend) in who.items():
+            command = [sys.executable, "-m", "eval.activations", ".", "--tokens", str(tokens)]
+            command += ["--child", str(folder / part), "--backend", backend]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             times[name] += json.loads(done.stdout.splitlines()[-1])
@@ -208,9 +201,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--child", type=Path)
+    parser.add_argument("--backend", default=AUTO)
     options = parser.parse_args()
     if options.child:
-        return child(options.child, options.tokens)
+        return child(options.child, options.backend, options.tokens)
     if options.decode:
         return decoding(options.decode, options.tokens, options.repeats)
     quality(options.data, options.models.split(","))

@@ -70,44 +70,42 @@ class Result(Case):
 
 
 def cases(model: str) -> Iterator[Case]:
-    """What matters most first."""
+    """What matters most first; all of it at one half, and at other shares the plainest and the best."""
+    yield from (
+        Case(model, 0.5),
+        Case(model, 0.5, "wina", "uniform", "none"),
+        Case(model, 0.5, "wina", "greedy", "none"),
+    )
+    yield from (Case(model, 0.0, weights=0.7), Case(model, 0.5, weights=0.5), Case(model, 0.0, weights=0.5))
     for sparsity in SPARSITIES:
-        yield Case(model, sparsity)
-        for score, bias in product(("wina", "teal", "topk"), ("none", "fold", "centre")):
-            yield Case(model, sparsity, score, "uniform", bias)
-        if sparsity == 0.5:
-            yield Case(model, 0.0, weights=0.7)
-            yield Case(model, 0.5, weights=0.5)
-            yield Case(model, 0.0, weights=0.5)
-        for score, bias in (
-            ("wina", "none"),
-            ("teal", "centre"),
-            ("teal", "none"),
-            ("topk", "centre"),
-            ("wina", "fold"),
-        ):
-            yield Case(model, sparsity, score, "greedy", bias)
+        yield from (Case(model, sparsity), Case(model, sparsity, "wina", "uniform", "none"))
+    for score, bias in product(("wina", "teal", "topk"), ("none", "fold", "centre")):
+        yield Case(model, 0.5, score, "uniform", bias)
+    for sparsity in SPARSITIES:
+        for score in ("teal", "topk"):
+            yield Case(model, sparsity, score, "uniform", "none")
+    for score, bias in (("teal", "centre"), ("teal", "none"), ("topk", "centre"), ("wina", "fold")):
+        yield Case(model, 0.5, score, "greedy", bias)
 
 
 def measure(case: Case, folder: Path, calibration: str, dense: float | None, scratch: Path) -> tuple[Result, float]:
     """A row, and the perplexity of the dense model on the same windows."""
     source = folder
-    run = RUN | {"calibration": calibration}
-    bits, found = 16.0, {"before": dense, "after": dense}
+    run: dict[str, Any] = RUN | {"calibration": calibration}
+    bits, found = 16.0, dict[str, Any]()
     if case.weights:
         source = scratch / "pruned"
         report = llmsparse.prune(folder, output=source, overwrite=True, sparsity=case.weights, match_steps=0, **run)
         bits, found = 16 * (1 - case.weights) + 1, report.perplexity or found
-    before = found["before"]
+    before: float = found.get("before", dense)
     if case.sparsity:
-        rule = {"score": "wina", "rule": "topk"} if case.score == "topk" else {"score": case.score}
-        keys = {"sparsity": case.sparsity, "allocation": case.allocation, "bias": case.bias}
+        rule: dict[str, Any] = {"score": "wina", "rule": "topk"} if case.score == "topk" else {"score": case.score}
+        keys: dict[str, Any] = {"sparsity": case.sparsity, "allocation": case.allocation, "bias": case.bias}
         cut = llmsparse.activations(source, output=scratch / "cut", overwrite=True, **keys, **rule, **run)
         assert cut.perplexity is not None
         found, bits = cut.perplexity, bits * (1 - case.sparsity)
         before = before if case.weights else found["before"]
-    assert before is not None
-    after = found["after"]
+    after: float = found["after"]
     return Result(*astuple(case), bits=bits, perplexity=after, ratio=after / before), before
 
 
@@ -115,7 +113,7 @@ def quality(data: Path, chosen: list[str]) -> None:
     torch.set_num_threads(1)
     rows: list[Result] = []
     if RESULTS.exists():
-        kinds = {field.name: float if field.type == "float" else str for field in fields(Result)}
+        kinds: dict[str, Any] = {field.name: float if field.type == "float" else str for field in fields(Result)}
         with RESULTS.open(encoding="utf-8") as file:
             rows = [Result(**{key: kinds[key](value) for key, value in row.items()}) for row in csv.DictReader(file)]
     done = {Case(*(getattr(row, field.name) for field in fields(Case))) for row in rows}
@@ -132,6 +130,7 @@ def quality(data: Path, chosen: list[str]) -> None:
             for case in cases(name):
                 if case in done:
                     continue
+                done.add(case)
                 row, dense = measure(case, *places[name], dense, scratch)
                 rows.append(row)
                 print(*(f"{key} {value}" for key, value in asdict(row).items()), flush=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from llmsparse.backends.cpu import columns
 from llmsparse.backends.cpu.columns import Columns
@@ -157,6 +157,6 @@ def _cut(module: nn.Module, name: str, thresholds: Thresholds) -> None:
         )
     layer: Any = module
     layer.rule = thresholds.apply(name, matrix_of(module), layer.bias)
-    module.__class__ = CutConv1D if isinstance(module, Conv1D) else CutLinear
-    if isinstance(module, CutLinear):
-        module.lay_out()
+    layer.__class__ = CutConv1D if isinstance(module, Conv1D) else CutLinear
+    if isinstance(layer, CutLinear):
+        layer.lay_out()

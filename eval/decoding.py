@@ -36,12 +36,13 @@ from torch import Tensor
 
 from eval.cpu_speed import cpu_name
 from eval.end_to_end import build, pss_bytes
+from eval.llama_cpp import LlamaCpp
 from llmsparse.backends.cpu import pages
 from llmsparse.inference.decode import decode
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "decoding.csv"
-KINDS = {"bf16": None, "Q8_0": 7, "Q4_K_M": 15}  # as enum llama_ftype
+KINDS = ("bf16", "Q8_0", "Q4_K_M")
 OURS, GENERATE, DENSE = "packed 70 %", "packed 70 %, generate", "dense torch bf16"
 COLUMNS = [
     "date", "cpu", "torch", "transformers", "threads", "prompt", "who", "runs", "cpu_ms", "cpu_ms_min", "ms", "ms_min", "pss_mb",
@@ -91,36 +92,26 @@ def tokens_of(who: str, model: Any, ids: Tensor, tokens: int) -> list[tuple[int,
     return stamps[1:]  # the prompt comes first
 
 
-class LlamaCpp:
+class Rival:
     """llama.cpp's library, and the model in its kinds."""
 
     def __init__(self, source: Path, folder: Path) -> None:
-        self._libraries, self._folder = source / "build" / "bin", folder
-        self._program = self._built("llama_decode", source)
-        quantize = self._built("llama_quantize", source)
+        self._tree, self._folder = LlamaCpp(source, folder), folder
+        self._program = self._tree.built("llama_decode")
         if not self._file("bf16").exists():
-            sys.path.insert(0, str(source / "gguf-py"))
             from eval.gguf_folder import write_gguf
 
             write_gguf(folder / "pruned", self._file("bf16"))
-        for kind, number in KINDS.items():
-            if number is not None and not self._file(kind).exists():
-                subprocess.run(
-                    [quantize, self._file("bf16"), self._file(kind), str(number)], check=True, stderr=subprocess.DEVNULL
-                )
+        for kind in KINDS:
+            if not self._file(kind).exists():
+                self._tree.quantize(self._file("bf16"), self._file(kind), kind)
 
     def command(self, kind: str, prompt: int, tokens: int, threads: int) -> list[str]:
-        return [str(self._program), str(self._file(kind)), str(prompt), str(tokens), str(threads), str(self._libraries)]
+        numbers = (prompt, tokens, threads)
+        return [str(self._program), str(self._file(kind)), *map(str, numbers), str(self._tree.libraries)]
 
     def _file(self, kind: str) -> Path:
         return self._folder / f"{kind}.gguf"
-
-    def _built(self, name: str, source: Path) -> Path:
-        program = self._folder / name
-        includes = [f"-I{source / part}" for part in ("include", "ggml/include")]
-        libraries = [f"-L{self._libraries}", "-lllama", "-lggml", "-lggml-base", f"-Wl,-rpath,{self._libraries}"]
-        subprocess.run(["cc", "-O2", *includes, str(HERE / f"{name}.c"), "-o", str(program), *libraries], check=True)
-        return program
 
 
 def run(command: list[str], threads: int, realtime: bool) -> dict[str, Any]:
@@ -171,7 +162,7 @@ def main() -> None:
         folder: Path = options.folder or Path(scratch)
         if not (folder / "packed").is_dir():
             build(folder)
-        rival = LlamaCpp(options.llama_cpp.resolve(), folder) if options.llama_cpp else None
+        rival = Rival(options.llama_cpp.resolve(), folder) if options.llama_cpp else None
         about = {"date": time.strftime("%Y-%m-%d"), "cpu": cpu_name() or platform.machine()}
         about |= {"torch": torch.__version__, "transformers": transformers.__version__}
         with RESULTS.open("w", newline="", encoding="utf-8") as file:

@@ -10,7 +10,8 @@ The embedded model is calibrated and measured on held-out modules of Python's st
     seed        of the calibration windows
 
 quantize is `llmsparse quantize --bits`; mask is SparseGPT and, where `matched` says so, block matching, packed; mask-int8 and
-mask-int4 are `quantize --values` of such a mask; gptq and rtn are eval/group_quantization.py.
+mask-int4 are `quantize --values` of such a mask; gptq and rtn are eval/group_quantization.py; llama.cpp is its own quantizer with an
+importance matrix (eval/llama_cpp.py), where the model is wide enough for its blocks of 256 and `--llama-cpp` names its source tree.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,14 @@ from safetensors.torch import load_file, save_file
 
 import llmsparse
 from eval.group_quantization import bits_of, quantize_model
+from eval.llama_cpp import KINDS, LlamaCpp
 from llmsparse.models.origin import BUILTIN_FOLDER
 from llmsparse.packing.folder import PackedCheckpoint
 
 RESULTS = Path(__file__).parent / "results" / "frontier.csv"
 SAMPLES = 64
 WINDOWS = 64  # to measure on
-BITS = (1.7, 3.0, 3.5, 4.0)  # besides 2, 2.3 and 2.7, which have several seeds
+BITS = (1.7, 3.0, 3.5, 4.0)  # besides 2, 2.3 and 2.7
 SEEDS = (0, 1, 2)
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
 MATCH_STEPS = 75
@@ -81,7 +84,7 @@ class Model:
 
 def models(data: Path, scratch: Path) -> Iterator[Model]:
     """The models in bf16, and tinystories in two parts."""
-    yield Model("embedded", BUILTIN_FOLDER, "builtin", "builtin", 512)
+    yield Model("embedded", BUILTIN_FOLDER, "builtin", "builtin", 256)
     story = (data / "data" / "tinystories.txt").read_text(encoding="utf-8")
     cut = 3 * len(story) // 4
     calibration, evaluation = scratch / "calibration.txt", scratch / "evaluation.txt"
@@ -109,8 +112,8 @@ def cases(model: str) -> Iterator[Case]:
             ("quantize", "2"),
         ):
             yield Case(model, method, setting, seed)
-    for bits in BITS:
-        yield Case(model, "quantize", f"{bits:g}", 0)
+    for seed, bits in product(SEEDS, BITS):
+        yield Case(model, "quantize", f"{bits:g}", seed)
     for sparsity in SPARSITIES:
         yield Case(model, "mask", f"{sparsity:g}", 0)
     for sparsity, kind in ((0.7, "int8"), (0.7, "int4"), (0.5, "int4")):
@@ -119,18 +122,22 @@ def cases(model: str) -> Iterator[Case]:
         for method in ("rtn", "gptq"):
             yield Case(model, method, f"{bits} g{GROUPS[model][bits > 2]}", 0)
     yield Case(model, "mask", "0.7 matched", 0)
+    for kind in KINDS if GROUPS[model][1] % 128 == 0 else ():  # widths are multiples of its blocks of 256
+        yield Case(model, "llama.cpp", kind, 0)
 
 
-def make(case: Case, model: Model, scratch: Path) -> tuple[Path, float, dict[str, float]]:
+def make(case: Case, model: Model, scratch: Path, rival: LlamaCpp | None) -> tuple[Path, float, dict[str, float]]:
     """The dense checkpoint that a case comes to, its bits a weight, and what else a row says."""
     out, dense = scratch / "out", scratch / "dense"
     run: dict[str, Any] = {"calibration": model.calibration, "calibration_samples": SAMPLES, "seq_len": model.seq_len}
     run |= {"seed": case.seed, "device": "cpu", "dtype": "float32"}
     if case.method == "dense":
         return model.folder, 16.0, {}
+    text: dict[str, Any] = {"text": model.calibration, "samples": SAMPLES, "seq_len": model.seq_len, "seed": case.seed}
+    if rival and case.method == "llama.cpp":
+        return dense, rival.quantized(model.folder, dense, case.setting, scratch / "gguf", **text), {}
     if case.method in ("rtn", "gptq"):
         bits, group = (int(part) for part in case.setting.split(" g"))
-        text = {"text": model.calibration, "samples": SAMPLES, "seq_len": model.seq_len, "seed": case.seed}
         quantize_model(model.folder, dense, case.method, bits, group, **text)
         return dense, bits_of(bits, group), {}
     more: dict[str, float] = {}
@@ -160,6 +167,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--models", default=",".join(GROUPS))
     parser.add_argument("--only", default="", help="methods that begin so")
+    parser.add_argument("--llama-cpp", type=Path, help="its source tree; without it, its kinds are left out")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows: dict[Case, Result] = {}
@@ -170,15 +178,18 @@ def main() -> None:
             known = {key: float(row[key]) for key in ("bits", "perplexity", "loss")}
             rows[case] = Result(**asdict(case), **known, **numbers)
     with tempfile.TemporaryDirectory() as folder:
+        rival = LlamaCpp(options.llama_cpp.resolve(), Path(folder)) if options.llama_cpp else None
         for model in models(options.data, Path(folder)):
             if model.name not in options.models.split(","):
                 continue
             for case in cases(model.name):
                 if case in rows or not case.method.startswith((options.only, "dense")):
                     continue
+                if case.method == "llama.cpp" and rival is None:
+                    continue
                 scratch = Path(folder) / "case"
                 shutil.rmtree(scratch, ignore_errors=True)
-                dense, bits, more = make(case, model, scratch)
+                dense, bits, more = make(case, model, scratch, rival)
                 found = llmsparse.perplexity(
                     dense, model.evaluation, seq_len=model.seq_len, windows=WINDOWS, device="cpu", dtype="float32"
                 ).perplexity

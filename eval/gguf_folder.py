@@ -1,4 +1,4 @@
-"""A dense Llama folder as llama.cpp's GGUF, bf16 and without a vocabulary: what its library needs to be timed.
+"""A dense Llama folder as llama.cpp's GGUF, bf16 and without a vocabulary, which is what its library needs; and the way back.
 
 The package `gguf` is that of llama.cpp's own source tree.
 """
@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+
+from llmsparse.models.origin import copy_side_files
 
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -55,9 +58,9 @@ def write_gguf(folder: Path, file: Path) -> None:
     for shard in sorted(folder.glob("*.safetensors")):
         with safe_open(shard, "pt") as tensors:
             for key in tensors.keys():
-                name, tensor = _renamed(key), tensors.get_tensor(key)
-                if "q_proj" in key or "k_proj" in key:
-                    tensor = _interleaved(tensor, heads if "q_proj" in key else key_heads)
+                name, tensor = renamed(key), tensors.get_tensor(key)
+                if heads_of(key, config):
+                    tensor = _interleaved(tensor, heads_of(key, config))
                 if tensor.dim() == 1:
                     writer.add_tensor(name, tensor.float().numpy())
                 else:
@@ -69,13 +72,49 @@ def write_gguf(folder: Path, file: Path) -> None:
     writer.close()
 
 
-def _renamed(key: str) -> str:
+def read_gguf(file: Path, folder: Path, output: Path) -> float:
+    """The checkpoint of `folder`, in float32, with the values that a GGUF of it has; the bits that a weight of its linear
+    layers takes there."""
+    import gguf  # pyright: ignore[reportMissingImports]
+
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    held = {tensor.name: tensor for tensor in gguf.GGUFReader(str(file)).tensors}
+    weights: dict[str, Tensor] = {}
+    stored = numel = 0
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, "pt") as tensors:
+            for key in tensors.keys():
+                tensor, shape = held[renamed(key)], tensors.get_slice(key).get_shape()
+                values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).view(shape)
+                if heads_of(key, config):
+                    values = _by_halves(values, heads_of(key, config))
+                weights[key] = values.float().contiguous()
+                if "proj" in key:
+                    stored, numel = stored + int(tensor.n_bytes), numel + values.numel()
+    output.mkdir(parents=True)
+    copy_side_files(folder, output)
+    save_file(weights, output / "model.safetensors", {"format": "pt"})
+    return 8 * stored / numel
+
+
+def renamed(key: str) -> str:
+    """What llama.cpp calls a tensor."""
     if key in OUTSIDE:
         return OUTSIDE[key]
     _, _, block, rest = key.split(".", 3)
     return f"blk.{block}.{NAMES[rest.removesuffix('.weight')]}.weight"
 
 
+def heads_of(key: str, config: dict[str, Any]) -> int:
+    """In how many heads its rows are laid out anew; 0 where they are not."""
+    kinds = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+    return next((config[heads] for part, heads in kinds.items() if part in key), 0)
+
+
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
     """Rows in the order that llama.cpp rotates: pairs next to each other, where transformers rotates halves."""
     return weight.reshape(heads, 2, len(weight) // heads // 2, -1).transpose(1, 2).reshape(weight.shape)
+
+
+def _by_halves(weight: Tensor, heads: int) -> Tensor:
+    return weight.reshape(heads, len(weight) // heads // 2, 2, -1).transpose(1, 2).reshape(weight.shape)

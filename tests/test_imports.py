@@ -27,7 +27,7 @@ USES_INTERNALS = {  # of transformers
 }
 STOREYS = [  # a room may import what stands on a storey above it in this list, and nothing else
     "errors version",
-    "sparsity storage",
+    "sparsity storage ranks",
     "formats encodings text pruners",
     "models backends",
     "runs calibration",

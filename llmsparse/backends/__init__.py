@@ -20,6 +20,7 @@ BACKENDS: dict[str, Backend] = {
     "dense-lowmem": DenseLowMemory(),
     "cpu-bitmask": CpuBitmask(),
     "cpu-nested": CpuNested(),
+    "cpu-nested-int8": CpuNested("cpu-nested-int8", int8=True),
     "cpu-dense": CpuDense(),
     "mma24": TritonOp("mma24", most=32, pattern="2:4"),
     "split24": TritonOp("split24", most=32),

@@ -40,6 +40,7 @@ class CpuBitmask:
     name = "cpu-bitmask"
     formats = ("bitmask",)
     compiles = False
+    exact = True
 
     def why_not(self, spec: WeightSpec) -> str | None:
         if spec.device.type != "cpu":

@@ -16,6 +16,7 @@ class CpuDense:
     name = "cpu-dense"
     formats = None
     compiles = False
+    exact = True
 
     def why_not(self, spec: WeightSpec) -> str | None:
         return why_not(spec.device, spec.dtype)

@@ -1,4 +1,7 @@
-"""`cpu-nested`: the C kernels of `cpu/nested.py`, for few tokens at a time, in fp32 and bf16; more are torch's, unpacked."""
+"""`cpu-nested`: the C kernels of `cpu/nested.py`, for few tokens at a time, in fp32 and bf16; more are torch's, unpacked.
+
+`cpu-nested-int8`: the same layout, multiplied with activations that are rounded to 8 bits: not the product to its last bits.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,11 @@ from llmsparse.formats.nested import Nested
 
 
 class CpuNested:
-    name = "cpu-nested"
     formats = ("nested",)
     compiles = False
+
+    def __init__(self, name: str = "cpu-nested", *, int8: bool = False) -> None:
+        self.name, self.int8, self.exact = name, int8, not int8
 
     def why_not(self, spec: WeightSpec) -> str | None:
         if spec.device.type != "cpu":
@@ -33,7 +38,7 @@ class CpuNested:
         return None
 
     def tokens(self, spec: WeightSpec) -> int | None:
-        found = nested.kernels(spec.stored or spec.dtype, spec.dtype)
+        found = nested.kernels(spec.stored or spec.dtype, spec.dtype, int8=self.int8)
         return nested.KERNEL_ROWS[next(iter(found))]
 
     def prepare(self, packed: Nested, spec: WeightSpec) -> nested.CpuNested:
@@ -42,7 +47,7 @@ class CpuNested:
     def run(self, prepared: nested.CpuNested, x: Tensor, bias: Tensor | None) -> Tensor:
         if not x.numel():
             return x.new_empty(*x.shape[:-1], prepared.shape[-2])
-        return nested.matvec(prepared, x, bias)
+        return nested.matvec(prepared, x, bias, int8=self.int8)
 
     def dense(self, prepared: nested.CpuNested) -> Tensor:
         return nested.expand(prepared, torch.empty(prepared.shape, dtype=prepared.dtype))

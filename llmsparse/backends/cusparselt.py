@@ -30,6 +30,7 @@ class CuSparseLt:
     name = "cusparselt"
     formats = ("bitmask",)
     compiles = True
+    exact = True
 
     def why_not(self, spec: WeightSpec) -> str | None:
         if spec.device.type != "cuda":

@@ -30,6 +30,7 @@ class Dense:
     name = "dense"
     formats = None
     compiles = True
+    exact = True
 
     def why_not(self, spec: WeightSpec) -> str | None:
         return None
@@ -69,6 +70,7 @@ class DenseLowMemory:
     name = "dense-lowmem"
     formats = None
     compiles = True
+    exact = True
 
     def why_not(self, spec: WeightSpec) -> str | None:
         return None

@@ -60,6 +60,11 @@ class Backend(Protocol):
         """`torch.compile` traces through `run`; otherwise a graph has it as an op of torch."""
         ...
 
+    @property
+    def exact(self) -> bool:
+        """It gives the dense product but for the order of sums. What rounds its input runs where it is asked for by name."""
+        ...
+
     def why_not(self, spec: WeightSpec) -> str | None:
         """Why this weight cannot run here, in a few words; None if it can."""
         ...

@@ -33,6 +33,7 @@ class TritonOp:
     most: int  # rows of activations
     pattern: str | None = None  # the only pattern that its layout holds
     compiles: bool = True  # its kernels are torch ops
+    exact: bool = True
     formats: tuple[str, ...] = ("bitmask",)
 
     def why_not(self, spec: WeightSpec) -> str | None:

@@ -18,6 +18,7 @@ from llmsparse.formats import PackedTensor, restore
 
 BOUND = {torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}  # rms of the difference of two products, each rounded once
 EXACT = 2e-5  # the same where nothing is rounded but sums
+ROUNDED = 1e-2  # where the input is rounded to 8 bits
 
 
 def laid_out(name: str, packed: PackedTensor, spec: WeightSpec, copies: int, batches: Sequence[int]) -> list[Any] | str:
@@ -35,7 +36,8 @@ def laid_out(name: str, packed: PackedTensor, spec: WeightSpec, copies: int, bat
 
 def differs(name: str, prepared: Any, packed: PackedTensor, spec: WeightSpec, batches: Sequence[int]) -> str | None:
     """How a backend's products differ from dense ones, for every batch that it takes; None if they do not."""
-    backend, bound = BACKENDS[name], BOUND.get(spec.dtype, EXACT)
+    backend = BACKENDS[name]
+    bound = BOUND.get(spec.dtype, EXACT) + (0 if backend.exact else ROUNDED)
     weight, most = packed.unpack(), backend.tokens(spec)
     generator = torch.Generator().manual_seed(0)
     for batch in batches:

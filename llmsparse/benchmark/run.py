@@ -171,7 +171,7 @@ def rows(result: Benchmark, device: torch.device) -> tuple[list[Measurement], li
     """For the table of backends: what is faster than dense, the fastest first; and what was measured and is not.
 
     A backend is faster up to the largest batch before the first at which it gains less than GAIN. One that takes any
-    number of tokens would be given any number, and so must gain at every batch.
+    number of tokens would be given any number, and so must gain at every batch. One that rounds is left to be asked for.
     """
     about = f"{time.strftime('%Y-%m-%d')} on {result.protocol['device']}, {result.protocol['threads']} threads, "
     about += ", ".join(f"{name} {number}" for name, number in result.versions.items() if number)
@@ -182,7 +182,7 @@ def rows(result: Benchmark, device: torch.device) -> tuple[list[Measurement], li
         spans["sparsity"] = (max(0.0, round(one.sparsity - SLACK, 2)), 1.0)
         for name in BACKENDS:
             speedups = [(speeds.batch, speeds.speedup(name)) for speeds in one.tables]
-            if name == DENSE or not speedups or speedups[0][1] is None:
+            if name == DENSE or not BACKENDS[name].exact or not speedups or speedups[0][1] is None:
                 continue
             won = [(batch, gain or 0.0) for batch, gain in speedups]
             end = next((number for number, (_, gain) in enumerate(won) if gain < GAIN), len(won))

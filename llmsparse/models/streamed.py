@@ -30,6 +30,8 @@ from llmsparse.models.origin import load_config
 from llmsparse.models.prunable import refuse_shared_blocks
 from llmsparse.models.read_ahead import ReadAhead
 from llmsparse.models.weight import Slot, Weight, list_weights
+from llmsparse.ranks.group import ALONE, Ranks
+from llmsparse.ranks.share import Share
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.heap import release_freed
 from llmsparse.storage.shard import is_finite
@@ -161,11 +163,13 @@ class StreamedModel:
                 yield group, {name: laid_out[name] for name in group.targets if name in laid_out}
 
     @torch.no_grad()
-    def embed(self, batches: Sequence[Tensor]) -> Activations:
-        """What enters the first block for each batch of (batch, tokens) int64 ids, and what each block is called with.
+    def embed(self, batches: Sequence[Tensor], ranks: Ranks = ALONE) -> Activations:
+        """What enters the first block for each batch of (batch, tokens) int64 ids, and what each block is called with; of
+        several processes each embeds its share of the batches.
 
         Runs no block. The input embedding is read for it, and dropped afterwards.
         """
+        share = Share(ranks, tuple((ids.shape[0], ids.shape[1]) for ids in batches))
         self._load(self._input)
         recorder = Recorder(len(self._blocks))
 
@@ -179,12 +183,12 @@ class StreamedModel:
             return run
 
         with quiet(), replaced(self._blocks, record):
-            for ids in batches:
+            for ids in share.take(batches):
                 recorder.next_batch()
                 with suppress(_Recorded):
                     self._model(ids.to(self._device), use_cache=False)
         self._drop(self._input)
-        return Activations(recorder.hidden, recorder.calls)
+        return Activations(recorder.hidden, recorder.calls, share)
 
     def blocks(self, names: Container[str] | None = None) -> Generator[Block]:
         """Every block, or those named, one after the other: loaded here, and evicted when the next one is asked for,

@@ -19,13 +19,12 @@ from llmsparse.models.origin import fetch_model, is_packed, read_config
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.packing.folder import PackedCheckpoint
 from llmsparse.packing.report import NARROW, WIDE, compared
-from llmsparse.sparsity.patterns import PATTERNS
+from llmsparse.sparsity.patterns import PATTERNS, SPARSE
 from llmsparse.storage.checkpoint import CheckpointReader
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-SPARSE = 0.05  # below this fraction of zeros a weight counts as dense
 FULL = 0.95  # of the places an N:M may keep: where so many are kept, it is what made the zeros
 GROUPS = (2, 4, 8, 16, 32)  # M that is looked for
 

@@ -18,7 +18,8 @@ from llmsparse.models.streamed import HEAD, StreamedModel, Weight
 from llmsparse.packing.values import LARGEST
 from llmsparse.quantization.block import STEPS, Choice, QuantizeOptions, dense_for_values, steps_shape
 from llmsparse.quantization.recipe import QuantizeRecipe
-from llmsparse.quantization.weight import SPARSE, Problem
+from llmsparse.quantization.weight import Problem
+from llmsparse.runs.joint import alone
 from llmsparse.runs.memory import available_bytes, freed_bytes
 from llmsparse.runs.opening import OpenedModel, fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
@@ -112,6 +113,7 @@ class QuantizePlan(RunPlan[QuantizeRecipe]):
         }
 
 
+@alone
 def make_plan(
     recipe: QuantizeRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True
 ) -> QuantizePlan:
@@ -203,7 +205,7 @@ def _bits_of_values(
     for choice in first:
         tensors = opened.reader.read([choice.weight.key])
         problem = Problem(choice.weight.view(tensors).float(), None, choice.group, recipe.rate, recipe.damp)
-        if problem.zeros <= SPARSE:
+        if problem.keep is None:
             raise RecipeError(dense_for_values(recipe, choice.weight.name, problem.zeros))
         assert choice.largest is not None
         made, count = problem.to_values(choice.largest), problem.weight.numel()

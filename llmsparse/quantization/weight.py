@@ -19,9 +19,9 @@ from llmsparse.pruners.sparsegpt import factor_hessian
 from llmsparse.quantization.gptq import quantize_columns, refitted
 from llmsparse.quantization.rounding import round_by, thresholds
 from llmsparse.quantization.search import step_for
+from llmsparse.sparsity.patterns import is_sparse
 from llmsparse.sparsity.stats import Gram
 
-SPARSE = 0.05  # fraction of zeros that no dense weight has by chance: these zeros stay
 START = 1.2  # steps in root mean squares of a row, where the search begins ...
 LEAST, MOST = 2**-5, 6.0  # ... and between which it stays
 TRIED_ROWS = 256  # of a larger weight only so many rows, evenly spread, are tried until their step fits
@@ -58,7 +58,7 @@ class Problem:
     @property
     def keep(self) -> Tensor | None:
         """Of a weight that is sparse already: where it is not 0."""
-        return self.weight != 0 if self.zeros > SPARSE else None
+        return self.weight != 0 if is_sparse(self.weight) else None
 
     def rows(self, chosen: Tensor) -> Problem:
         return Problem(self.weight[chosen], self.stat, self.group, self.rate, self.damp)

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,11 +60,19 @@ class Call(ABC):
 
     @abstractmethod
     def observe(self) -> Routed:
-        """Carry it out, and see what each expert gives."""
+        """Carry it out, once, and see what each expert gives."""
 
     @abstractmethod
-    def parts(self, rows: Tensor) -> Tensor:
-        """What each expert adds to some of the tokens: (rows, k, width), zeros for numbers beyond the last expert."""
+    def alone(self, expert: int) -> Alone:
+        """Run one expert on the tokens that are sent to it, as often as is asked."""
+
+
+class Alone(NamedTuple):
+    """One expert on its own tokens: it adds weights · output to them."""
+
+    tokens: Tensor  # (some,)
+    weights: Tensor  # (some,) gates, where these are on what comes out; else ones
+    output: Tensor  # (some, width)
 
 
 def find_mixture(model: StreamedModel, index: int) -> Mixture | None:
@@ -130,17 +138,14 @@ class _WeighedOutputs(Call):
         output = torch.zeros_like(self._hidden)  # (tokens, width)
         norms = torch.zeros(self.index.shape, dtype=torch.float32, device=output.device)
         for expert, token, place in self._sent(self.index):
-            found = self._alone(self._hidden[token], expert)  # (some, width): f
+            found = self._run(self._hidden[token], expert)  # (some, width): f
             norms[token, place] = found.float().norm(dim=-1)
             output.index_add_(0, token, (found * self.gates[token, place, None]).to(output.dtype))
         return Routed(self.index, self.gates, norms, output, output)
 
-    def parts(self, rows: Tensor) -> Tensor:
-        hidden, gates = self._hidden[rows], self.gates[rows]
-        parts = hidden.new_zeros(len(rows), gates.shape[1], hidden.shape[1])
-        for expert, token, place in self._sent(self.index[rows]):
-            parts[token, place] = (self._alone(hidden[token], expert) * gates[token, place, None]).to(parts.dtype)
-        return parts
+    def alone(self, expert: int) -> Alone:
+        place, token = torch.where((self.index == expert).T)
+        return Alone(token, self.gates[token, place], self._run(self._hidden[token], expert))
 
     def _sent(self, index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Every expert that some token is sent to, which tokens these are, and in which place they have it."""
@@ -149,7 +154,7 @@ class _WeighedOutputs(Call):
                 place, token = torch.where((index == expert).T)  # in the order in which transformers' own loop has them
                 yield expert, token, place
 
-    def _alone(self, x: Tensor, expert: int) -> Tensor:
+    def _run(self, x: Tensor, expert: int) -> Tensor:
         """f of one expert for tokens (some, width): its own forward with that expert alone, at a gate of 1."""
         one = torch.full((len(x), 1), expert, dtype=torch.int64, device=x.device)
         return self._own(x, one, torch.ones(len(x), 1, dtype=self.gates.dtype, device=x.device))
@@ -159,20 +164,27 @@ class _WeighedInputs(Call):
     """The tokens of every expert in turn, each times its gate, or zeros where it is not sent there."""
 
     def __init__(self, own: Callable[..., Tensor], experts: int, weighed: Tensor, hidden: Tensor) -> None:
-        self._experts, self._output = experts, own(weighed)  # (experts · tokens, width)
+        self._own, self._experts, self._hidden = own, experts, hidden
+        self._weighed: Tensor | None = weighed  # let go of once it was multiplied with: as large as all experts' tokens
         self.index, self.gates = weights_of(weighed.reshape(experts, len(hidden), -1), hidden)
 
     def observe(self) -> Routed:
-        parts = self.parts(torch.arange(len(self.index), device=self.index.device))
-        norms = parts.float().norm(dim=-1) / self.gates.clamp_min(torch.finfo(torch.float32).tiny)  # of what is added
-        norms = norms.where(self.index < self._experts, 0)
-        return Routed(self.index, self.gates, norms, parts.sum(1), self._output)
+        assert self._weighed is not None
+        returned, self._weighed = self._own(self._weighed), None  # (experts · tokens, width)
+        every = returned.reshape(self._experts, -1, returned.shape[-1])
+        there = self.index < self._experts
+        parts = every[self.index.clamp_max(self._experts - 1), torch.arange(len(there), device=there.device)[:, None]]
+        parts = parts * there[..., None]  # (tokens, k, width): what each expert adds
+        norms = parts.float().norm(dim=-1) / self.gates.clamp_min(torch.finfo(torch.float32).tiny)
+        return Routed(self.index, self.gates, norms.where(there, 0), parts.sum(1), returned)
 
-    def parts(self, rows: Tensor) -> Tensor:
-        every = self._output.reshape(self._experts, -1, self._output.shape[-1])
-        index = self.index[rows]
-        found = every[index.clamp_max(self._experts - 1), rows[:, None]]
-        return found * (index < self._experts)[..., None]
+    def alone(self, expert: int) -> Alone:
+        place, token = torch.where((self.index == expert).T)
+        gates = self.gates[token, place, None].to(self._hidden.dtype)
+        weighed = self._hidden.new_zeros(self._experts, len(token), self._hidden.shape[-1])
+        weighed[expert] = gates * self._hidden[token]
+        output = self._own(weighed.flatten(0, 1)).reshape(weighed.shape)[expert]
+        return Alone(token, torch.ones_like(gates[:, 0]), output)
 
 
 def weights_of(weighed: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -113,11 +113,12 @@ def watch(
 def match_made(
     made: Block, acts: Activations, targets: Sequence[Tensor], options: ShrinkOptions, progress: Progress
 ) -> Match:
-    """Tune every matrix of the made block, routers aside, so that its output comes back to the whole one's."""
+    """Tune every matrix of the made block, routers aside, so that its output comes back to the whole one's; what is 0 in
+    them stays 0."""
     weights = [weight for weight in made.weights if weight.prunable]
     free = {key: torch.zeros(tensor.shape, dtype=torch.bool) for key, tensor in made.stored.items()}
     for weight in weights:
-        made.view(weight, free).fill_(True)
+        made.view(weight, free).copy_(made.view(weight) != 0)
     movable = {name: mask for name, mask in made.in_module(free).items() if mask.any()}
     tuned, result = match(
         made,

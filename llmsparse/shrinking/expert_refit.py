@@ -1,119 +1,148 @@
-"""A factor on what each expert gives, fitted so that those that are left come closest to what all of them gave.
+"""The last projection of every expert that stays, fitted so that together they come closest to what all of them gave.
 
-argmin_s Σ ‖y − Σ_j s_j g_j f_j‖², where y is the output of all experts, g and f those of the smaller mixture on the same
-tokens. The factor is folded into the expert's last projection. Tokens of one batch in eight are not fitted on: they judge
-whether the factors help.
+argmin_W̃ Σ ‖y − Σ_j g_j W̃_j h_j‖², where y is what all experts gave, g and h the gates and hidden units of the smaller
+mixture on the same tokens. One expert after the other takes what the others leave, r + g W h, with r = y − Σ_j g_j W_j h_j
+(block coordinate descent: the error never rises on what is fitted). Tokens of one batch in eight are not fitted on: they
+choose how strongly each W̃ is held to W, and judge whether all of it helps.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from llmsparse.calibration.least_squares import fit_factors
+from llmsparse.calibration.least_squares import JUDGES, fit
 from llmsparse.calibration.matching import HELD_OUT_SHARE
-from llmsparse.models.streamed import Activations, Block
+from llmsparse.models.streamed import Activations, Block, Weight
+from llmsparse.models.tap import Tap
 from llmsparse.scoring.mixture import Call, Mixture, intercepted
+from llmsparse.sparsity.patterns import is_sparse
 
-NUMBERS_AT_ONCE = 2**24  # of what experts give to some tokens
-DAMPS = (0.01, 0.1, 1.0)
 LEAST_GAIN = 0.01  # of the error: less is not worth rounding weights anew
 NOISE = 1e-6  # an error that is nothing but rounding, in float32
 
 
-class Equations(NamedTuple):
-    """Σ of products of what experts add with each other and with y, and Σ ‖y‖², float64."""
+class Sent(NamedTuple):
+    """Tokens of one batch that are sent to one expert."""
 
-    products: Tensor  # (experts, experts)
-    targets: Tensor  # (experts,)
-    energy: Tensor  # ()
-
-    @classmethod
-    def empty(cls, experts: int) -> Equations:
-        shapes: list[tuple[int, ...]] = [(experts, experts), (experts,), ()]
-        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
-
-    def add(self, index: Tensor, parts: Tensor, target: Tensor) -> None:
-        """Take in tokens: numbers of experts (tokens, k), what each adds (tokens, k, width), and y (tokens, width)."""
-        experts, there = len(self.targets), index < len(self.targets)
-        index, parts, target = index.where(there, 0), parts.float() * there[..., None], target.float()
-        between = (parts @ parts.transpose(1, 2)).double().cpu()  # (tokens, k, k)
-        place = (index[:, :, None] * experts + index[:, None, :]).cpu()
-        self.products.view(-1).index_add_(0, place.flatten(), between.flatten())
-        along = (parts @ target[..., None])[..., 0].double().cpu()
-        self.targets.index_add_(0, index.flatten().cpu(), along.flatten())
-        self.energy.add_(target.square().sum().double().cpu())
-
-    def error(self, factors: Tensor) -> float:
-        """Σ ‖y − Σ s g f‖² over Σ ‖y‖²."""
-        s = factors.double()
-        return float((s @ self.products @ s - 2 * self.targets @ s + self.energy) / self.energy.clamp_min(1e-300))
+    batch: int
+    tokens: Tensor  # (some,)
+    h: Tensor  # (some, in) g h: what enters its last projection, times the gate; float32
 
 
-def refit_experts(made: Block, acts: Activations, mixture: Mixture, targets: Sequence[Tensor]) -> dict[str, Any]:
-    """Fit and fold in the factors in `made.stored` where they help; returns what is to be said of it.
+def refit_experts(made: Block, acts: Activations, mixture: Mixture, targets: list[Tensor]) -> dict[str, Any]:
+    """Fit last projections in `made.stored` where that helps; returns what is to be said of it.
 
-    `mixture` is that of the made block; `targets` are (tokens, width) of every batch: what all experts gave.
+    `mixture` is that of the made block; `targets` are (tokens, width) of every batch, what all experts gave, and are let go
+    of. An expert that is sparse already is left as it is: a fit would fill its zeros.
     """
-    if len(targets) < 2:
+    judges = range(0, len(targets), HELD_OUT_SHARE)
+    if len(targets) == len(judges):
+        targets.clear()
         return {"kept": False, "why": "one batch of calibration: none to judge by"}
-    fitted, judge = Equations.empty(mixture.experts), Equations.empty(mixture.experts)
-    for batch, target in enumerate(targets):
-        equations = judge if batch % HELD_OUT_SHARE == 0 else fitted
-        with suppress(_Seen), _parts(made, mixture, target, equations):
+    rounding = 4 * torch.finfo(targets[0].dtype).eps ** 2
+    energy = sum(targets[batch].float().square().sum().item() for batch in judges)
+    calls = experts_called(made, acts, mixture)
+    left = [targets.pop(0).float() - call.observe().output.float() for call in calls]  # (tokens, width) each: r
+
+    def error() -> float:
+        """Σ ‖r‖² over Σ ‖y‖² of the tokens that judge."""
+        return sum(left[batch].square().sum().item() for batch in judges) / max(energy, 1e-300)
+
+    before = error()
+    said = {"kept": False, "error_before": before, "error_after": before}
+    if before <= max(NOISE, rounding):
+        return said
+    weights = last_projections(made, mixture)
+    kept = {weight.key: made.stored[weight.key] for weight in weights}
+    made.stored.update({key: tensor.clone() for key, tensor in kept.items()})
+    try:
+        changed = [weight.slot[1] for weight in weights if refit_expert(made, weight, mixture, calls, left)]
+    except Unseen:
+        made.stored.update(kept)
+        return said | {"why": "hidden units of experts are not seen one for each token"}
+    after = error()
+    if after < (1 - LEAST_GAIN) * before:
+        made.reload()
+        return {"kept": True, "error_before": before, "error_after": after, "experts": changed}
+    made.stored.update(kept)
+    return said | {"error_after": after}
+
+
+def refit_expert(made: Block, weight: Weight, mixture: Mixture, calls: Sequence[Call], left: list[Tensor]) -> bool:
+    """Fit the last projection of one expert to what it gives and what is `left`, and take from `left` what it then gives;
+    False where it stays as it is."""
+    start = made.view(weight).to(left[0].device, torch.float32, copy=True)  # (width, in)
+    if is_sparse(start):
+        return False
+    size = start.shape[1]
+    gram, along = start.new_zeros(size, size), start.new_zeros(size, len(start))  # Σ g²hhᵀ, Σ g h yᵀ
+    judges: list[tuple[Tensor, Tensor]] = []
+    for batch, tokens, h in hidden_units(made, weight, mixture, calls):
+        y = left[batch][tokens] + h @ start.T  # (some, width)
+        if batch % HELD_OUT_SHARE:
+            gram.addmm_(h.T, h)
+            along.addmm_(h.T, y)
+        elif sum(len(h) for h, _ in judges) < JUDGES:
+            judges.append((h, y))
+    fitted = fit(gram, along, start, judges)
+    if fitted.damp is None:
+        return False
+    made.store(weight, fitted.weight)
+    change = made.view(weight).to(start) - start
+    for batch, tokens, h in hidden_units(made, weight, mixture, calls):
+        left[batch][tokens] -= h @ change.T
+    return True
+
+
+def last_projections(made: Block, mixture: Mixture) -> list[Weight]:
+    """One of each expert, in their order."""
+    found = [weight for weight in made.weights if weight.slot[0] == mixture.down]
+    return sorted(found, key=lambda weight: weight.slot[1] or 0)
+
+
+def hidden_units(made: Block, weight: Weight, mixture: Mixture, calls: Sequence[Call]) -> Iterator[Sent]:
+    """What enters the last projection of one expert, batch by batch."""
+    expert = weight.slot[1] or 0
+    for batch, call in enumerate(calls):
+        if not bool((call.index == expert).any()):
+            continue
+        seen: list[Tensor] = []
+
+        def note(slot: tuple[str, int | None], x: Tensor, seen: list[Tensor] = seen) -> None:
+            if slot == weight.slot:
+                seen.append(x.float())
+
+        with Tap(made, note):
+            tokens, weights, _ = call.alone(expert)
+        h = torch.cat(seen)
+        if len(h) != len(tokens):
+            raise Unseen
+        yield Sent(batch, tokens, h * weights.float()[:, None])
+
+
+class Unseen(Exception):
+    """An expert multiplies its last projection with something else than one vector a token."""
+
+
+class _Called(Exception):
+    """How the experts are called is known; the rest of the block need not run."""
+
+
+def experts_called(made: Block, acts: Activations, mixture: Mixture) -> list[Call]:
+    """The call of the block's experts on every batch."""
+    calls: list[Call] = []
+
+    def keep(call: Call) -> Tensor:
+        calls.append(call)
+        raise _Called
+
+    for batch in range(len(acts.hidden)):
+        with suppress(_Called), intercepted(made, mixture, keep):
             made.call(acts, batch)
-    ones = torch.ones(mixture.experts, dtype=torch.float64)
-    before = judge.error(ones)
-    tried = [fit_factors(fitted.products, fitted.targets, damp) for damp in DAMPS]
-    factors = min(tried, key=judge.error)
-    after = judge.error(factors)
-    helps = before > max(NOISE, 4 * torch.finfo(targets[0].dtype).eps ** 2) and after < (1 - LEAST_GAIN) * before
-    if helps:
-        fold(made, mixture, factors)
-    return {"kept": helps, "error_before": before, "error_after": after} | (
-        {"factors": factors.tolist()} if helps else {}
-    )
-
-
-def fold(made: Block, mixture: Mixture, factors: Tensor) -> None:
-    """Multiply what each expert gives, its bias too, in `made.stored` and in the module."""
-    name, _, leaf = mixture.down.rpartition(".")
-    experts = dict(made.module.get_submodule(name).named_parameters(recurse=False))
-    scaled = {f"{name}.{one}": value for one, value in experts.items() if one == leaf or _is_bias_of(one, leaf)}
-    matrices = {weight.key: weight.slot[0] for weight in made.weights}
-    stored = made.in_module(
-        {key: value for key, value in made.stored.items() if matrices.get(key, name) in (name, mixture.down)}
-    )
-    changed: dict[str, Tensor] = {}
-    for parameter in scaled:
-        value = stored[parameter].float()
-        changed[parameter] = value * factors.float().view(-1, *[1] * (value.dim() - 1))
-    for key, value in made.on_disk(changed).items():
-        made.stored[key] = value.to(made.stored[key].dtype).contiguous()
-    made.reload()
-
-
-def _is_bias_of(name: str, weight: str) -> bool:
-    return name.startswith(weight.removesuffix("weight")) and name.endswith("bias")
-
-
-class _Seen(Exception):
-    """What experts give is known; the rest of the block need not run."""
-
-
-def _parts(made: Block, mixture: Mixture, target: Tensor, equations: Equations) -> AbstractContextManager[None]:
-    """Within it, what the experts of the block add to each token goes into `equations`, and the block's run ends."""
-
-    def collect(call: Call) -> Tensor:
-        at_once = max(1, NUMBERS_AT_ONCE // (call.index.shape[1] * target.shape[1]))
-        for rows in torch.arange(len(call.index), device=call.index.device).split(at_once):
-            parts = call.parts(rows)
-            equations.add(call.index[rows], parts, target[rows.to(target.device)].to(parts.device))
-        raise _Seen
-
-    return intercepted(made, mixture, collect)
+    return calls

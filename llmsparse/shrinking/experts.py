@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from llmsparse.calibration.least_squares import JUDGES
 from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.models.prunable import refuse_stored
 from llmsparse.models.streamed import Activations, Block
@@ -57,7 +58,10 @@ def plan(recipe: ShrinkRecipe, source: Source) -> Reduction:
         scores.blend(recipe.blend)
     last = max(mixtures)
     more = beside(model, ops[last], model.block_keys(last))
-    return Experts(recipe, mixtures, experts, kept, groups, model.config, fields, ops, more, scores)
+    inner = max(
+        weight.shape[1] for weight in expert_weights if weight.slot[0] in {one.down for one in mixtures.values()}
+    )
+    return Experts(recipe, mixtures, experts, kept, groups, model.config, fields, ops, more, inner, scores)
 
 
 def _refuse_too_few(asked: str, kept: int, config: Any, groups: int) -> None:
@@ -98,6 +102,7 @@ class Experts(Reduction):
     fields: Mapping[str, Any]  # of it, with their new values
     ops: Mapping[int, Ops]
     more: Sequence[Ops]  # of blocks beside the model's own
+    inner: int  # hidden units of an expert
     scores: ScoresFile | None  # what was measured before
     texts: Sequence[Sequence[str]] = ()  # batch by batch the text of every window
     weights: Mapping[str, float] | None = None  # of the texts, in the blend that decides
@@ -142,9 +147,12 @@ class Experts(Reduction):
         return {key: op for ops in self.more for key, op in ops.items()}
 
     def memory_bytes(self, tokens: int) -> int:
-        """What all experts gave, where what is left is fitted to it, and sums of pairs."""
+        """Sums of pairs; where what is left is fitted to what all experts gave, what entered them and what is missing of
+        their output, the equations of one of them and the tokens that judge it."""
         width = self.config.get_text_config(decoder=True).hidden_size
-        return 4 * tokens * width * self.recipe.refit + 4 * 8 * self.experts**2
+        judges = min(JUDGES, tokens)
+        fitting = 2 * tokens * width + 3 * self.inner**2 + 4 * self.inner * width + judges * (self.inner + width)
+        return 4 * fitting * self.recipe.refit + 4 * 8 * self.experts**2
 
     def begin(self, block: Block) -> Cut:
         if block.index not in self.mixtures:
@@ -222,7 +230,6 @@ class ExpertCut(Cut):
     def refit(self, made: Block, acts: Activations) -> None:
         mixture = Mixture(self._mixture.path, self._plan.kept, self._mixture.parameters, self._mixture.weighs_inputs)
         self._refit = refit_experts(made, acts, mixture, self._watcher.outputs)
-        self._watcher.outputs.clear()
 
     def row(self) -> dict[str, Any]:
         chosen = self._chosen

@@ -18,6 +18,7 @@ from torch import Tensor
 from llmsparse.calibration.least_squares import HELD_BACK, JUDGES, error, fit
 from llmsparse.models.streamed import Activations, Block, Slot, Weight
 from llmsparse.models.tap import Tap
+from llmsparse.sparsity.patterns import is_sparse
 from llmsparse.sparsity.stats import Gram
 
 ADDED = 0.05  # relative difference between Wh and what it adds to the output of a block, beside rounding
@@ -48,6 +49,8 @@ def fold(
         return None
     device = made.module.get_parameter(weight.slot[0]).device
     matrix = made.view(weight).to(device, torch.float32)  # (out, in)
+    if is_sparse(matrix):  # a fit would fill its zeros
+        return None
     if not adds_up(made, acts, weight, matrix):
         return None
     wanted = beyond([made.call(acts, batch).to(hidden.device) for batch, hidden in enumerate(acts.hidden)])

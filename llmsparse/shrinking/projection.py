@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmsparse.calibration.least_squares import HELD_BACK, JUDGES, error, fit
 from llmsparse.errors import NumericalError
+from llmsparse.sparsity.patterns import is_sparse
 from llmsparse.sparsity.stats import Gram
 
 ROUNDS = 64  # in which pieces go
@@ -121,9 +122,10 @@ def least_missed(weight: Tensor, seen: Seen, count: int) -> Tensor:
 
 
 def fit_columns(weight: Tensor, columns: Tensor, seen: Seen) -> Fitted:
-    """W (out, width) fp32 with these columns alone, fitted to Wx where that is better on the tokens held back."""
+    """W (out, width) fp32 with these columns alone, fitted to Wx where that is better on the tokens held back. A weight that
+    is sparse already is not fitted, which would fill its zeros."""
     start = weight[:, columns]
-    if seen.gram is None or not seen.held:
+    if seen.gram is None or not seen.held or is_sparse(weight):
         return Fitted(start, None, None, None)
     gram = seen.gram.xtx[columns]  # (what stays, width)
     rows = [x.float() for x in seen.held]

@@ -22,6 +22,7 @@ from llmsparse.errors import NumericalError, PatternError
 
 Scope = Literal["row", "matrix"]
 
+SPARSE = 0.05  # share of zeros that no dense weight has by chance
 PATTERNS = ((1, 8), (1, 4), (2, 8), (2, 4), (4, 8))  # N:M that is looked for in a weight, the narrowest first
 SORTED = (
     2**20
@@ -179,6 +180,11 @@ def parse_pattern(text: str, sparsity: float | None, scope: Scope) -> Pattern:
             f"pattern {pattern} means sparsity {pattern.sparsity:g}, not {sparsity:g}; give only one of them"
         )
     return pattern
+
+
+def is_sparse(weight: Tensor) -> bool:
+    """More of it is 0 than is by chance: these zeros were made, and stay."""
+    return 1 - weight.count_nonzero().item() / max(1, weight.numel()) > SPARSE
 
 
 def refuse_nan(score: Tensor) -> None:

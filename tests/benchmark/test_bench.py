@@ -19,11 +19,12 @@ from llmsparse.backends.choice import choose_backend
 from llmsparse.backends.table import Measurement, device_kinds
 from llmsparse.benchmark.mixtures import dense_source, mixtures
 from llmsparse.benchmark.report import Benchmark, Measured, Speed, Speeds
-from llmsparse.benchmark.run import bench, rows
+from llmsparse.benchmark.run import bench, rows, time_weight
 from llmsparse.benchmark.timing import MOST_COPIES, Spread, copies_for, side_by_side, spread
-from llmsparse.benchmark.workloads import SHAPES, of_model, of_shapes
+from llmsparse.benchmark.workloads import SHAPES, Workload, of_model, of_shapes
 from llmsparse.cli.app import main
 from llmsparse.errors import CheckpointError
+from llmsparse.formats.nested import Nested
 from llmsparse.inference.experts_interface import run_by
 from llmsparse.inference.fused_experts import fusions
 from llmsparse.inference.load import load_model
@@ -382,3 +383,14 @@ def test_a_product_on_another_gpu_than_the_current_one_takes_time() -> None:
     a = torch.randn(4096, 4096, device=device)
     taken = side_by_side({"once": [lambda: a @ a], "twice": [lambda: (a @ a, a @ a)]}, device, 0.1)
     assert taken["once"].median > 1e-5  # an empty graph takes a microsecond
+
+
+def test_a_kernel_that_rounds_its_input_is_timed_but_not_saved_for_auto() -> None:
+    cpu, q = torch.device("cpu"), torch.randn(8, 64).round().to(torch.int8)
+    packed = Nested.encode(q, torch.ones(8, 1).to(torch.bfloat16), torch.bfloat16)
+    names = ["dense", "cpu-nested", "cpu-nested-int8"]
+    one = time_weight(Workload("weight", 1, packed), names, [1], cpu, cache=1, bandwidth=1.0, seconds=0.01)
+    assert {speed.backend for speed in one.tables[0].speeds} == set(names)
+    about: dict[str, Any] = {"device": "cpu", "threads": 1}
+    told = {row.backend for some in rows(Benchmark("weight", about, {}, [one], []), cpu) for row in some}
+    assert told == {"cpu-nested"}

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 import llmsparse
 from llmsparse.cli.app import main
 from llmsparse.formats.nested import Nested
+from llmsparse.inference.load import load_model
 from llmsparse.inference.packed_experts import packed_weights
 from llmsparse.packing.folder import PackedCheckpoint
 from llmsparse.quantization.plan import make_plan
@@ -94,6 +95,17 @@ def test_the_same_weights_are_computed_with_unpacked_and_read_by_the_page(model:
     assert json.loads(Path("saved/config.json").read_text())["quantization_config"]["format_version"] == 2
     again = load_file("saved/model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in load_file("out/model.safetensors").items())
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_by_name_it_runs_with_activations_of_8_bits(model: str) -> None:
+    llmsparse.quantize(model, bits=2.5, output="out", **SMALL)
+    loaded = load_model(Path("out"), backend="cpu-nested-int8", device=torch.device("cpu"))
+    plain = load_model(Path("out"), device=torch.device("cpu"))
+    assert {held.choice.backend for _, held in packed_weights(loaded)} == {"cpu-nested-int8"}
+    ids = torch.arange(4).view(1, -1)  # few enough for the kernel
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, plain(ids).logits, rtol=5e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt2"])

@@ -1,5 +1,5 @@
 /* y = x · Wᵀ (+ bias) for W = steps · q and a few rows of x, and W itself unpacked; exact: W is what the format says, rounded as it
- * is there, and products are summed in float32. nested.h says how it lies in memory.
+ * is there, and products are summed in float32; or with x in 8 bits (nested_int8.h). nested.h says how it lies in memory.
  *
  * A tile is always summed by one thread in one order, so the result does not depend on the number of threads.
  */
@@ -18,7 +18,8 @@ enum { AHEAD = 4096 }; /* bytes prefetched ahead */
 
 /* The numbers of a row of a run → q (RUN,); the escapes behind it. */
 typedef const uint8_t *row_kernel(const struct nested *w, int64_t tile, int64_t run, int row, const uint8_t *escapes, int8_t *q);
-typedef void tile_kernel(TILE); /* sums (M, ROWS) without what is listed, of x (M, stride), zero behind the last column */
+typedef void tile_kernel(TILE); /* sums (M, ROWS) without what is listed, of x (M, stride) as laid out for it */
+typedef void lay_kernel(const struct nested *w, const void *x, char *to); /* x (columns,) of w's dtype → (stride,) */
 
 /* A weight: the product is exact in float32, and rounded once. */
 INLINE float weight_of(float step, int q, int stored) {
@@ -30,11 +31,11 @@ INLINE float step_of(const struct nested *w, int64_t row, int64_t column) {
     return widen(w->steps[(row < w->rows ? row : w->rows - 1) * groups + column / w->group]);
 }
 
-/* Escapes where there is more; behind them. */
-INLINE const uint8_t *over(uint64_t more, const uint8_t *escapes, int8_t *q) {
-    int n = 0;
-    for (; more; more &= more - 1, n++) q[__builtin_ctzll(more)] = (int8_t)((escapes[n / 2] >> n % 2 * 4 & 15) - OFFSET);
-    return escapes + (n + 1) / 2;
+/* Escapes of a row where there is more, and what is behind them: two rows share theirs. */
+INLINE const uint8_t *over(const struct nested *w, int64_t tile, int64_t run, int row, uint64_t more, const uint8_t *escapes, int8_t *q) {
+    for (const uint8_t *e = escapes; more; more &= more - 1, e++) q[__builtin_ctzll(more)] = (int8_t)((*e >> row % 2 * 4 & 15) - OFFSET);
+    int done = row % 2 || row == rows_in(w, tile) - 1;
+    return done ? escapes + w->counts[(tile * runs_of(w) + run) * ROWS / 2 + row / 2] : escapes;
 }
 
 /* The numbers of a row of a run, and what they took of the escapes. */
@@ -51,7 +52,7 @@ INLINE const uint8_t *numbers(const struct nested *w, int64_t tile, int64_t run,
         unsigned pair = pairs[c] >> 2 * row & 3;
         q[c] = small[pair], more |= (uint64_t)(pair == 3) << c;
     }
-    return over(more, escapes, q);
+    return over(w, tile, run, row, more, escapes, q);
 }
 
 /* Any vector of floats will do: the same lines are compiled for AVX2. Zeros are multiplied too, as everywhere: 0 · Inf must be NaN
@@ -91,40 +92,56 @@ static const uint8_t *numbers_portable(const struct nested *w, int64_t tile, int
 }
 static int always(void) { return 1; }
 
+/* A row of x as the kernels in float32 read it: zeros behind the last column. */
+static void lay_plain(const struct nested *w, const void *x, char *to) {
+    for (int64_t c = 0; c < runs_of(w) * RUN; c++) ((float *)to)[c] = c < w->columns ? get(x, c, w->dtype) : 0;
+}
+
+#include "nested_int8.h"
+
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
 #define X86 1
 #include "nested_x86.h"
+
+#include "nested_int8_x86.h"
 #endif
 
 static const struct kernel {
     const char *name;
-    int32_t dtype; /* of the x that it reads: bf16 is widened for one that reads fp32 */
+    int32_t dtype; /* of the x that it reads: bf16 is widened for one that reads fp32; INT8: records */
     int32_t wide;  /* whether it takes wide weights, too */
     int (*runs_here)(void);
     tile_kernel *tile[MOST];
     row_kernel *row;
+    lay_kernel *lay;
 } kernels[] = { /* the fastest first */
 #if X86
-    {"avx512-bf16", BF16, 0, has_bf16, EACH_M(avx512_bf16), numbers_avx512},
-    {"avx512", FP32, 1, has_vbmi2, EACH_M(avx512), numbers_avx512},
-    {"avx2", FP32, 1, has_avx2, EACH_M(avx2), numbers_avx2},
+    {"avx512-bf16", BF16, 0, has_bf16, EACH_M(avx512_bf16), numbers_avx512, lay_bf16},
+    {"avx512", FP32, 1, has_vbmi2, EACH_M(avx512), numbers_avx512, lay_fours},
+    {"avx2", FP32, 1, has_avx2, EACH_M(avx2), numbers_avx2, lay_plain},
+    {"avx512-vnni", INT8, 1, has_vnni, EACH_M(avx512_vnni), numbers_avx512, record_avx512},
+    {"avx2-int8", INT8, 0, has_avx2, EACH_M(int8_avx2), numbers_avx2, record_avx2},
 #endif
-    {"portable", FP32, 1, always, EACH_M(portable), numbers_portable},
+    {"portable", FP32, 1, always, EACH_M(portable), numbers_portable, lay_plain},
+    {"portable-int8", INT8, 1, always, EACH_M(int8_portable), numbers_portable, record_portable},
 };
 enum { KERNELS = sizeof kernels / sizeof *kernels };
 
 const char *kernel_name(int32_t k) { return k >= 0 && k < KERNELS ? kernels[k].name : NULL; }
 
-/* Whether kernel k exists, runs on this CPU and takes weights that are stored and computed with in these dtypes, wide or not. */
-int32_t kernel_fits(int32_t k, int32_t stored, int32_t dtype, int32_t wide) {
+/* Whether kernel k exists, runs on this CPU and takes weights that are stored and computed with in these dtypes, wide or not, exactly or
+ * with activations of 8 bits. */
+int32_t kernel_fits(int32_t k, int32_t stored, int32_t dtype, int32_t wide, int32_t int8) {
     if (k < 0 || k >= KERNELS || !kernels[k].runs_here() || (wide && !kernels[k].wide)) return 0;
+    if (int8 || kernels[k].dtype == INT8) return int8 && kernels[k].dtype == INT8;
     return kernels[k].dtype == FP32 || (stored == BF16 && dtype == BF16);
 }
 
 struct product {
     const struct nested *w;
     const struct kernel *kernel;
-    const void *x, *bias;
+    const void *given, *bias; /* of w's dtype */
+    const void *x;            /* as the kernel reads it: (m, stride) */
     void *y;
     int64_t stride;
     int32_t m;
@@ -142,7 +159,7 @@ static void finish(const struct product *p, int64_t tile, int32_t from, int32_t 
                 int64_t c = w->columns_listed[e];
                 int q = w->numbers_listed[e], held = (int)escape_of(q) - OFFSET;
                 float step = step_of(w, row, c), lacks = weight_of(step, q, w->stored) - weight_of(step, held, w->stored);
-                y += lacks * get(p->x, (from + j) * p->stride + c, p->kernel->dtype);
+                y += lacks * get(p->given, (from + j) * w->columns + c, w->dtype);
             }
             put(p->y, (from + j) * w->rows + row, w->dtype, y + bias);
         }
@@ -162,17 +179,15 @@ static void multiply(const void *job, int64_t first, int64_t last) {
 
 /* y (m, rows) = x (m, columns) · Wᵀ + bias (rows,) or NULL, all of w's dtype. 0, or -1 if there is no memory. */
 int32_t nested_matvec(const struct nested *w, int32_t k, const void *x, int32_t m, const void *bias, void *y, int32_t threads) {
-    struct product p = {w, &kernels[k], x, bias, y, runs_of(w) * RUN, m};
-    void *copy = NULL;
-    if (p.stride != w->columns || p.kernel->dtype != w->dtype) {
-        copy = calloc((size_t)(m * p.stride) + 1, (size_t)p.kernel->dtype);
-        if (!copy) return -1;
-        for (int64_t j = 0; j < m; j++)
-            for (int64_t c = 0; c < w->columns; c++) put(copy, j * p.stride + c, p.kernel->dtype, get(x, j * w->columns + c, w->dtype));
-        p.x = copy;
-    }
+    struct product p = {w, &kernels[k], x, bias, NULL, y, runs_of(w) * RUN, m};
+    if (p.kernel->dtype == INT8) p.stride = record_size(w);
+    int64_t size = p.stride * p.kernel->dtype;
+    char *laid = aligned_alloc(LINE, (size_t)(m * size + LINE));
+    if (!laid) return -1;
+    for (int64_t j = 0; j < m; j++) p.kernel->lay(w, (const char *)x + j * w->columns * w->dtype, laid + j * size);
+    p.x = laid;
     share_out(multiply, &p, tiles_of(w), threads);
-    free(copy);
+    free(laid);
     return 0;
 }
 

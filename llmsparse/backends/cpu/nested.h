@@ -1,26 +1,31 @@
 /* How a weight W = steps · q lies in memory for the kernels of nested.c, and the way there from a nested stream.
  *
- * Rows are cut into tiles of ROWS, columns into runs of RUN; order: tile, run, row of the tile. Small numbers lie in two streams
- * that are read strictly forward:
+ * Rows are cut into tiles of ROWS, columns into runs of RUN; order: tile, run, row of the tile. Small numbers lie in three
+ * streams that are read strictly forward:
  *
  *   pairs      RUN bytes for a run of a tile: byte c holds column c of each row, row i in bits 2i: 0, +1, -1, or "more"
- *   escapes    4 bits for each "more", q + OFFSET from 0 to 15, whole bytes a row of a run
+ *   escapes    4 bits for each "more", q + OFFSET from 0 to 15: byte n of two rows has the n-th of one in its low and the n-th of the
+ *              other in its high half, as many bytes as the row has that has more
+ *   counts     bytes of escapes of each two rows of a run
  *   list       of each row, what is beyond that: column, and q; the escape holds the nearest that it can
  *
  * Where many are beyond (int8 values under a mask) a weight is `wide`: 64 bits of mask for a row of a run in place of the pairs, and
  * the numbers as int8 in place of escapes.
  */
+#include <math.h>
 #include <stdlib.h>
 
 #include "floats.h"
 #include "team.h"
 
 enum { ROWS = 4, RUN = 64, OFFSET = 8, LOWEST = -OFFSET, HIGHEST = 15 - OFFSET, SLACK = 64 };
+enum { INT8 = 1 };      /* beside BF16 and FP32 */
 enum { DEEPEST = 130 }; /* levels of a code: one a number, at most */
 
 struct nested {
     const uint8_t *pairs;   /* (tiles, runs, RUN); wide: (tiles, runs, ROWS) 64-bit masks */
     const uint8_t *escapes; /* and SLACK bytes behind */
+    const uint8_t *counts;  /* (tiles, runs, ROWS / 2); wide: none */
     const int64_t *starts;  /* (tiles + 1,) where in the escapes each tile begins */
     const int64_t *listed;  /* (rows + 1,) where in the list each row begins */
     const int32_t *columns_listed;
@@ -163,27 +168,35 @@ static int is_listed(int q) { return q < LOWEST || q > HIGHEST; }
 static unsigned pair_of(int q) { return q == 0 ? 0 : q == 1 ? 1 : q == -1 ? 2 : 3; }
 static unsigned escape_of(int q) { return (unsigned)((q < LOWEST ? LOWEST : q > HIGHEST ? HIGHEST : q) + OFFSET); }
 
-/* Bytes of escapes of every tile → starts, and listed numbers of every row → listed: both (… + 1,), running sums. */
-void nested_measure(const struct nested *w, const int8_t *q, int64_t *starts, int64_t *listed) {
+/* How many of the numbers of a row in a run have an escape; listed ones are added. A wide weight's have one where they are not 0. */
+static int64_t escapes_in(const struct nested *w, const int8_t *q, int64_t row, int64_t run, int64_t *listed) {
+    int64_t n = 0;
+    if (row >= w->rows) return 0;
+    for (int64_t c = run * RUN; c < (run + 1) * RUN && c < w->columns; c++) {
+        int v = q[row * w->columns + c];
+        n += w->wide ? v != 0 : pair_of(v) == 3, *listed += !w->wide && is_listed(v);
+    }
+    return n;
+}
+
+/* Bytes of escapes of every tile → starts, of every two rows of a run → counts, and listed numbers of every row → listed. Starts and
+ * listed are (… + 1,), running sums. */
+void nested_measure(const struct nested *w, const int8_t *q, int64_t *starts, int64_t *listed, uint8_t *counts) {
     starts[0] = listed[0] = 0;
     for (int64_t t = 0; t < tiles_of(w); t++) {
+        int64_t more[ROWS] = {0};
         starts[t + 1] = starts[t];
-        for (int64_t i = 0; i < rows_in(w, t); i++) {
-            int64_t row = t * ROWS + i;
-            listed[row + 1] = listed[row];
-            for (int64_t c = 0; c < w->columns; c += RUN) {
-                int64_t mores = 0, nonzeros = 0;
-                for (int64_t l = c; l < c + RUN && l < w->columns; l++) {
-                    int v = q[row * w->columns + l];
-                    mores += pair_of(v) == 3, nonzeros += v != 0, listed[row + 1] += !w->wide && is_listed(v);
-                }
-                starts[t + 1] += w->wide ? nonzeros : (mores + 1) / 2;
+        for (int64_t r = 0; r < runs_of(w); r++)
+            for (int64_t i = 0; i < ROWS; i += 2) {
+                int64_t a = escapes_in(w, q, t * ROWS + i, r, &more[i]), b = escapes_in(w, q, t * ROWS + i + 1, r, &more[i + 1]);
+                starts[t + 1] += w->wide ? a + b : a > b ? a : b;
+                if (!w->wide) *counts++ = (uint8_t)(a > b ? a : b);
             }
-        }
+        for (int64_t i = 0; i < rows_in(w, t); i++) listed[t * ROWS + i + 1] = listed[t * ROWS + i] + more[i];
     }
 }
 
-/* Fill what w points to, zero before, from q; w's starts and listed as of nested_measure. */
+/* Fill what w points to, zero before, from q; w's starts, counts and listed as of nested_measure. */
 void nested_fill(const struct nested *w, const int8_t *q) {
     uint8_t *pairs = (uint8_t *)w->pairs, *escapes = (uint8_t *)w->escapes;
     uint64_t *masks = (uint64_t *)w->pairs;
@@ -192,22 +205,22 @@ void nested_fill(const struct nested *w, const int8_t *q) {
         int64_t at[ROWS];
         for (int64_t i = 0; i < rows_in(w, t); i++) at[i] = w->listed[t * ROWS + i];
         for (int64_t r = 0; r < runs_of(w); r++)
-            for (int64_t i = 0; i < rows_in(w, t); i++) {
-                int half = 0;
-                for (int64_t l = 0; l < RUN && r * RUN + l < w->columns; l++) {
-                    int v = q[(t * ROWS + i) * w->columns + r * RUN + l];
+            for (int64_t i = 0; i < ROWS; i++) {
+                int64_t row = t * ROWS + i, place = t * runs_of(w) + r, n = 0;
+                for (int64_t l = 0; row < w->rows && l < RUN && r * RUN + l < w->columns; l++) {
+                    int v = q[row * w->columns + r * RUN + l];
                     if (w->wide) {
-                        if (v) masks[(t * runs_of(w) + r) * ROWS + i] |= 1ull << l, *to++ = (uint8_t)v;
+                        if (v) masks[place * ROWS + i] |= 1ull << l, *to++ = (uint8_t)v;
                         continue;
                     }
-                    pairs[(t * runs_of(w) + r) * RUN + l] |= (uint8_t)(pair_of(v) << 2 * i);
+                    pairs[place * RUN + l] |= (uint8_t)(pair_of(v) << 2 * i);
                     if (pair_of(v) != 3) continue;
-                    *to |= (uint8_t)(escape_of(v) << 4 * half), to += half, half ^= 1;
+                    to[n++] |= (uint8_t)(escape_of(v) << 4 * (i % 2));
                     if (!is_listed(v)) continue;
                     ((int32_t *)w->columns_listed)[at[i]] = (int32_t)(r * RUN + l);
                     ((int8_t *)w->numbers_listed)[at[i]++] = (int8_t)v;
                 }
-                to += half;
+                if (!w->wide && i % 2) to += w->counts[place * ROWS / 2 + i / 2];
             }
     }
 }

@@ -1,7 +1,8 @@
 """Products on the CPU with nested weights, small integers times a step a row, for few tokens: C kernels built at first use.
 
-Exact: a weight is what the format says, whatever the kernel, and sums are in float32. AVX-512 (VBMI, BF16), AVX2 and portable
-kernels are chosen by what the CPU has; the result does not depend on the number of threads, which is torch's.
+Exact: a weight is what the format says, whatever the kernel, and sums are in float32; or, where asked for, with activations rounded
+to 8 bits. AVX-512 (VBMI, BF16, VNNI), AVX2 and portable kernels are chosen by what the CPU has; the result does not depend on the
+number of threads, which is torch's.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -33,7 +34,7 @@ class Matrix(ctypes.Structure):
     """`struct nested` of nested.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("pairs", "escapes", "starts", "listed", "columns_listed", "numbers_listed", "steps")),
+        *((name, c_void_p) for name in ("pairs", "escapes", "counts", "starts", "listed", "columns_listed", "numbers_listed", "steps")),
         *((name, c_int64) for name in ("rows", "columns", "group")),
         *((name, c_int32) for name in ("wide", "stored", "dtype")),
     )  # fmt: skip
@@ -47,21 +48,23 @@ class CodeOfC(ctypes.Structure):
 
 LIBRARY = KernelLibrary(
     "CPU kernels of nested weights",
-    ("nested.c", "nested.h", "nested_x86.h", "avx.h", "floats.h", "team.h"),
+    ("nested.c", "nested.h", "nested_x86.h", "nested_int8.h", "nested_int8_x86.h", "avx.h", "floats.h", "team.h"),
     {
         "kernel_name": (c_char_p, (c_int32,)),
-        "kernel_fits": (c_int32, (c_int32, c_int32, c_int32, c_int32)),
+        "kernel_fits": (c_int32, (c_int32, c_int32, c_int32, c_int32, c_int32)),
         "nested_decode": (
             None,
             (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int32),
         ),
-        "nested_measure": (None, (c_void_p, c_void_p, c_void_p, c_void_p)),
+        "nested_measure": (None, (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)),
         "nested_fill": (None, (c_void_p, c_void_p)),
         "nested_matvec": (c_int32, (c_void_p, c_int32, c_void_p, c_int32, c_void_p, c_void_p, c_int32)),
         "nested_unpack": (None, (c_void_p, c_int32, c_void_p, c_void_p, c_int32)),
     },
 )
-KERNEL_ROWS = {"avx512-bf16": 8, "avx512": 8, "avx2": 2, "portable": 0}  # rows of x up to which it beats unpacking
+KERNEL_ROWS = {  # rows of x up to which it beats unpacking
+    "avx512-bf16": 8, "avx512": 8, "avx2": 2, "portable": 0, "avx512-vnni": 8, "avx2-int8": 2, "portable-int8": 0,
+}  # fmt: skip
 
 
 def why_not() -> str | None:
@@ -76,6 +79,7 @@ class CpuNested:
 
     pairs: Tensor  # uint8 (matrices, tiles, runs, RUN); wide: int64 (matrices, tiles, runs, ROWS)
     escapes: list[Tensor]  # uint8, of each matrix
+    counts: Tensor  # uint8 (matrices, tiles, runs, ROWS / 2); wide: (matrices, 0)
     starts: Tensor  # int64 (matrices, tiles + 1)
     listed: Tensor  # int64 (matrices, out + 1)
     list_of: list[tuple[Tensor, Tensor]]  # int32 columns and int8 numbers, of each matrix
@@ -98,7 +102,7 @@ class CpuNested:
     def nbytes(self) -> int:
         """Bytes in memory."""
         lists = sum(columns.nbytes + numbers.nbytes for columns, numbers in self.list_of)
-        whole = (self.pairs, self.starts, self.listed, self.steps, *self.escapes)
+        whole = (self.pairs, self.counts, self.starts, self.listed, self.steps, *self.escapes)
         return lists + sum(tensor.nbytes for tensor in whole)
 
     @cached_property
@@ -109,6 +113,7 @@ class CpuNested:
             Matrix(
                 self.pairs[n].data_ptr(),
                 self.escapes[n].data_ptr(),
+                self.counts[n].data_ptr(),
                 self.starts[n].data_ptr(),
                 self.listed[n].data_ptr(),
                 *(tensor.data_ptr() for tensor in self.list_of[n]),
@@ -123,9 +128,9 @@ class CpuNested:
             for n in range(len(self.pairs))
         ]
 
-    def kernel(self, name: str | None = None) -> int:
-        """The number of a kernel, or of the fastest."""
-        found = kernels(self.frame.stored, self.dtype, self.wide)
+    def kernel(self, name: str | None = None, int8: bool = False) -> int:
+        """The number of a kernel, or of the fastest; `int8`: of those with activations of 8 bits."""
+        found = kernels(self.frame.stored, self.dtype, self.wide, int8)
         return found[name] if name else next(iter(found.values()))
 
     def numbers(self) -> Tensor:
@@ -144,13 +149,22 @@ class CpuNested:
         return whole.moved(whole.device, frame.dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy has pointers of its own
-        return CpuNested, (self.pairs, self.escapes, self.starts, self.listed, self.list_of, self.steps, self.frame)
+        return CpuNested, (
+            self.pairs,
+            self.escapes,
+            self.counts,
+            self.starts,
+            self.listed,
+            self.list_of,
+            self.steps,
+            self.frame,
+        )
 
 
-def kernels(stored: torch.dtype, dtype: torch.dtype, wide: bool = False) -> dict[str, int]:
+def kernels(stored: torch.dtype, dtype: torch.dtype, wide: bool = False, int8: bool = False) -> dict[str, int]:
     """Name → number of the kernels that this CPU can run on weights that are rounded to `stored` and computed with in `dtype`,
-    the fastest first. MachineError where there are none (`why_not`)."""
-    return LIBRARY.fitting(DTYPES[stored], DTYPES[dtype], wide)
+    exactly or with activations of 8 bits, the fastest first. MachineError where there are none (`why_not`)."""
+    return LIBRARY.fitting(DTYPES[stored], DTYPES[dtype], wide, int8)
 
 
 def prepare(packed: Nested) -> CpuNested:
@@ -168,11 +182,13 @@ def prepare(packed: Nested) -> CpuNested:
     frame = packed.emptied_of_tensors()
     c, none = LIBRARY.loaded(), (torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int8))
     steps = packed.steps.contiguous()
-    made = CpuNested(pairs, [pairs.new_zeros(0)] * matrices, starts, listed, [none] * matrices, steps, frame)
+    counts = pages.zeros((matrices, *((0,) if wide else (tiles, runs, ROWS // 2))), torch.uint8)
+    made = CpuNested(pairs, [pairs.new_zeros(0)] * matrices, counts, starts, listed, [none] * matrices, steps, frame)
     escapes: list[Tensor] = []
     list_of: list[tuple[Tensor, Tensor]] = []
     for n, (matrix, numbers) in enumerate(zip(made.matrices, q.view(-1, out, width), strict=True)):
-        c.nested_measure(ctypes.byref(matrix), numbers.data_ptr(), starts[n].data_ptr(), listed[n].data_ptr())
+        found = (tensor[n].data_ptr() for tensor in (starts, listed, counts))
+        c.nested_measure(ctypes.byref(matrix), numbers.data_ptr(), *found)
         escapes.append(pages.zeros((int(starts[n, -1]) + SLACK,), torch.uint8))
         count = int(listed[n, -1])
         list_of.append((torch.zeros(count, dtype=torch.int32), torch.zeros(count, dtype=torch.int8)))
@@ -200,10 +216,13 @@ def numbers_of(packed: Nested) -> Tensor:
     return q
 
 
-def matvec(weight: CpuNested, x: Tensor, bias: Tensor | None = None, *, kernel: str | None = None) -> Tensor:
+def matvec(
+    weight: CpuNested, x: Tensor, bias: Tensor | None = None, *, int8: bool = False, kernel: str | None = None
+) -> Tensor:
     """x (..., in) · Wᵀ + bias (out,) → (..., out), all of the weight's dtype, accumulated in float32.
 
-    No gradient flows. `kernel` takes a name of `kernels()` in place of the fastest.
+    `int8`: of x with 8 bits a number and a scale for 256 columns of a token, 64 where groups of columns have steps of their own;
+    W = steps · q is not rounded then. No gradient flows. `kernel` takes a name of `kernels()` in place of the fastest.
     """
     out, width = weight.shape
     rows = x.numel() // width if width else 0
@@ -214,7 +233,7 @@ def matvec(weight: CpuNested, x: Tensor, bias: Tensor | None = None, *, kernel: 
     x, bias = x.contiguous(), bias if bias is None else bias.contiguous()
     y = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
     status = LIBRARY.loaded().nested_matvec(
-        ctypes.byref(weight.matrices[0]), weight.kernel(kernel), x.data_ptr(), rows, None if bias is None else bias.data_ptr(),
+        ctypes.byref(weight.matrices[0]), weight.kernel(kernel, int8), x.data_ptr(), rows, None if bias is None else bias.data_ptr(),
         y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if status:

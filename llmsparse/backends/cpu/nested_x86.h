@@ -16,7 +16,7 @@ WITH_AVX2 static const uint8_t *numbers_avx2(const struct nested *w, int64_t til
         more |= (uint64_t)(uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(v, three)) << 32 * h;
         _mm256_storeu_si256((__m256i *)q + h, _mm256_shuffle_epi8(small, v));
     }
-    return over(more, escapes, q);
+    return over(w, tile, run, row, more, escapes, q);
 }
 PLAIN_TILE(avx2, WITH_AVX2, 8, numbers_avx2)
 
@@ -26,15 +26,12 @@ WITH_VBMI2 INLINE __m512i expand_over(__m512i under, __mmask64 mask, __m512i pac
     return under;
 }
 
-/* q + OFFSET of a row of a run, a byte each: pairs looked up, and over those that are "more" the escapes, spread to bytes. */
-WITH_VBMI2 INLINE __m512i offset_numbers(__m512i pairs, int row, const uint8_t **escapes) {
+/* q + OFFSET of a row of a run, a byte each: pairs looked up, and over those that are "more" the row's half of the escapes of two. */
+WITH_VBMI2 INLINE __m512i offset_numbers(__m512i pairs, int row, __m512i two) {
     const __m512i small = _mm512_set1_epi32((int)0x80070908); /* 0 +1 -1 more; the bits above a pair do not matter */
     __m512i v = _mm512_permutexvar_epi8(_mm512_srli_epi16(pairs, 2 * (unsigned)row), small);
-    __mmask64 more = _mm512_movepi8_mask(v);
-    __m512i two = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)*escapes));
-    __m512i each = _mm512_and_si512(_mm512_or_si512(two, _mm512_slli_epi16(two, 4)), _mm512_set1_epi8(15));
-    *escapes += (_mm_popcnt_u64(more) + 1) / 2;
-    return expand_over(v, more, each);
+    __m512i each = _mm512_and_si512(row % 2 ? _mm512_srli_epi16(two, 4) : two, _mm512_set1_epi8(15));
+    return expand_over(v, _mm512_movepi8_mask(v), each);
 }
 
 WITH_VBMI2 static const uint8_t *numbers_avx512(const struct nested *w, int64_t tile, int64_t run, int row, const uint8_t *escapes,
@@ -45,9 +42,12 @@ WITH_VBMI2 static const uint8_t *numbers_avx512(const struct nested *w, int64_t 
         uint64_t mask = ((const uint64_t *)w->pairs)[at * ROWS + row];
         v = expand_over(_mm512_setzero_si512(), mask, _mm512_loadu_si512(escapes));
         escapes += _mm_popcnt_u64(mask);
-    } else v = _mm512_sub_epi8(offset_numbers(_mm512_loadu_si512(w->pairs + at * RUN), row, &escapes), _mm512_set1_epi8(OFFSET));
-    _mm512_storeu_si512(q, v);
-    return escapes;
+        _mm512_storeu_si512(q, v);
+        return escapes;
+    }
+    v = offset_numbers(_mm512_loadu_si512(w->pairs + at * RUN), row, _mm512_loadu_si512(escapes));
+    _mm512_storeu_si512(q, _mm512_sub_epi8(v, _mm512_set1_epi8(OFFSET)));
+    return row % 2 || row == rows_in(w, tile) - 1 ? escapes + w->counts[at * ROWS / 2 + row / 2] : escapes;
 }
 
 /* steps · q for q from LOWEST to HIGHEST, rounded as it is stored. */
@@ -62,11 +62,35 @@ WITH_VBMI2 INLINE __m512 table_of(float step, int stored) {
     return rounded(_mm512_mul_ps(_mm512_set1_ps(step), _mm512_cvtepi32_ps(all)), stored);
 }
 
-#define QUARTER(v, n) ((n) == 0 ? _mm512_castsi512_si128(v) : _mm512_extracti32x4_epi32(v, (n)))
+/* A run of x for `avx512`: column 4l + n is number 16n + l, so that the bytes of lane l of numbers, one after the other, are those of
+ * column 4l + n of a vector, and a look-up that takes the lowest bits of a lane needs no more than a shift. */
+WITH_VBMI2 static void lay_fours(const struct nested *w, const void *x, char *to) {
+    float row[RUN], *at = (float *)to;
+    for (int64_t r = 0; r < runs_of(w); r++, at += RUN) {
+        int64_t some = w->columns - r * RUN < RUN ? w->columns - r * RUN : RUN;
+        for (int64_t c = 0; c < RUN; c++) row[c] = c < some ? get(x, r * RUN + c, w->dtype) : 0;
+        for (int l = 0; l < 16; l++)
+            for (int n = 0; n < 4; n++) at[16 * n + l] = row[4 * l + n];
+    }
+}
+
+/* For `avx512_bf16`: the even columns of a run, and behind them the odd ones. */
+WITH_VBMI2 static void lay_bf16(const struct nested *w, const void *x, char *to) {
+    uint16_t *at = (uint16_t *)to;
+    for (int64_t r = 0; r < runs_of(w); r++, at += RUN) {
+        uint16_t row[RUN] = {0};
+        uint32_t two[RUN / 2];
+        int64_t some = w->columns - r * RUN < RUN ? w->columns - r * RUN : RUN;
+        memcpy(row, (const uint16_t *)x + r * RUN, (size_t)some * BF16);
+        memcpy(two, row, sizeof row);
+        for (int c = 0; c < RUN / 2; c++) at[c] = (uint16_t)two[c], at[RUN / 2 + c] = (uint16_t)(two[c] >> 16);
+    }
+}
 
 WITH_VBMI2 INLINE void avx512(TILE, int m) {
     __m512 sum[MOST][ROWS], table[ROWS];
     const uint8_t *escapes = w->escapes + w->starts[tile], *pairs = w->pairs + tile * runs_of(w) * (w->wide ? 8 * ROWS : RUN);
+    const uint8_t *counts = w->counts + tile * runs_of(w) * ROWS / 2;
     const float *row = x;
     for (int j = 0; j < m; j++)
         for (int i = 0; i < ROWS; i++) sum[j][i] = _mm512_setzero_ps();
@@ -78,7 +102,7 @@ WITH_VBMI2 INLINE void avx512(TILE, int m) {
                 table[i] = w->wide ? _mm512_set1_ps(step) : table_of(step, w->stored);
             }
         }
-        __m512i four = w->wide ? _mm512_setzero_si512() : _mm512_loadu_si512(pairs);
+        __m512i four = w->wide ? _mm512_setzero_si512() : _mm512_loadu_si512(pairs), two = four;
         _mm_prefetch((const char *)pairs + AHEAD, _MM_HINT_T0), _mm_prefetch((const char *)escapes + AHEAD, _MM_HINT_T0);
         UNROLL for (int i = 0; i < ROWS; i++) {
             __m512i v;
@@ -88,16 +112,14 @@ WITH_VBMI2 INLINE void avx512(TILE, int m) {
                 memcpy(&mask, pairs + 8 * i, 8);
                 v = expand_over(_mm512_setzero_si512(), mask, _mm512_loadu_si512(escapes));
                 escapes += _mm_popcnt_u64(mask);
-                a[0] = rounded(_mm512_mul_ps(table[i], _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(QUARTER(v, 0)))), w->stored);
-                a[1] = rounded(_mm512_mul_ps(table[i], _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(QUARTER(v, 1)))), w->stored);
-                a[2] = rounded(_mm512_mul_ps(table[i], _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(QUARTER(v, 2)))), w->stored);
-                a[3] = rounded(_mm512_mul_ps(table[i], _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(QUARTER(v, 3)))), w->stored);
+                UNROLL for (int n = 0; n < 4; n++) {
+                    __m512i each = _mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * (unsigned)n), 24);
+                    a[n] = rounded(_mm512_mul_ps(table[i], _mm512_cvtepi32_ps(each)), w->stored);
+                }
             } else {
-                v = offset_numbers(four, i, &escapes);
-                a[0] = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(QUARTER(v, 0)), table[i]);
-                a[1] = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(QUARTER(v, 1)), table[i]);
-                a[2] = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(QUARTER(v, 2)), table[i]);
-                a[3] = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(QUARTER(v, 3)), table[i]);
+                if (i % 2 == 0) two = _mm512_loadu_si512(escapes), escapes += *counts++;
+                v = offset_numbers(four, i, two);
+                UNROLL for (int n = 0; n < 4; n++) a[n] = _mm512_permutexvar_ps(_mm512_srli_epi32(v, 8 * (unsigned)n), table[i]);
             }
             UNROLL for (int j = 0; j < m; j++)
                 UNROLL for (int n = 0; n < 4; n++)
@@ -115,6 +137,7 @@ WITH_BF16 INLINE void avx512_bf16(TILE, int m) {
     __m512 sum[MOST][ROWS];
     __m512i table[ROWS];
     const uint8_t *escapes = w->escapes + w->starts[tile], *pairs = w->pairs + tile * runs_of(w) * RUN;
+    const uint8_t *counts = w->counts + tile * runs_of(w) * ROWS / 2;
     const uint16_t *row = x;
     for (int j = 0; j < m; j++)
         for (int i = 0; i < ROWS; i++) sum[j][i] = _mm512_setzero_ps();
@@ -126,15 +149,15 @@ WITH_BF16 INLINE void avx512_bf16(TILE, int m) {
                 table[i] = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_srli_epi32(wide, 16)));
             }
         }
-        __m512i four = _mm512_loadu_si512(pairs);
+        __m512i four = _mm512_loadu_si512(pairs), two = four;
         _mm_prefetch((const char *)pairs + AHEAD, _MM_HINT_T0), _mm_prefetch((const char *)escapes + AHEAD, _MM_HINT_T0);
         UNROLL for (int i = 0; i < ROWS; i++) {
-            __m512i v = offset_numbers(four, i, &escapes);
-            __m512i low = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(_mm512_castsi512_si256(v)), table[i]);
-            __m512i high = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(v, 1)), table[i]);
+            if (i % 2 == 0) two = _mm512_loadu_si512(escapes), escapes += *counts++;
+            __m512i v = offset_numbers(four, i, two); /* the look-up takes the lowest five bits of a word, and numbers have four */
+            __m512i even = _mm512_permutexvar_epi16(v, table[i]), odd = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 8), table[i]);
             UNROLL for (int j = 0; j < m; j++) {
-                sum[j][i] = _mm512_dpbf16_ps(sum[j][i], (__m512bh)low, (__m512bh)_mm512_loadu_si512(row + j * stride));
-                sum[j][i] = _mm512_dpbf16_ps(sum[j][i], (__m512bh)high, (__m512bh)_mm512_loadu_si512(row + j * stride + 32));
+                sum[j][i] = _mm512_dpbf16_ps(sum[j][i], (__m512bh)even, (__m512bh)_mm512_loadu_si512(row + j * stride));
+                sum[j][i] = _mm512_dpbf16_ps(sum[j][i], (__m512bh)odd, (__m512bh)_mm512_loadu_si512(row + j * stride + 32));
             }
         }
     }

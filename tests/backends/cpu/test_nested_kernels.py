@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -96,6 +97,57 @@ def test_any_number_of_threads_gives_the_same_bits(
         torch.set_num_threads(count)
         seen.append(nested.matvec(made, x, kernel=kernel))
     assert all(torch.equal(y, seen[0]) for y in seen)
+
+
+INT8 = [(k, s, d) for k in ("avx512-vnni", "avx2-int8", "portable-int8") for s, d in ((BF16, BF16), (FP32, FP32))]
+
+
+def by_the_rule(packed: Nested, x: Tensor) -> np.ndarray:
+    """Products with x in 8 bits: of spans of 256 columns, 64 where steps have groups, x becomes scale · k; W is not rounded."""
+    q, steps = packed.numbers().double().numpy(), packed.steps.double().numpy()
+    width = q.shape[1]
+    span = 256 if packed.group >= width or packed.group % 256 == 0 else 64
+    weight = q * np.repeat(steps, packed.group, axis=1)[:, :width]
+    rounded = np.zeros((len(x), width))
+    for start in range(0, width, span):
+        part = x[:, start : start + span].float().numpy()
+        scale = np.abs(part).max(1, keepdims=True) / np.float32(127)
+        quotients = part * (np.float32(1) / np.where(scale > 0, scale, np.float32(1)))
+        rounded[:, start : start + span] = scale * np.trunc(quotients + np.copysign(np.float32(0.5), quotients))
+    return rounded @ weight.T
+
+
+@pytest.mark.parametrize(("kernel", "stored", "dtype"), INT8, ids=lambda value: str(value).removeprefix("torch."))
+def test_activations_of_8_bits_have_a_scale_for_each_span(
+    kernel: str, stored: torch.dtype, dtype: torch.dtype, threads: None
+) -> None:
+    cases = [(1, 1, None), (3, 63, None), (5, 65, None), (13, 700, None), (7, 512, 64), (6, 768, 256)]
+    for (out, width, group), spread in product(cases, (0.4, 1.0, 3.0, 40.0)):
+        packed = weight_of(out, width, stored=stored, spread=spread, group=group)
+        made = nested.prepare(replace(packed, dtype=dtype))
+        if kernel not in nested.kernels(stored, dtype, made.wide, True):
+            continue
+        far = made.list_of[0][1].numel() > 0  # what is listed is added with x as it is
+        for rows in (1, 3, 8):
+            x, bias = torch.randn(rows, width).to(dtype), torch.randn(out).to(dtype)
+            y = nested.matvec(made, x, bias, int8=True, kernel=kernel).double().numpy()
+            wanted = by_the_rule(packed, x) + bias.double().numpy()
+            magnitude = np.abs(x.double().numpy()) @ np.abs(packed.unpack().double().numpy()).T
+            slack = (2**-8 if dtype == BF16 else 1e-6) * np.abs(wanted) + (8e-3 if far else 1e-6) * magnitude
+            assert np.all(np.abs(y - wanted) <= slack), (out, width, group, spread, rows)
+        torch.set_num_threads(3)
+        again = nested.matvec(made, x, bias, int8=True, kernel=kernel)
+        assert np.array_equal(again.double().numpy(), y)
+
+
+def test_in_8_bits_what_is_not_finite_makes_the_product_nan() -> None:
+    made = nested.prepare(weight_of(5, 70))
+    for bad in (torch.inf, torch.nan):
+        x = torch.randn(2, 70).to(BF16)
+        x[1, 3] = bad
+        y = nested.matvec(made, x, int8=True)
+        assert y[0].isfinite().all() and y[1].isnan().all()
+    assert not nested.matvec(made, torch.zeros(1, 70).to(BF16), int8=True).any()
 
 
 @given(

@@ -23,6 +23,7 @@ from llmsparse.pruning.effort import EffortName
 from llmsparse.runs.recipe import Count, Device, Dtype, Length, PathText, RunRecipe, Seed, ShardSize, Source, Texts
 from llmsparse.sparsity.fraction import parse_fraction
 from llmsparse.sparsity.patterns import Pattern, parse_pattern
+from llmsparse.text.bos import Bos
 from llmsparse.text.shares import Sources
 
 DEFAULT_METHOD = "sparsegpt"
@@ -121,10 +122,12 @@ class PruneRecipe(RunRecipe):
     include: Globs = ()
     exclude: Globs = ()
     keep_zeros: bool = False
+    text_only: bool = False
     true_sequential: bool = False
     match_steps: Annotated[int | Literal["auto"], PlainValidator(_match_steps)] = "auto"
     calibration: Texts = "auto"
     text_field: str | None = None
+    bos: Bos | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None
     batch_size: Count | None = None

@@ -23,6 +23,7 @@ class LlmsparseError(ValueError):
     """Root of all errors that a user can cause; `exit_code` is the process's status."""
 
     exit_code = 1
+    common = False  # every process of the run ends in it, so that the first alone need say it
 
 
 class NumericalError(LlmsparseError):

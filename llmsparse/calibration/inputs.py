@@ -9,7 +9,7 @@ it, its input is empty, and empty tensors have no identity.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from llmsparse.errors import CheckpointError, NumericalError
 from llmsparse.models.streamed import Activations, Block, Slot, Weight
 from llmsparse.models.tap import Tap
+from llmsparse.ranks.share import Share
 from llmsparse.sparsity.stats import Statistic
 
 SAMPLE_ROWS = 4096  # calibration rows kept of each input, at most, to measure output errors on
@@ -35,6 +36,7 @@ class Input:
     slots: tuple[Slot, ...]  # where it enters, in call order
     weights: tuple[Weight, ...]  # the weights it is multiplied with
     calls: int | None = None  # how often every batch brings it; None where a router decides
+    owner: int = 0  # the process that keeps what follows, and works on the weights
     tokens: int = 0  # rows seen
     statistic: Statistic | None = None
     rows: list[Tensor] = field(default_factory=list[Tensor])  # a seeded sample of its rows, each (some, in)
@@ -48,6 +50,11 @@ class Input:
         """The sampled rows, (rows, in) in the compute dtype."""
         return torch.cat(self.rows)
 
+    def forget(self) -> None:
+        """Let go of what was measured."""
+        self.statistic = None
+        self.rows = []
+
 
 def learn_inputs(block: Block, acts: Activations, weights: Sequence[Weight]) -> list[Input]:
     """Which of the weights share an input, in the order the block calls them, learned from the first batch.
@@ -57,7 +64,18 @@ def learn_inputs(block: Block, acts: Activations, weights: Sequence[Weight]) -> 
     by_slot: dict[Slot, list[Weight]] = {}
     for weight in weights:
         by_slot.setdefault(weight.slot, []).append(weight)
+    groups, products = acts.share.ranks.known(lambda: _who_shares(block, acts, by_slot))
+    inputs = [Input(slots, tuple(weight for slot in slots for weight in by_slot[slot])) for slots in groups]
+    if not any(weight.kind in ROUTED for weight in block.weights):
+        for entry in inputs:
+            entry.calls = sum(products[slot] for slot in entry.slots)
+    return inputs
 
+
+def _who_shares(
+    block: Block, acts: Activations, slots: Collection[Slot]
+) -> tuple[list[tuple[Slot, ...]], Counter[Slot]]:
+    """The slots of each input, and how many products each slot is met in."""
     seen: dict[tuple[object, ...], list[Slot]] = {}
     held: list[Tensor] = []
     products = Counter[Slot]()
@@ -67,22 +85,18 @@ def learn_inputs(block: Block, acts: Activations, weights: Sequence[Weight]) -> 
         if x.numel() == 0:
             return
         held.append(x)
-        slots = seen.setdefault(_identity(x), [])
-        if slot in by_slot and slot not in slots:
-            slots.append(slot)
+        sharing = seen.setdefault(_identity(x), [])
+        if slot in slots and slot not in sharing:
+            sharing.append(slot)
 
     with torch.no_grad(), Tap(block, note):
         block.call(acts, 0)
-    times = Counter(slot for slots in seen.values() for slot in slots)
-    shared = [tuple(slot for slot in slots if times[slot] == 1) for slots in seen.values()]
-    groups = [slots for slots in shared if slots]
+    times = Counter(slot for sharing in seen.values() for slot in sharing)
+    shared = [tuple(slot for slot in sharing if times[slot] == 1) for sharing in seen.values()]
+    groups = [sharing for sharing in shared if sharing]
     # by itself: what is used several times, on other inputs each, and experts that the first batch did not visit
-    groups += [(slot,) for slot in by_slot if times[slot] != 1]
-    inputs = [Input(slots, tuple(weight for slot in slots for weight in by_slot[slot])) for slots in groups]
-    if not any(weight.kind in ROUTED for weight in block.weights):
-        for entry in inputs:
-            entry.calls = sum(products[slot] for slot in entry.slots)
-    return inputs
+    groups += [(slot,) for slot in slots if times[slot] != 1]
+    return groups, products
 
 
 def calibrate(
@@ -95,70 +109,121 @@ def calibrate(
     seed: int,
     advance: Callable[[], None] = lambda: None,
     keep_output: bool = False,
+    sampled: int | None = None,
 ) -> list[Tensor]:
-    """Fill `statistic`, `rows` and `tokens` of each input from one pass of all batches through the block.
+    """Fill `statistic`, `rows` and `tokens` of each input from one pass of all batches through the block; of several
+    processes at the one that owns the input.
 
-    Returns the block's outputs, one (batch, tokens, width) a batch, when `keep_output`; the block is still dense, so
-    these are what block matching aims at. Otherwise a batch ends with the last input that is wanted: what follows, in most
-    blocks the product that is nearly a third of the FFN, is not computed.
+    `sampled` rows are kept of an input, or so many as errors are measured on. Returns the block's outputs, one (batch,
+    tokens, width) a batch held here, when `keep_output`; the block is still dense, so these are what block matching aims at.
+    Otherwise a batch ends with the last input that is wanted: what follows, in most blocks the product that is nearly a third
+    of the FFN, is not computed.
     """
-    inputs = list(inputs)
-    lead: dict[Slot, Input] = {}
-    followers: dict[Slot, Input] = {}
-    for entry in inputs:
-        needed = needs(entry)
-        entry.statistic = needed(entry.width, device) if needed else None
-        lead[entry.slots[0]] = entry
-        followers.update(dict.fromkeys(entry.slots[1:], entry))
-    current: dict[int, Tensor] = {}
-    calls = [entry.calls for entry in inputs]
-    enough = None if keep_output or None in calls or 0 in calls else sum(filter(None, calls))
-    seen = 0
-    wanted = sample_rows(sum(hidden.shape[0] * hidden.shape[1] for hidden in acts.hidden))
-
-    def update(slot: Slot, x: Tensor) -> None:  # x: (tokens, in)
-        nonlocal seen
-        note(slot, x)
-        seen += slot in lead or slot in followers
-        if seen == enough:
-            raise _AllSeen
-
-    def note(slot: Slot, x: Tensor) -> None:
-        if x.numel() == 0:
-            return
-        if slot in followers:
-            shared = current.get(id(followers[slot]))
-            if shared is None or _identity(shared) != _identity(x):
-                one, other = (_name_of(followers[slot], at) for at in (slot, followers[slot].slots[0]))
-                raise CheckpointError(
-                    f"{one}: has the input of {other} in one batch and another one in the next; leave it out with "
-                    f"--exclude {one!r}"
-                )
-        if slot not in lead:
-            return
-        entry = lead[slot]
-        current[id(entry)] = x
-        entry.tokens += x.shape[0]
-        if entry.statistic is not None:
-            entry.statistic.update(x)
-        quota = -(-(wanted if slot[1] is None else EXPERT_ROWS) // len(acts.hidden))
-        entry.rows.append(x[_draw(x.shape[0], quota, seed + batch).to(x.device)])
-
+    inputs, share = list(inputs), acts.share
+    watcher = _Watcher(inputs, share, seed, sampled or sample_rows(share.tokens), to_the_end=keep_output)
     outputs: list[Tensor] = []
-    for batch in range(len(acts.hidden)):
-        seen = 0
-        with suppress(_AllSeen), torch.no_grad(), Tap(block, update):
-            output = block.call(acts, batch)
-            if keep_output:
-                outputs.append(output)
-        current.clear()
-        advance()
-    for entry in lead.values():
+
+    def leaf(number: int) -> list[Seen]:
+        found = watcher.begin([needed(entry.width, device) if (needed := needs(entry)) else None for entry in inputs])
+        for batch in share.leaves[number]:
+            watcher.batch = batch
+            with suppress(_AllSeen), torch.no_grad(), Tap(block, watcher):
+                output = block.call(acts, share.place(batch))
+                if keep_output:
+                    outputs.append(output)
+            advance()
+        return found
+
+    totals = share.summed(leaf, Seen.merge, [entry.owner for entry in inputs])
+    for entry, seen in zip(inputs, totals, strict=True):
+        seen = seen or Seen(None)
+        entry.statistic, entry.rows, entry.tokens = seen.statistic, seen.rows, seen.tokens
+    with share.ranks.together():
+        _refuse_broken(inputs)
+    return outputs
+
+
+def _refuse_broken(inputs: Iterable[Input]) -> None:
+    for entry in inputs:
         if any(not torch.isfinite(rows).all() for rows in entry.rows):
             raise NumericalError(
                 f"the activations that enter {entry.weights[0].name} are NaN or Inf; try --dtype float32, or check the model"
             )
-    return outputs
+
+
+@dataclass
+class Seen:
+    """What some batches left behind of one input."""
+
+    statistic: Statistic | None
+    rows: list[Tensor] = field(default_factory=list[Tensor])
+    tokens: int = 0
+
+    def merge(self, other: Seen) -> Seen:
+        """This, with later batches."""
+        self.rows += other.rows
+        self.tokens += other.tokens
+        if self.statistic is not None and other.statistic is not None:
+            self.statistic.merge(other.statistic)
+        return self
+
+
+class _Watcher:
+    """Called with what enters each weight of a block: takes down of every input what is wanted of it."""
+
+    def __init__(self, inputs: list[Input], share: Share, seed: int, rows: int, *, to_the_end: bool) -> None:
+        self._number = {slot: number for number, entry in enumerate(inputs) for slot in entry.slots}
+        self._inputs, self._share, self._seed = inputs, share, seed
+        self._found: list[Seen] = []
+        self._current: dict[int, Tensor] = {}
+        self._met = 0
+        calls = [entry.calls for entry in inputs]
+        self._enough = None if to_the_end or None in calls or 0 in calls else sum(filter(None, calls))
+        self._rows = rows
+
+    def begin(self, statistics: Sequence[Statistic | None]) -> list[Seen]:
+        """From here on other sums, one an input."""
+        self._found = [Seen(statistic) for statistic in statistics]
+        return self._found
+
+    @property
+    def batch(self) -> int:
+        """The number of the batch that is seen, among those of all processes."""
+        return self._batch
+
+    @batch.setter
+    def batch(self, number: int) -> None:
+        self._batch, self._met = number, 0
+        self._current.clear()
+
+    def __call__(self, slot: Slot, x: Tensor) -> None:  # x: (tokens, in)
+        if slot not in self._number:
+            return
+        self._note(slot, x)
+        self._met += 1
+        if self._met == self._enough:
+            raise _AllSeen
+
+    def _note(self, slot: Slot, x: Tensor) -> None:
+        if x.numel() == 0:
+            return
+        number = self._number[slot]
+        entry, seen = self._inputs[number], self._found[number]
+        if slot != entry.slots[0]:
+            shared = self._current.get(number)
+            if shared is None or _identity(shared) != _identity(x):
+                one, other = (_name_of(entry, at) for at in (slot, entry.slots[0]))
+                raise CheckpointError(
+                    f"{one}: has the input of {other} in one batch and another one in the next; leave it out with "
+                    f"--exclude {one!r}"
+                )
+            return
+        self._current[number] = x
+        seen.tokens += x.shape[0]
+        if seen.statistic is not None:
+            seen.statistic.update(x)
+        quota = -(-(self._rows if slot[1] is None else EXPERT_ROWS) // self._share.total)
+        seen.rows.append(x[_draw(x.shape[0], quota, self._seed + self._batch).to(x.device)])
 
 
 class _AllSeen(Exception):

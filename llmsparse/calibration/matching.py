@@ -14,6 +14,9 @@ too, their error flatters a little: the perplexity of a run is that of windows w
 Half precision is bfloat16, whatever the model computes in: an error of a token relative to its own norm, as a mean over
 thousands of tokens, has gradients of 1e-9 and less in a large model, all of them 0 in float16. Adam does not care for
 scale, so the loss that is backpropagated is scaled up besides, for what a model still does in float16.
+
+Of several processes each has the batches that it holds, and every step takes some of each: their gradients are added up in
+the tree of `ranks/tree.py`, so that all take the same step, which is that of one process alone.
 """
 
 from __future__ import annotations
@@ -21,11 +24,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
 
 from llmsparse.models.streamed import Activations, Block
+from llmsparse.ranks.tree import far_apart
 
 TOKENS_PER_STEP = 4096  # or four times the block's width, if that is more
 LEARNING_RATES = (1e-2, 3e-2, 1e-1)  # fractions of a weight's root mean square
@@ -70,19 +75,21 @@ def match(
     parameter name → bool mask of its shape, True where a weight may move. Returns fp32 values of these parameters
     and a record. The module itself is left with its old parameters.
     """
-    validation = _validation(len(targets))
-    train = [j for j in range(len(targets)) if j not in validation]
+    share = acts.share
+    validation = _validation(share.total)
+    train = [j for j in range(share.total) if j not in validation]
     validated = bool(train)
     train = train or validation
-    group = batches_per_step(*targets[0].shape, most=len(train))
+    group = share.ranks.known(lambda: batches_per_step(*targets[0].shape, most=len(train)))
     tuner = _Tuner(block, acts, targets, keep, autocast)
 
     before = tuner.error(validation)
     rate = 0.0
     best, best_error = tuner.values(), before
     if steps:
-        schedule = _batches(train, group, steps, seed)
-        probes = {rate: tuner.probe(rate, schedule[: probe_steps(steps)], validation) for rate in LEARNING_RATES}
+        schedule = _batches(train, group, steps, seed, share.leaves)
+        probing = schedule[: probe_steps(steps)]
+        probes = {rate: tuner.probe(rate, probing, validation, best) for rate in LEARNING_RATES}
         rate = min(probes, key=lambda rate: probes[rate])
         optimizer = tuner.start(rate)
         for step, batches in enumerate(schedule):
@@ -128,40 +135,41 @@ class _Tuner:
         autocast: torch.dtype | None,
     ) -> None:
         self.block, self.acts, self.targets, self.autocast = block, acts, targets, autocast
+        self.share = acts.share
         self.scale = 1.0 if autocast is None else SCALE
         self.parameters = {name: block.module.get_parameter(name) for name in keep}
-        self.original = {name: parameter.data for name, parameter in self.parameters.items()}
+        self.device = next(iter(self.parameters.values())).device
         stored = block.in_module(block.stored)  # the module may hold them rounded to the compute dtype
-        self.keep = {name: mask.to(self.original[name].device) for name, mask in keep.items()}
+        self.keep = {name: mask.to(self.device) for name, mask in keep.items()}
         self._load({name: stored[name] for name in keep})
 
     def _load(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
-            parameter.data = values[name].to(self.original[name].device, torch.float32, copy=True)
+            parameter.data = values[name].to(self.device, torch.float32, copy=True)
             parameter.requires_grad_(True)
 
     def values(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     def restore(self) -> None:
-        for name, parameter in self.parameters.items():
+        for parameter in self.parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
-            parameter.data = self.original[name]
+        self.block.reload()
 
     def loss(self, batch: int) -> Tensor:
-        """mean over tokens of ‖block(x) − dense(x)‖² / ‖dense(x)‖²."""
-        hidden, target = self.acts.hidden[batch], self.targets[batch]
-        device = next(iter(self.original.values())).device
-        target = target.to(device).float()  # (batch, tokens, width)
-        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-            output = self.block.call(self.acts, batch, hidden=hidden.to(device))
+        """mean over tokens of ‖block(x) − dense(x)‖² / ‖dense(x)‖², of a batch that is held here."""
+        place = self.share.place(batch)
+        target = self.targets[place].to(self.device).float()  # (batch, tokens, width)
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            output = self.block.call(self.acts, place)
         error = (output.float() - target).square().sum(-1)  # (batch, tokens)
         return (error / target.square().sum(-1).clamp_min(1e-12)).mean()
 
     @torch.no_grad()
     def error(self, batches: Sequence[int]) -> float:
-        return sum(self.loss(batch).item() for batch in batches) / len(batches)
+        losses = {batch: self.loss(batch).item() for batch in batches if batch in self.share.numbers}
+        return sum(self.share.collected(losses).values()) / len(batches)
 
     def start(self, rate: float) -> torch.optim.Adam:
         scales: list[tuple[nn.Parameter, float]] = []
@@ -172,19 +180,28 @@ class _Tuner:
         return torch.optim.Adam(groups, betas=(0.9, 0.95))
 
     def step(self, optimizer: torch.optim.Adam, batches: Sequence[int], fraction: float) -> None:
-        optimizer.zero_grad()
-        for batch in batches:
-            (self.loss(batch) * (self.scale / len(batches))).backward()
-        for name, parameter in self.parameters.items():
-            if parameter.grad is not None:  # None for experts that no token of these batches reached
-                parameter.grad.mul_(self.keep[name])  # Adam never moves a weight whose gradients were all zero
+        parameters = list(self.parameters.values())
+
+        def gradients(leaf: int) -> list[Tensor | None]:
+            optimizer.zero_grad()
+            for batch in batches:
+                if batch in self.share.leaves[leaf]:
+                    (self.loss(batch) * (self.scale / len(batches))).backward()
+            return [parameter.grad for parameter in parameters]
+
+        sums = self.share.summed_for_all(gradients, _both, [parameter.numel() for parameter in parameters])
+        for (name, parameter), gradient in zip(self.parameters.items(), sums, strict=True):
+            parameter.grad = gradient
+            if gradient is not None:  # None for experts that no token of these batches reached
+                gradient.mul_(self.keep[name])  # Adam never moves a weight whose gradients were all zero
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * fraction
         optimizer.step()
 
-    def probe(self, rate: float, schedule: Sequence[Sequence[int]], validation: Sequence[int]) -> float:
-        """Validation error after a few steps at a constant rate; the weights are put back."""
-        start = self.values()
+    def probe(
+        self, rate: float, schedule: Sequence[Sequence[int]], validation: Sequence[int], start: dict[str, Tensor]
+    ) -> float:
+        """Validation error after a few steps at a constant rate from `start`, to which the weights are put back."""
         optimizer = self.start(rate)
         for batches in schedule:
             self.step(optimizer, batches, 1.0)
@@ -193,15 +210,25 @@ class _Tuner:
         return error if math.isfinite(error) else math.inf
 
 
+def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, either of which may not be there."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one.add_(other)
+
+
 def _validation(batches: int) -> list[int]:
     """An eighth of the batches, evenly spread; the only one when there is just one."""
     return list(range(0, batches, HELD_OUT_SHARE))
 
 
-def _batches(train: Sequence[int], group: int, steps: int, seed: int) -> list[list[int]]:
-    """`steps` groups of batch numbers: epochs of a seeded shuffle."""
+def _batches(train: Sequence[int], group: int, steps: int, seed: int, leaves: Sequence[range]) -> list[list[int]]:
+    """`steps` groups of batch numbers: epochs of a seeded shuffle, dealt so that every group has its batches from leaves
+    that lie far apart, and so, of several processes, work for all."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     while len(order) < steps * group:
-        order += [train[int(j)] for j in torch.randperm(len(train), generator=generator)]
+        shuffled = [train[int(j)] for j in torch.randperm(len(train), generator=generator)]
+        piles = [[batch for batch in shuffled if batch in leaves[leaf]] for leaf in far_apart(len(leaves))]
+        order += [batch for layer in zip_longest(*piles) for batch in layer if batch is not None]
     return [order[step * group : (step + 1) * group] for step in range(steps)]

@@ -21,6 +21,7 @@ from llmsparse.cli.options import Debug, Device, Dtype, Json, Model, Quiet, Revi
 from llmsparse.cli.recipe_verbs import add_recipe_verb
 from llmsparse.cli.terminal import Terminal
 from llmsparse.errors import RecipeError
+from llmsparse.ranks.place import launched
 from llmsparse.runs.keys import BATCH, COLUMN, WINDOW
 from llmsparse.runs.verbs import VERBS
 from llmsparse.version import __version__
@@ -150,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     terminal = Terminal(argv)
 
     def run() -> None:
+        terminal.place = launched()
         with typer.main.get_command(app).make_context("llmsparse", list(argv), obj=terminal) as context:
             context.command.invoke(context)
 

@@ -39,12 +39,12 @@ def exit_code_of(run: Callable[[], None], terminal: Terminal) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         hint = terminal.how_to_resume()
-        return _fail(terminal, INTERRUPTED, f"interrupted{'; ' + hint if hint else ''}")
+        return _fail(terminal, INTERRUPTED, f"interrupted{'; ' + hint if hint else ''}", common=True)
     except LlmsparseError as error:
-        return _fail(terminal, error.exit_code, str(error))
+        return _fail(terminal, error.exit_code, str(error), error.common)
     except USAGE_ERROR as error:
         command = error.ctx.command_path if error.ctx else "llmsparse"
-        return _fail(terminal, 2, f"{error.format_message()} ({command} --help)")
+        return _fail(terminal, 2, f"{error.format_message()} ({command} --help)", common=terminal.place.local_rank > 0)
     except MemoryError:
         return _fail(terminal, 3, _out_of("memory", terminal))
     except OSError as error:
@@ -70,10 +70,14 @@ def exit_code_of(run: Callable[[], None], terminal: Terminal) -> int:
     return 0
 
 
-def _fail(terminal: Terminal, status: int, line: str) -> int:
+def _fail(terminal: Terminal, status: int, line: str, common: bool = False) -> int:
+    """One line. What is `common` to all processes of a run the first one says; what another ends in alone says who it is."""
+    rank = terminal.place.rank
+    if rank and common:
+        return status
     if terminal.debug:
         traceback.print_exc()
-    print(f"error: {' '.join(line.split())}", file=sys.stderr)
+    print(f"error: {f'rank {rank}: ' if rank else ''}{' '.join(line.split())}", file=sys.stderr)
     return status
 
 

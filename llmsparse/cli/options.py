@@ -53,17 +53,19 @@ def verb(
     *,
     more: Sequence[inspect.Parameter] = (),
     help: str | None = None,
+    several: bool = False,
 ) -> Callable[[Verb], Verb]:
     """Register a function as a command. It gets the Terminal first, then its own options.
 
     -q, -v and --debug are added to these, and `more` options, which it gets as `**flags`. `help` is its docstring if
-    not given.
+    not given. `several`: processes that torchrun starts can share its work.
     """
 
     def register(function: Verb) -> Verb:
         def run(ctx: typer.Context, quiet: bool, verbose: bool, debug: bool, **options: Any) -> None:
             terminal: Terminal = ctx.obj
             terminal.add(quiet, verbose, debug)
+            terminal.share(several)
             function(terminal, **options)
 
         own = [

@@ -11,6 +11,7 @@ import typer
 
 from llmsparse.cli.options import MODEL, Json, option, verb
 from llmsparse.cli.terminal import Terminal
+from llmsparse.ranks.launch import joined
 from llmsparse.runs.keys import Key
 from llmsparse.runs.verbs import VERBS
 
@@ -81,14 +82,15 @@ def add_recipe_verb(
     def run(terminal: Terminal, **given: Any) -> None:
         how = {switch: given.pop(switch) for switch in ("resume", "overwrite")}
         json, dry_run = given.pop("json"), given.pop("dry_run", plan_only)
-        chosen = recipe_from(described.load_recipe(), given, **how)
         terminal.calm_libraries()
+        with joined().together():
+            chosen = recipe_from(described.load_recipe(), given, **how)
         if dry_run:
             return terminal.show(described.load_make_plan()(chosen, **how, download=False), json)
         terminal.will_write(chosen.output_folder)
         return terminal.show(described.load_run()(chosen, **how, progress=terminal.progress()), json)
 
-    verb(app, command or name, more=options, help=help or described.help)(run)
+    verb(app, command or name, more=options, help=help or described.help, several=True)(run)
 
 
 def recipe_from(kind: type[RunRecipe], given: dict[str, Any], *, resume: bool, overwrite: bool) -> RunRecipe:

@@ -7,10 +7,12 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from llmsparse.errors import RecipeError
+from llmsparse.ranks.place import Place
 from llmsparse.runs import progress
 from llmsparse.storage.strict_json import strict_json
 
@@ -37,6 +39,7 @@ class Terminal:
     verbose: bool = False
     debug: bool = False
     partial: Path | None = None  # what a run in progress writes to
+    place: Place = field(default_factory=Place)  # among the processes of the run
 
     def add(self, quiet: bool, verbose: bool, debug: bool) -> None:
         """Switches count before and after the verb."""
@@ -44,11 +47,20 @@ class Terminal:
         self.verbose |= verbose
         self.debug |= debug
 
+    def share(self, several: bool) -> None:
+        """Of several processes the first one speaks. RecipeError where only one can do the work."""
+        if self.place.size > 1 and not several:
+            raise RecipeError(f"{self.place.size} processes cannot share this work; start it without torchrun, in one")
+        if self.place.rank:
+            self.quiet = True
+
     def progress(self) -> progress.Progress:
         return progress.for_terminal(self.quiet, self.verbose)
 
     def show(self, result: Result, as_json: bool) -> None:
-        """One JSON document, or a table."""
+        """One JSON document, or a table; from the first process."""
+        if self.place.rank:
+            return
         if as_json:
             print(strict_json(result.to_json()))
             return
@@ -69,6 +81,8 @@ class Terminal:
         os.environ.setdefault("DATASETS_VERBOSITY", "critical")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        if self.place.size > 1:  # before torch is loaded: what it logs of lost connections is said in our own words
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
         if self.quiet or not downloads or not progress.watched():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

@@ -18,8 +18,9 @@ import torch
 from llmsparse.encodings.reader import open_checkpoint
 from llmsparse.errors import CalibrationError, NumericalError, RecipeError
 from llmsparse.models.likelihood import negative_log_likelihood, perplexity_of
-from llmsparse.models.origin import fetch_model, load_config, load_tokenizer
+from llmsparse.models.origin import fetch_model, load_config, load_tokenizer, read_config
 from llmsparse.models.streamed import StreamedModel
+from llmsparse.models.thresholds import cutting, read_thresholds, rules_of
 from llmsparse.runs.device import choose_device, choose_dtype, split_batches, window_length
 from llmsparse.runs.progress import Progress, Silent
 from llmsparse.storage.home_folder import expand_home
@@ -90,6 +91,7 @@ def perplexity(
     streamed = StreamedModel(
         reader, device=place, dtype=choose_dtype(dtype, place, reader), trust_remote_code=trust_remote_code
     )
+    cut = read_thresholds(folder, read_config(folder))
     stored_tokens = calibration.is_token_file(text)
     tokenizer = None if stored_tokens else load_tokenizer(folder, trust_remote_code)
     chosen = calibration.load_evaluation(
@@ -112,12 +114,15 @@ def perplexity(
         progress.start(len(streamed.block_names))
         for block in streamed.blocks():
             progress.block(block.name)
-            block.run(acts, into=acts)
+            with cutting(block.module, rules_of(cut, block.name, block.module) if cut else {}):
+                block.run(acts, into=acts)
         nll = negative_log_likelihood(streamed, acts, batches)
     if not math.isfinite(nll):
         raise NumericalError(_overflowed(model, streamed.dtype))
     tokens = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
     protocol = chosen.protocol | {"stride": chosen.ids.shape[1], "level": "token"}
+    if cut:
+        protocol |= {"activation sparsity": cut.sparsity}
     return Perplexity(model, perplexity_of(nll, tokens), tokens, time.perf_counter() - started, protocol)
 
 

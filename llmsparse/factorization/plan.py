@@ -22,6 +22,7 @@ from llmsparse.factorization.router import NUMBERS_AT_ONCE
 from llmsparse.factorization.split import Layout
 from llmsparse.models.prunable import refuse_stored
 from llmsparse.models.streamed import StreamedModel
+from llmsparse.runs.joint import alone
 from llmsparse.runs.memory import freed_bytes
 from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
@@ -134,6 +135,7 @@ class FactorizePlan(RunPlan[FactorizeRecipe]):
         }
 
 
+@alone
 def make_plan(
     recipe: FactorizeRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True
 ) -> FactorizePlan:

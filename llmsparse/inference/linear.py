@@ -10,6 +10,7 @@ pass through them to what stands before, so that adapters and biases can be.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -25,6 +26,7 @@ from llmsparse.inference import graphed
 from llmsparse.inference.gradient import PackedProduct, wants_gradient
 from llmsparse.inference.read_only import LOST, read_only
 from llmsparse.inference.shared_input import shared_product
+from llmsparse.models.thresholds import Applied
 
 
 class Packed(Protocol):
@@ -106,6 +108,7 @@ class PackedLayer(nn.Module):
         self.matrix: PackedMatrix | None = None
         self.bias = bias
         self.group: Any = 0  # of layers that share its input
+        self.rule: Applied | None = None  # by which it leaves inputs out
         place(self, "weight", described, dtype)
 
     def prepare(self, name: str, described: Mapping[str, Any], backend: str = AUTO, optimize: str = "memory") -> None:
@@ -119,8 +122,13 @@ class PackedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) → (..., out)."""
         assert self.matrix is not None
+        bias = self.bias
+        if self.rule is not None:
+            x, bias = self.rule.cut(x), self.rule.bias
         if torch.compiler.is_compiling():
-            return product_in_graph(self.matrix, x, self.bias)
+            return product_in_graph(self.matrix, x, bias)
+        if self.rule is not None:
+            return self.matrix(x, bias)
         shared = shared_product(self, x)
         return self.matrix(x, self.bias) if shared is None else shared
 
@@ -148,6 +156,8 @@ class PackedLayer(nn.Module):
         super()._apply(fn, recurse)
         if self.matrix is not None:
             self.matrix = carried(self.matrix, fn)
+        if self.rule is not None:
+            self.rule = moved(self.rule, fn)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -163,6 +173,13 @@ class PackedLayer(nn.Module):
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return shape if self.matrix is None else f"{shape}, backend={self.matrix.choice.backend}"
+
+
+def moved(rule: Applied, fn: Callable[[Tensor], Tensor]) -> Applied:
+    """The rule of a layer after `model.to(...)`: its scores stay in fp32."""
+    device = fn(torch.empty(0)).device
+    norms, centre = (None if held is None else held.to(device) for held in (rule.cut.norms, rule.cut.centre))
+    return Applied(replace(rule.cut, norms=norms, centre=centre), None if rule.bias is None else fn(rule.bias))
 
 
 class SparseLinear(PackedLayer, nn.Linear):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from llmsparse.errors import CheckpointError
+from llmsparse.ranks.group import ALONE
+from llmsparse.ranks.share import Share
 
 LATEST = 8  # tensors of one shape that a new one is compared with
 
@@ -32,15 +34,19 @@ class Call(NamedTuple):
 
 
 class Activations:
-    """The hidden states of every batch, (batch, tokens, width) each, before one block."""
+    """The hidden states of every batch that this process holds, (batch, tokens, width) each, before one block.
 
-    def __init__(self, hidden: list[Tensor], calls: list[list[Call]]) -> None:
+    `share` says which of all batches these are; they are all of them if it is not given.
+    """
+
+    def __init__(self, hidden: list[Tensor], calls: list[list[Call]], share: Share | None = None) -> None:
         self.hidden = hidden
         self.calls = calls  # [block][batch]
+        self.share = share or Share(ALONE, tuple((one.shape[0], one.shape[1]) for one in hidden))
 
     def like(self, hidden: list[Tensor]) -> Activations:
         """Other hidden states of the same batches."""
-        return Activations(hidden, self.calls)
+        return Activations(hidden, self.calls, self.share)
 
     @property
     def nbytes(self) -> int:

@@ -21,18 +21,25 @@ def perplexity_of(nll: float, tokens: int) -> float:
     return math.exp(700.0 if mean > 700.0 else mean)
 
 
-@torch.no_grad()
 def negative_log_likelihood(model: StreamedModel, acts: Activations, batches: Sequence[Tensor]) -> float:
     """Σ −log p(token | window so far) over all windows, in nats, from the hidden states after the last block.
 
-    `batches`: the (batch, tokens) ids that `acts` was embedded from. Logits are made for a few tokens at a time.
+    `batches`: the (batch, tokens) ids that `acts` was embedded from, of all processes.
     """
-    total = 0.0
-    for hidden, ids in zip(acts.hidden, batches, strict=True):  # (batch, tokens, width), (batch, tokens)
+    return sum(likelihood_of_batches(model, acts, batches))
+
+
+@torch.no_grad()
+def likelihood_of_batches(model: StreamedModel, acts: Activations, batches: Sequence[Tensor]) -> list[float]:
+    """The same of every batch, those of other processes too. Logits are made for a few tokens at a time."""
+    found: dict[int, float] = {}
+    for number, hidden in zip(acts.share.numbers, acts.hidden, strict=True):  # (batch, tokens, width)
+        ids, total = batches[number], 0.0  # (batch, tokens)
         chunk = max(1, LOGIT_ELEMENTS // (ids.shape[0] * model.vocabulary))
         for start in range(0, ids.shape[1] - 1, chunk):
             stop = min(start + chunk, ids.shape[1] - 1)
             logits = model.logits(hidden[:, start:stop]).float()  # (batch, chunk, vocabulary)
             wanted = ids[:, start + 1 : stop + 1].to(logits.device)
             total += F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum").item()
-    return total
+        found[number] = total
+    return list(acts.share.collected(found).values())

@@ -30,6 +30,8 @@ from llmsparse.models.origin import load_config
 from llmsparse.models.prunable import refuse_shared_blocks
 from llmsparse.models.read_ahead import ReadAhead
 from llmsparse.models.weight import Slot, Weight, list_weights
+from llmsparse.ranks.group import ALONE, Ranks
+from llmsparse.ranks.share import Share
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.heap import release_freed
 from llmsparse.storage.shard import is_finite
@@ -49,7 +51,10 @@ class StreamedModel:
     def __init__(
         self, reader: CheckpointReader, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
     ) -> None:
-        self.config: Any = load_config(reader.folder, trust_remote_code, encoded=isinstance(reader, DecodedReader))
+        encoded = isinstance(reader, DecodedReader)
+        self.config: Any = load_config(reader.folder, trust_remote_code, packed=reader.packed, encoded=encoded)
+        if reader.packed:
+            vars(self.config).pop("quantization_config", None)
         check_depth(self.config, reader)
         refuse_integers(reader)
         self._reader = reader
@@ -81,6 +86,11 @@ class StreamedModel:
     def folder(self) -> Path:
         """Where the checkpoint lies."""
         return self._reader.folder
+
+    def bytes_of(self, key: str) -> int:
+        """What an on-disk tensor takes once it is read."""
+        spec = self._reader.spec(key)
+        return spec.end - spec.begin
 
     def dtype_of(self, weight: Weight) -> torch.dtype:
         """The dtype that a weight is stored in."""
@@ -153,11 +163,13 @@ class StreamedModel:
                 yield group, {name: laid_out[name] for name in group.targets if name in laid_out}
 
     @torch.no_grad()
-    def embed(self, batches: Sequence[Tensor]) -> Activations:
-        """What enters the first block for each batch of (batch, tokens) int64 ids, and what each block is called with.
+    def embed(self, batches: Sequence[Tensor], ranks: Ranks = ALONE) -> Activations:
+        """What enters the first block for each batch of (batch, tokens) int64 ids, and what each block is called with; of
+        several processes each embeds its share of the batches.
 
         Runs no block. The input embedding is read for it, and dropped afterwards.
         """
+        share = Share(ranks, tuple((ids.shape[0], ids.shape[1]) for ids in batches))
         self._load(self._input)
         recorder = Recorder(len(self._blocks))
 
@@ -171,12 +183,12 @@ class StreamedModel:
             return run
 
         with quiet(), replaced(self._blocks, record):
-            for ids in batches:
+            for ids in share.take(batches):
                 recorder.next_batch()
                 with suppress(_Recorded):
                     self._model(ids.to(self._device), use_cache=False)
         self._drop(self._input)
-        return Activations(recorder.hidden, recorder.calls)
+        return Activations(recorder.hidden, recorder.calls, share)
 
     def blocks(self, names: Container[str] | None = None) -> Generator[Block]:
         """Every block, or those named, one after the other: loaded here, and evicted when the next one is asked for,

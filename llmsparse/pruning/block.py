@@ -10,7 +10,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,9 +80,15 @@ def prune_block(
     def needs(entry: Input) -> type[Statistic] | None:
         return reduce(combine, (choices[weight.name].pruner.needs for weight in entry.weights))
 
+    def prune_weights(entry: Input) -> list[Solved]:
+        solved = [prune_weight(block, choices[weight.name], entry, options) for weight in entry.weights]
+        entry.forget()
+        return solved
+
+    ranks, one_by_one = acts.share.ranks, options.true_sequential
     inputs = learn_inputs(block, acts, [choice.weight for choice in choices.values()])
     for number, group in enumerate(
-        passes(inputs, needs, options.statistics_budget, one_by_one=options.true_sequential)
+        passes(inputs, needs, options.statistics_budget, one_by_one=one_by_one, share=acts.share)
     ):
         if number and options.true_sequential:
             block.reload()  # later inputs see the weights pruned so far; otherwise the module stays dense
@@ -96,18 +103,16 @@ def prune_block(
             keep_output=matching and number == 0,
         )
         targets = targets or outputs
-        for entry in group:
-            for weight in entry.weights:
-                begun = time.perf_counter()
-                row, mask, zeros = prune_weight(block, choices[weight.name], entry, options)
-                rows.append(row)
-                if matching:
-                    keep[weight.name] = mask.cpu()
-                if matching and "zeros_before" in row.notes:
-                    zeros_at[weight.name] = zeros.cpu()
-                seconds[weight.name] = time.perf_counter() - begun
-            entry.statistic = None
-            entry.rows.clear()
+        owners = [entry.owner for entry in group]
+        for solved in chain.from_iterable(ranks.divided(group, owners, prune_weights)):
+            row = solved.row
+            rows.append(row)
+            block.view(choices[row.name].weight).copy_(solved.stored)
+            seconds[row.name] = solved.seconds
+            if solved.keep is not None:
+                keep[row.name] = solved.keep
+            if solved.zeros is not None:
+                zeros_at[row.name] = solved.zeros
 
     result: Match | None = None
     if matching:
@@ -120,12 +125,19 @@ def prune_block(
     return BlockRecord(block.name, rows, asdict(result) if result else None, seconds)
 
 
-def prune_weight(
-    block: Block, choice: Choice, entry: Input, options: PruneOptions
-) -> tuple[PrunedWeight, Tensor, Tensor]:
-    """Prune one weight in `block.stored`; returns its report row, its keep-mask and where it was 0 before, (out, in)
-    where they were made."""
-    weight, pattern = choice.weight, choice.pattern
+class Solved(NamedTuple):
+    """A pruned weight. Masks are on the CPU, and there where matching will ask for them."""
+
+    row: PrunedWeight
+    stored: Tensor  # (out, in), as rounded to the stored dtype
+    keep: Tensor | None  # (out, in) bool
+    zeros: Tensor | None  # (out, in) bool: where it was 0 before, if it was sparse already
+    seconds: float
+
+
+def prune_weight(block: Block, choice: Choice, entry: Input, options: PruneOptions) -> Solved:
+    """Prune one weight in `block.stored`."""
+    begun, weight, pattern = time.perf_counter(), choice.weight, choice.pattern
     stored = block.view(weight)  # (out, in), stored dtype
     pruner, fallback = pruner_that_fits(choice, entry, options.calibration_tokens)
     notes: dict[str, Any] = {"fallback": fallback} if fallback else {}
@@ -150,7 +162,10 @@ def prune_weight(
         tokens=entry.tokens,
         notes=notes,
     )
-    return row, pruned.keep, zeros
+    if not options.match_steps or block.name == HEAD:
+        return Solved(row, stored, None, None, time.perf_counter() - begun)
+    sparse = zeros.cpu() if "zeros_before" in row.notes else None
+    return Solved(row, stored, pruned.keep.cpu(), sparse, time.perf_counter() - begun)
 
 
 def as_matched(row: PrunedWeight, stored: Tensor, zeros: Tensor | None) -> PrunedWeight:

@@ -17,19 +17,23 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmsparse.calibration.inputs import EXPERT_ROWS, sample_rows
+from llmsparse.calibration.matching import batches_per_step
 from llmsparse.models.likelihood import LOGIT_ELEMENTS
 from llmsparse.models.weight import Slot
 from llmsparse.pruners import workspace_of
 from llmsparse.pruning.selection import HEAD, Choice
+from llmsparse.ranks.tree import held_at_once
 from llmsparse.runs.memory import freed_bytes
-from llmsparse.sparsity.stats import Statistic, combine
+from llmsparse.sparsity.stats import Gram, Statistic, combine
 
 if TYPE_CHECKING:
     from llmsparse.pruning.plan import PrunePlan
 
 HELD_FORWARD = 4  # numbers of a token in a block's forward at once, in widest products (the FFN's): measured
 HELD_BACKWARD = 12  # the same of a forward whose backward is to come
-MATCHED = 24  # bytes a tuned weight: fp32 master, gradient, two moments, the best so far, and the start of a probe
+MATCHED = (
+    16  # bytes a tuned weight: fp32 master, two moments, and the best so far; gradients are held besides, in a tree
+)
 
 
 def peak_bytes(plan: PrunePlan, statistics_budget: int) -> int:
@@ -101,8 +105,8 @@ class _Block:
         """Beside its neighbours."""
         if not self.choices:
             return self._loaded
-        solving = max(self._solving(choice) for choice in self.choices)
-        measuring = self._statistics + self._samples + max(self._calibrating, solving)
+        solving = self._summed + max(self._whole + self._solving(choice) for choice in self.choices)
+        measuring = self._samples + max(self._statistics + self._calibrating, solving)
         return self._loaded + self._masks + self._targets + max(measuring, self._matching)
 
     @property
@@ -139,10 +143,27 @@ class _Block:
 
     @property
     def _statistics(self) -> int:
-        """Those measured in one pass: as many as the budget allows, at least one, and just one if true-sequential."""
-        sizes = [needs.nbytes(width) for (_, width), needs in self._entering.items() if needs]
+        """Those measured in one pass: as many as the budget allows, at least one, and just one if true-sequential; while
+        they are summed up, in a tree."""
+        sizes = [self._held * needs.nbytes(width) for (_, width), needs in self._entering.items() if needs]
         budget = 0 if self.plan.recipe.true_sequential else self.statistics_budget
         return max(min(sum(sizes), budget), max(sizes, default=0))
+
+    @property
+    def _held(self) -> int:
+        """Partial sums at once."""
+        return held_at_once(len(self.plan.batches))
+
+    @property
+    def _summed(self) -> int:
+        """The same once they are summed up."""
+        return self._statistics // self._held
+
+    @property
+    def _whole(self) -> int:
+        """The largest matrix of products, as it is solved with, without the half that it was summed up as."""
+        widths = [width for (_, width), needs in self._entering.items() if needs and issubclass(needs, Gram)]
+        return max((4 * width**2 - Gram.nbytes(width) for width in widths), default=0)
 
     @property
     def _samples(self) -> int:
@@ -176,7 +197,9 @@ class _Block:
         step = numbers * 4 + (cast if self.plan.dtype != torch.float32 else 0)
         largest = max(prod(choice.weight.shape) for choice in self.choices)
         update = 4 * (largest if self.plan.device.type == "cpu" else self._chosen)
-        return (MATCHED + 1) * self._chosen + max(step, update)
+        count, (windows, tokens) = len(self.plan.batches), self.plan.batches[0].shape
+        together = batches_per_step(windows, tokens, self.plan.model.hidden_size, most=count)
+        return (MATCHED + 4 * held_at_once(together) + 1) * self._chosen + max(step, update)
 
     @property
     def _matched(self) -> bool:

@@ -28,6 +28,7 @@ from llmsparse.pruning.memory import peak_bytes
 from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.pruning.selection import Choice, choose_weights
 from llmsparse.runs.device import split_batches
+from llmsparse.runs.joint import joint
 from llmsparse.runs.memory import available_bytes
 from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
@@ -122,7 +123,7 @@ class PrunePlan(RunPlan[PruneRecipe]):
             true_sequential=self.recipe.true_sequential,
             keep_zeros=self.recipe.keep_zeros,
             calibration_tokens=self.windows.ids.numel(),
-            statistics_budget=int(STATISTICS_SHARE * available_bytes(self.device)),
+            statistics_budget=int(STATISTICS_SHARE * available_bytes(self.device, self.ranks.local_size)),
         )
 
     @property
@@ -173,6 +174,7 @@ class PrunePlan(RunPlan[PruneRecipe]):
         return f"{name} over {len(self.units)} {level}s{cost if more else ''}"
 
 
+@joint
 def make_plan(
     recipe: PruneRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True
 ) -> PrunePlan:

@@ -112,7 +112,7 @@ def quantize_block(
         return Gram
 
     inputs = learn_inputs(block, acts, [choice.weight for choice in chosen])
-    for group in passes(inputs, needs, options.statistics_budget):
+    for group in passes(inputs, needs, options.statistics_budget, share=acts.share):
         note = progress.batches(f"calibrating {block.name}", len(acts.hidden))
         calibrate(block, acts, group, needs, device=options.device, seed=options.recipe.seed, advance=note)
         for entry in group:

@@ -19,6 +19,7 @@ from llmsparse.packing.values import LARGEST
 from llmsparse.quantization.block import STEPS, Choice, QuantizeOptions, dense_for_values, steps_shape
 from llmsparse.quantization.recipe import QuantizeRecipe
 from llmsparse.quantization.weight import Problem
+from llmsparse.runs.joint import alone
 from llmsparse.runs.memory import available_bytes, freed_bytes
 from llmsparse.runs.opening import OpenedModel, fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
@@ -112,6 +113,7 @@ class QuantizePlan(RunPlan[QuantizeRecipe]):
         }
 
 
+@alone
 def make_plan(
     recipe: QuantizeRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True
 ) -> QuantizePlan:

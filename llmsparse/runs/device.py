@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmsparse.errors import MachineError, RecipeError, did_you_mean
+from llmsparse.ranks.place import launched
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.text.shares import Sources, holds_tokens
 
@@ -35,13 +36,22 @@ def full_float32() -> Generator[None]:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU, or the CPU. MachineError for a device this machine lacks."""
+    """`auto` is the first GPU, or the CPU. MachineError for a device this machine lacks.
+
+    Of several processes on a machine each takes a GPU of its own, from the named one on.
+    """
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise RecipeError(f"--device {name!r} is no device; use auto, cpu or cuda:0") from None
+    if device.type == "cuda" and launched().local_size > 1:
+        device = torch.device("cuda", (device.index or 0) + launched().local_rank)
+        if device.index >= (count := torch.cuda.device_count()):
+            raise MachineError(
+                f"no GPU for local rank {launched().local_rank}: this machine has {count}; start fewer processes"
+            )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MachineError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"

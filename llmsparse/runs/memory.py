@@ -60,9 +60,9 @@ def freed_bytes(device: torch.device, block: int) -> int:
     return min(FREED, FREED_SHARE * block) if device.type == "cpu" else 0
 
 
-def available_bytes(device: torch.device) -> int:
+def available_bytes(device: torch.device, processes: int = 1) -> int:
     """Memory that can still be taken: free GPU memory and what torch has reserved of it and lies idle, or the smaller of
-    free RAM and the cgroup's rest."""
+    free RAM and the cgroup's rest, of which each of so many `processes` gets its part."""
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + idle
@@ -72,7 +72,7 @@ def available_bytes(device: torch.device) -> int:
     except (OSError, StopIteration):  # no Linux
         import psutil
 
-        return int(psutil.virtual_memory().available)
+        return int(psutil.virtual_memory().available) // processes
     try:
         with (
             open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
@@ -81,7 +81,7 @@ def available_bytes(device: torch.device) -> int:
             free = min(free, int(limit.read()) - int(used.read()))
     except (OSError, ValueError):  # no cgroup, or its limit reads "max"
         pass
-    return free
+    return free // processes
 
 
 class PeakMemory:

@@ -15,9 +15,10 @@ import os
 import shutil
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 from llmsparse.errors import CheckpointError, MachineError, RecipeError
+from llmsparse.runs.fingerprint import spell_differences
 from llmsparse.runs.recipe import refuse_both
 from llmsparse.storage.disk import disk_error, fsync, replace_file
 from llmsparse.storage.home_folder import expand_home
@@ -295,25 +296,11 @@ class _Lock:
 
 
 def _check_fingerprint(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = _differing(before, now)
-    if not changed:
-        return
-    details: list[str] = []
-    for key in changed:
-        was, is_ = before.get(key), now.get(key)
-        both = f"{json.dumps(was)} then, {json.dumps(is_)} now"
-        parts = isinstance(was, dict) and isinstance(is_, dict)
-        within = ", ".join(_differing(cast(dict[str, Any], was), cast(dict[str, Any], is_))) if parts else ""
-        shown = both if len(both) < 90 else within
-        details.append(f"{key} ({shown})" if shown else key)
-    raise RecipeError(
-        f"{folder}: cannot be resumed, changed since it was started: {', '.join(details)}; "
-        "set it back, or start anew with --overwrite"
-    )
-
-
-def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if changed := spell_differences(before, now, ("then", "now")):
+        raise RecipeError(
+            f"{folder}: cannot be resumed, changed since it was started: {changed}; "
+            "set it back, or start anew with --overwrite"
+        )
 
 
 def _read_journal(file: Path) -> dict[str, Any]:

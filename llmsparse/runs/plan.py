@@ -17,6 +17,8 @@ from torch import Tensor
 
 from llmsparse.models.origin import Origin, config_fingerprint
 from llmsparse.models.streamed import StreamedModel
+from llmsparse.ranks.group import Ranks
+from llmsparse.ranks.launch import joined
 from llmsparse.runs.device import split_batches
 from llmsparse.runs.memory import footprint_bytes
 from llmsparse.runs.own_windows import Writing, noted, plan_writing
@@ -87,6 +89,7 @@ class RunPlan(ABC, Generic[Chosen]):
         default_factory=time.perf_counter, repr=False
     )  # when planning began, for the seconds it took
     config: Any = None  # of what is made, where it is not the source's
+    ranks: Ranks = field(default_factory=joined, repr=False)  # the processes that share the work
     text_key: ClassVar[str] = "calibration"  # what the recipe calls the text
 
     @property
@@ -136,7 +139,7 @@ class RunPlan(ABC, Generic[Chosen]):
         as of `Streams`."""
         texts = [name for name, batches in self._held_out_of for _ in batches]
         batches = self.batches if calibration else []
-        return Streams(self.model, batches, self.held_out, made, held_out_of=texts, to_head=to_head)
+        return Streams(self.model, batches, self.held_out, made, held_out_of=texts, to_head=to_head, ranks=self.ranks)
 
     @cached_property
     def _held_out_of(self) -> list[tuple[str, list[Tensor]]]:

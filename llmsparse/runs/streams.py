@@ -15,8 +15,9 @@ from torch import Tensor
 
 from llmsparse.models.activations import Activations
 from llmsparse.models.block import Block, Head
-from llmsparse.models.likelihood import negative_log_likelihood, perplexity_of
+from llmsparse.models.likelihood import likelihood_of_batches, perplexity_of
 from llmsparse.models.streamed import StreamedModel
+from llmsparse.ranks.group import ALONE, Ranks
 
 
 class Streams:
@@ -24,7 +25,7 @@ class Streams:
     where there is no window to hold out.
 
     `batches` and `held_out`: (batch, tokens) ids; `held_out_of` names the text of each held-out batch, where there are
-    several. `made` is the model that results where it is another than the source
+    several. Of several processes each holds its share of the windows. `made` is the model that results where it is another than the source
     with other weights: its blocks may be called with other arguments. `to_head`: calibration windows are wanted behind the
     last block, too.
     """
@@ -38,11 +39,13 @@ class Streams:
         *,
         held_out_of: Sequence[str] = (),
         to_head: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._source, self._made, self._windows = source, made or source, held_out
+        self._ranks = ranks
         self._texts = list(held_out_of) or [""] * len(held_out)
-        self.calibration = source.embed(batches)
-        self.held_out = source.embed(held_out) if held_out else None
+        self.calibration = source.embed(batches, ranks)
+        self.held_out = source.embed(held_out, ranks) if held_out else None
         self._dense = self.held_out.like(list(self.held_out.hidden)) if self.held_out else None
         self._enter_made = [self._as_made(self.calibration, batches)]
         if self.held_out:
@@ -92,12 +95,8 @@ class Streams:
 
     def _likelihoods(self, model: StreamedModel, acts: Activations) -> dict[str, float]:
         """Σ −log p of the held-out windows of each text."""
-        found: dict[str, float] = {}
-        for text in dict.fromkeys(self._texts):
-            numbers = self._batches(text)
-            hidden, ids = [acts.hidden[n] for n in numbers], [self._windows[n] for n in numbers]
-            found[text] = negative_log_likelihood(model, acts.like(hidden), ids)
-        return found
+        found = likelihood_of_batches(model, acts, self._windows)
+        return {text: sum(found[n] for n in self._batches(text)) for text in dict.fromkeys(self._texts)}
 
     def _batches(self, text: str) -> list[int]:
         return [number for number, name in enumerate(self._texts) if name == text]
@@ -120,7 +119,7 @@ class Streams:
 
     def _as_made(self, stream: Activations, windows: Sequence[Tensor]) -> Activations:
         """The same hidden states, held once, with the arguments that the made model's blocks are called with."""
-        return stream if self._made is self._source else self._made.embed(windows).like(stream.hidden)
+        return stream if self._made is self._source else self._made.embed(windows, self._ranks).like(stream.hidden)
 
 
 def _loss(perplexity: dict[str, Any]) -> float:

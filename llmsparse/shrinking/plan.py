@@ -18,6 +18,7 @@ from llmsparse.encodings.reader import without_encoding
 from llmsparse.models.origin import read_config
 from llmsparse.models.prunable import refuse_flat_experts, refuse_shared_blocks
 from llmsparse.runs.device import split_batches
+from llmsparse.runs.joint import alone
 from llmsparse.runs.memory import freed_bytes
 from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
@@ -174,6 +175,7 @@ def surveyed(run: Run[ShrinkPlan]) -> ShrinkPlan:
     return plan
 
 
+@alone
 def make_plan(
     recipe: ShrinkRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True
 ) -> ShrinkPlan:

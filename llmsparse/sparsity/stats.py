@@ -133,23 +133,29 @@ class Gram(InputMoments):
 
     def __init__(self, width: int, device: torch.device) -> None:
         super().__init__(width, device)
-        self._xtx = torch.zeros(width, width, dtype=torch.float32, device=device)
         self._strip = max(256, -(-width // 16))  # rows of XᵀX at a time, only right of the diagonal: half the work
-        self._mirrored = True
+        self._strips = [torch.zeros(min(self._strip, width - a), width - a, device=device) for a in self._starts]
+        self._whole: Tensor | None = None  # XᵀX once it has been asked for; the strips are views of it from then on
+        self._mirrored = False
         self._factors: dict[Hashable, Any] = {}
 
     def update(self, x: Tensor) -> None:
         x = x.float()
         super().update(x)
-        for a in range(0, self.width, self._strip):
-            self._xtx[a : a + self._strip, a:].addmm_(x[:, a : a + self._strip].T, x[:, a:])
+        for a, strip in zip(self._starts, self._strips, strict=True):
+            strip.addmm_(x[:, a : a + self._strip].T, x[:, a:])
         self._changed()
 
     def merge(self, other: InputNorm) -> None:
         assert isinstance(other, Gram)
         super().merge(other)
-        self._xtx += other._xtx.to(self._xtx.device)
+        for mine, theirs in zip(self._strips, other._strips, strict=True):
+            mine += theirs.to(mine.device)
         self._changed()
+
+    @property
+    def _starts(self) -> range:
+        return range(0, self.width, self._strip)
 
     def _changed(self) -> None:
         self._mirrored = False
@@ -158,14 +164,19 @@ class Gram(InputMoments):
     @property
     def xtx(self) -> Tensor:
         """XᵀX (width, width) fp32, over all tokens, exactly symmetric; not to be changed."""
+        if self._whole is None:
+            self._whole = self.squares.new_empty(self.width, self.width, dtype=torch.float32)
+            for number, a in enumerate(self._starts):
+                view = self._whole[a : a + self._strip, a:]
+                self._strips[number] = view.copy_(self._strips[number])
         if not self._mirrored:
-            for a in range(0, self.width, self._strip):
+            for a in self._starts:
                 b = a + self._strip
-                corner = self._xtx[a:b, a:b]
+                corner = self._whole[a:b, a:b]
                 corner.copy_(corner.triu() + corner.triu(1).T)
-                self._xtx[b:, a:b] = self._xtx[a:b, b:].T
+                self._whole[b:, a:b] = self._whole[a:b, b:].T
             self._mirrored = True
-        return self._xtx
+        return self._whole
 
     def factor(self, key: Hashable, make: Callable[[], T]) -> T:
         """`make()`, once per `key` until the next update: q, k and v pay for one factorization."""
@@ -175,7 +186,9 @@ class Gram(InputMoments):
 
     @staticmethod
     def nbytes(width: int) -> int:
-        return InputMoments.nbytes(width) + 4 * width * width
+        """While it is summed up: the strips, not the matrix."""
+        strip = max(256, -(-width // 16))
+        return InputMoments.nbytes(width) + 4 * sum(min(strip, width - a) * (width - a) for a in range(0, width, strip))
 
     @staticmethod
     def least_tokens(width: int) -> int:

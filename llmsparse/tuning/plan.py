@@ -20,6 +20,7 @@ from llmsparse.factorization.plan import find_ffn
 from llmsparse.models.origin import Origin, config_fingerprint, fetch_model, load_config, look_at_model
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.runs.device import DTYPES, window_length
+from llmsparse.runs.joint import alone
 from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import check_output, held_bytes
 from llmsparse.runs.plan import RunPlan
@@ -182,6 +183,7 @@ class TunePlan(RunPlan[TuneRecipe]):
         }
 
 
+@alone
 def make_plan(recipe: TuneRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True) -> TunePlan:
     """Resolve and check everything a run needs, from headers and shapes alone, then read the text.
 

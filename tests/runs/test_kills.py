@@ -3,10 +3,8 @@ seen under the final name. LLMSPARSE_KILLS is how many kills each verb takes in 
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import re
 import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -18,6 +16,7 @@ from warm_process import Kill, WarmProcess
 
 import llmsparse
 from llmsparse.errors import RecipeError
+from tests.result_files import files
 
 KILLS = int(os.environ.get("LLMSPARSE_KILLS", "40"))
 WINDOWS: dict[str, Any] = {"calibration_samples": 8, "seq_len": 32, "device": "cpu"}
@@ -75,16 +74,6 @@ class Case:
         assert not self.out.with_name(self.out.name + ".partial").exists()
         shutil.rmtree(self.out)
         return kills
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """What the promise of identical bytes covers: every file, but for what was timed."""
-    found = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
-    if "llmsparse_report.json" in found:
-        report = json.loads(found["llmsparse_report.json"])
-        report.pop("timings")
-        found["llmsparse_report.json"] = json.dumps(report).encode()
-    return found | {"README.md": re.sub(rb"\| took \|.*", b"", found.get("README.md", b""))}
 
 
 @pytest.fixture(scope="module")

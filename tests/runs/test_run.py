@@ -13,7 +13,8 @@ from torch import Tensor
 
 from llmsparse.errors import CheckpointError, MachineError, RecipeError
 from llmsparse.runs.partial import STATE_FOLDER
-from llmsparse.runs.run import CHECKSUMS, Run
+from llmsparse.runs.run import Run
+from llmsparse.runs.written import CHECKSUMS
 from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter
 
 

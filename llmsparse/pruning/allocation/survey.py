@@ -94,39 +94,37 @@ def _judged(run: Run[PrunePlan], allocation: Allocation) -> list[float]:
 def _looks(run: Run[PrunePlan], allocation: Allocation) -> Iterator[tuple[str, dict[str, Any]]]:
     """Of the dense model, block by block: its name, and weight name → what `look` made of the weight."""
     plan, chosen = run.plan, {choice.weight.name for group in run.plan.units for choice in group.choices}
-    acts = plan.model.embed(first_batches(plan.batches, TOKENS)) if allocation.needs else None
+    acts = plan.model.embed(first_batches(plan.batches, TOKENS), plan.ranks) if allocation.needs else None
     for block in run.blocks():
         weights = [one.weight for one in plan.choices[block.name] if one.weight.name in chosen]
-        yield (
-            block.name,
-            {
-                weight.name: allocation.look(block.view(weight), stat)
-                for weight, stat in _measured(run, block, acts, weights, allocation)
-            },
-        )
+        yield block.name, _looked(run, block, acts, weights, allocation)
         if acts:
             block.run(acts, into=acts)
 
 
-def _measured(
+def _looked(
     run: Run[PrunePlan], block: Block, acts: Activations | None, weights: Sequence[Weight], allocation: Allocation
-) -> Iterator[tuple[Weight, Statistic | None]]:
-    """Each of these weights of a block with what is known of its input."""
+) -> dict[str, Any]:
+    """Weight name → what `look` makes of each of these weights of a block, and of what is known of its input."""
     if acts is None or not weights:
-        yield from ((weight, None) for weight in weights)
-        return
+        return {weight.name: allocation.look(block.view(weight), None) for weight in weights}
 
     def needs(entry: Input) -> type[Statistic] | None:
         return allocation.needs
 
-    plan = run.plan
-    for group in passes(learn_inputs(block, acts, weights), needs, plan.options.statistics_budget):
+    def look(entry: Input) -> dict[str, Any]:
+        found = {weight.name: allocation.look(block.view(weight), entry.statistic) for weight in entry.weights}
+        entry.forget()
+        return found
+
+    plan, looked = run.plan, dict[str, Any]()
+    inputs = learn_inputs(block, acts, weights)
+    for group in passes(inputs, needs, plan.options.statistics_budget, share=acts.share):
         advance = run.progress.batches(f"looking at {block.name}", len(acts.hidden))
         calibrate(block, acts, group, needs, device=plan.device, seed=plan.recipe.seed, advance=advance)
-        for entry in group:
-            yield from ((weight, entry.statistic) for weight in entry.weights)
-            entry.statistic = None
-            entry.rows.clear()
+        for found in plan.ranks.divided(group, [entry.owner for entry in group], look):
+            looked |= found
+    return looked
 
 
 def _searched(run: Run[PrunePlan], search: Search) -> tuple[Candidate, dict[str, float]]:
@@ -153,7 +151,7 @@ def _likelihoods(
     """Σ −log p of the batches by the model pruned to each of the candidates' patterns, weight name → pattern, by Wanda's
     scores of the dense model: one pass over it."""
     model = run.plan.model
-    start = model.embed(batches)
+    start = model.embed(batches, run.plan.ranks)
     streams = [start.like(list(start.hidden)) for _ in candidates]
     for block in run.blocks():
         weights = [choice.weight for choice in run.plan.choices[block.name] if choice.weight.name in norms]

@@ -86,7 +86,6 @@ def main() -> None:
         common |= {
             "device": "cpu",
             "dtype": "bfloat16",
-           
             "overwrite": True,
             "output": str(room / "out"),
         }

@@ -234,12 +234,11 @@ class StreamedModel:
             fill=self._filler.fill,
         )
 
-    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (batch, tokens, vocabulary) of hidden states (batch, tokens, width) after the last block.
 
         Final norm, head, scaling and caps are the model's own code; each token stands for itself, so any part of a
-        sequence will do.
+        sequence will do. Hidden states that want a gradient get it; nothing else does.
         """
         self._filler.load(self._output, self._beside)
         return self._finish(hidden.to(self.device)).logits

@@ -102,12 +102,21 @@ class RunPlan(ABC, Generic[Chosen]):
         ends = accumulate(len(batch) for batch in self.batches)
         return [owners[end - len(batch) : end] for batch, end in zip(self.batches, ends, strict=True)]
 
-    def streams(self, made: StreamedModel | None = None, *, calibration: bool = True, to_head: bool = False) -> Streams:
+    def streams(
+        self,
+        made: StreamedModel | None = None,
+        *,
+        calibration: bool = True,
+        to_head: bool = False,
+        aims: bool = False,
+    ) -> Streams:
         """All windows before the first block, to be taken through what is made, those of `calibration` if wanted; arguments
         as of `Streams`."""
         texts = [name for name, batches in self._held_out_of for _ in batches]
         batches = self.batches if calibration else []
-        return Streams(self.model, batches, self.held_out, made, held_out_of=texts, to_head=to_head, ranks=self.ranks)
+        return Streams(
+            self.model, batches, self.held_out, made, held_out_of=texts, to_head=to_head, aims=aims, ranks=self.ranks
+        )
 
     @cached_property
     def _held_out_of(self) -> list[tuple[str, list[Tensor]]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from llmsparse.models.model_class import pipeline_tag
 from llmsparse.models.origin import Origin, config_fingerprint
@@ -221,7 +222,9 @@ class RunPlan(ABC, Generic[Chosen]):
             "model": self.name,
             "output": str(self.output),
             "recipe": self.resolved.resolved(),
-            "pipeline_tag": pipeline_tag(self.config or self.model.config),
+            "pipeline_tag": pipeline_tag(
+                self.config if isinstance(self.config, PretrainedConfig) else self.model.config
+            ),
             "protocol": self.protocol,
             "versions": self.versions,
         }

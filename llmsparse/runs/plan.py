@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -248,6 +248,14 @@ class RunPlan(ABC, Generic[Chosen]):
     def rows(self, plan: dict[str, Any]) -> dict[str, str]:
         """What will be done, label by label, of what `to_json` says."""
 
+    def of_processes(self, size: int) -> Self:
+        """The same plan for so many processes on this machine, as the first of them would make it."""
+        return replace(self, ranks=Ranks(0, size, size))
+
+    @property
+    def _each(self) -> str:
+        return f" in each of {self.ranks.size} processes" if self.ranks.size > 1 else ""
+
     def table(self) -> RenderableType:
         from rich.table import Table
         from rich.text import Text
@@ -259,7 +267,7 @@ class RunPlan(ABC, Generic[Chosen]):
             self.text_key: spell_protocol(self.protocol),
             "compute": f"{plan['device']}, {plan['dtype']}, {plan['batch_size']} windows a batch",
             "read, write": f"{spell_size(plan['bytes_to_read'])}, {spell_size(plan['bytes_to_write'])}",
-            "memory": f"about {spell_size(plan['memory_bytes'])}",
+            "memory": f"about {spell_size(plan['memory_bytes'])}{self._each}",
         }
         if self.writing:
             rows["writing"] = self.writing.spell(self.reader.nbytes)

@@ -29,6 +29,9 @@ from llmsparse.version import __version__
 if TYPE_CHECKING:
     from llmsparse.benchmark.doctor import Diagnosis as Diagnosis
     from llmsparse.benchmark.doctor import diagnose as diagnose
+    from llmsparse.cutting.pipeline import activations as activations
+    from llmsparse.cutting.recipe import ActivationsRecipe as ActivationsRecipe
+    from llmsparse.cutting.report import ActivationsReport as ActivationsReport
     from llmsparse.evaluation.perplexity import Perplexity as Perplexity
     from llmsparse.evaluation.perplexity import perplexity as perplexity
     from llmsparse.factorization.pipeline import factorize as factorize
@@ -70,6 +73,8 @@ _ERRORS = (
 )  # fmt: skip
 
 _LAZY = {  # name → the module it stands in
+    "ActivationsRecipe": "cutting.recipe",
+    "ActivationsReport": "cutting.report",
     "Diagnosis": "benchmark.doctor",
     "Explanation": "inference.explain",
     "FactorizeRecipe": "factorization.recipe",
@@ -92,6 +97,7 @@ _LAZY = {  # name → the module it stands in
     "TuneRecipe": "tuning.recipe",
     "TuneReport": "tuning.report",
     "Unpacking": "packing.unpack",
+    "activations": "cutting.pipeline",
     "diagnose": "benchmark.doctor",
     "explain": "inference.explain",
     "factorize": "factorization.pipeline",

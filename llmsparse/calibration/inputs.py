@@ -108,15 +108,16 @@ def calibrate(
     device: torch.device,
     seed: int,
     advance: Callable[[], None] = lambda: None,
+    sampled: int | None = None,
 ) -> None:
     """Fill `statistic`, `rows` and `tokens` of each input from one pass of all batches through the block; of several
     processes at the one that owns the input.
 
-    A batch ends with the last input that is wanted: what follows, in most blocks the product that is nearly a third of the
-    FFN, is not computed.
+    `sampled` rows are kept of an input, or so many as errors are measured on. A batch ends with the last input that is wanted:
+    what follows, in most blocks the product that is nearly a third of the FFN, is not computed.
     """
     inputs, share = list(inputs), acts.share
-    watcher = _Watcher(inputs, share, seed)
+    watcher = _Watcher(inputs, share, seed, sampled or sample_rows(share.tokens))
 
     def leaf(number: int) -> list[Seen]:
         found = watcher.begin([needed(entry.width, device) if (needed := needs(entry)) else None for entry in inputs])
@@ -163,7 +164,7 @@ class Seen:
 class _Watcher:
     """Called with what enters each weight of a block: takes down of every input what is wanted of it."""
 
-    def __init__(self, inputs: list[Input], share: Share, seed: int) -> None:
+    def __init__(self, inputs: list[Input], share: Share, seed: int, rows: int) -> None:
         self._number = {slot: number for number, entry in enumerate(inputs) for slot in entry.slots}
         self._inputs, self._share, self._seed = inputs, share, seed
         self._found: list[Seen] = []
@@ -171,7 +172,7 @@ class _Watcher:
         self._met = 0
         calls = [entry.calls for entry in inputs]
         self._enough = None if None in calls or 0 in calls else sum(filter(None, calls))
-        self._rows = sample_rows(share.tokens)
+        self._rows = rows
 
     def begin(self, statistics: Sequence[Statistic | None]) -> list[Seen]:
         """From here on other sums, one an input."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmsparse.backends.choice import Choice
+from llmsparse.inference.cut_layers import cut_layers
 from llmsparse.inference.decode_attention import lean_attention
 from llmsparse.inference.dense_linear import lean_linears
 from llmsparse.inference.fused_experts import Fusion, fusions
@@ -98,5 +99,5 @@ def explain(model: nn.Module) -> Explanation:
     return Explanation(
         [weight.choice for _, weight in packed_weights(model)],
         list(fusions(model)),
-        [*lean_attention(model), *lean_linears(model), *lean_norms(model)],
+        [*lean_attention(model), *lean_linears(model), *lean_norms(model), *cut_layers(model)],
     )

@@ -22,9 +22,11 @@ from llmsparse.backends.protocol import RunsMany
 from llmsparse.errors import RecipeError
 from llmsparse.formats import PackedTensor, format_of, layout, restore
 from llmsparse.inference import graphed
+from llmsparse.inference.cut_product import by_kernel, moved
 from llmsparse.inference.gradient import PackedProduct, wants_gradient
 from llmsparse.inference.read_only import LOST, read_only
 from llmsparse.inference.shared_input import shared_product
+from llmsparse.models.thresholds import Applied
 
 
 class Packed(Protocol):
@@ -106,6 +108,7 @@ class PackedLayer(nn.Module):
         self.matrix: PackedMatrix | None = None
         self.bias = bias
         self.group: Any = 0  # of layers that share its input
+        self.rule: Applied | None = None  # by which it leaves inputs out
         place(self, "weight", described, dtype)
 
     def prepare(self, name: str, described: Mapping[str, Any], backend: str = AUTO, optimize: str = "memory") -> None:
@@ -119,10 +122,15 @@ class PackedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) → (..., out)."""
         assert self.matrix is not None
+        bias = self.bias
+        if self.rule is not None:
+            if (y := by_kernel(self.matrix, self.rule, x)) is not None:
+                return y
+            x, bias = self.rule.cut(x), self.rule.bias
         if torch.compiler.is_compiling():
-            return product_in_graph(self.matrix, x, self.bias)
+            return product_in_graph(self.matrix, x, bias)
         shared = shared_product(self, x)
-        return self.matrix(x, self.bias) if shared is None else shared
+        return self.matrix(x, bias) if shared is None else shared
 
     def __getattr__(self, name: str) -> Any:
         matrix = self.__dict__.get("matrix")
@@ -148,6 +156,8 @@ class PackedLayer(nn.Module):
         super()._apply(fn, recurse)
         if self.matrix is not None:
             self.matrix = carried(self.matrix, fn)
+        if self.rule is not None:
+            self.rule = moved(self.rule, fn)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -32,6 +32,7 @@ from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.formats import layout, stored_bytes
 from llmsparse.formats.bitmask import Bitmask, describe_unpacked
 from llmsparse.inference.counting import count_dense, count_packed
+from llmsparse.inference.cut_layers import cut_model
 from llmsparse.inference.decode_attention import mark_attention
 from llmsparse.inference.dense_linear import quicken
 from llmsparse.inference.dequantize import make_dense
@@ -42,7 +43,8 @@ from llmsparse.inference.mapped import let_go_of_files
 from llmsparse.inference.packed_experts import PackedStack, packed_weights, prepare_experts
 from llmsparse.inference.places import matrices, name_in, place_of
 from llmsparse.inference.read_ahead import read_ahead
-from llmsparse.models.origin import PACKED
+from llmsparse.models.origin import PACKED, read_config
+from llmsparse.models.thresholds import block_of
 from llmsparse.packing.folder import quantization_config, read_layers, refuse_undescribed
 from llmsparse.storage.heap import release_freed
 from llmsparse.storage.shard import read_header
@@ -107,6 +109,7 @@ class SparseQuantizer(HfQuantizer):
         self.candidates: dict[str, bool] = {}  # module tensor that may be packed while loading → laid out (in, out)
         self.layers: dict[str, dict[str, Any]] = {}  # module tensor that is packed → description
         self.compiles = True
+        self.folder: Path | None = None  # that is loaded
         self.experts_before: str | None = None  # the implementation that `dequantize` gives back
 
     def _process_model_before_weight_loading(
@@ -114,6 +117,7 @@ class SparseQuantizer(HfQuantizer):
     ) -> None:
         if getattr(model.config, "distributed_config", None) is not None:
             raise RecipeError("packed weights cannot be split over processes: load with a device_map, not a tp_plan")
+        self.folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
         read_ahead(checkpoint_files or ())
         if not self.pre_quantized:
             tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
@@ -152,7 +156,8 @@ class SparseQuantizer(HfQuantizer):
         return PackWhileLoading(self)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        if not self.layers:
+        cut = self.folder is not None and block_of(read_config(self.folder)) is not None
+        if not self.layers and not cut:
             raise CheckpointError(
                 f"{model.config.name_or_path}: no weight has enough zeros to be smaller packed; prune the model first, "
                 "or load it without quantization_config"
@@ -183,12 +188,16 @@ class SparseQuantizer(HfQuantizer):
             quicken_norms(model)
             mark_attention(model)
         count_packed(model)
-        return model
+        if not self.layers:
+            self.remove_quantization_config(model)  # it is saved as the dense model that it is
+        return cut_model(model, self.folder) if cut and self.folder else model
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The dense model, in the place of the packed one; in another dtype if one is given."""
         make_dense(model, dtype)
         count_dense(model)
+        if self.folder is not None:
+            cut_model(model, self.folder)
         if self.experts_before is not None:
             model.set_experts_implementation(self.experts_before)
         vars(model).pop("_weight_conversions")  # transformers finds those of the architecture by itself

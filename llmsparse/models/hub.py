@@ -19,7 +19,7 @@ from llmsparse.storage.shard import Header, header_of
 Answer = TypeVar("Answer")
 
 WEIGHTS = ["*.safetensors"]
-DESCRIPTIONS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
+DESCRIPTIONS = ["*.json", "llmsparse_*.st", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
 # other copies of the same weights: Mistral's own layout, half-precision variants, exports in folders of their own
 LEFT = ["consolidated*", "*.fp16*", "*/*.safetensors", "*/*.json", "*/*.txt"]
 

@@ -44,14 +44,26 @@ HEAD = "head"
 class StreamedModel:
     """The model in a checkpoint: what it is made of, and its parts one after the other.
 
-    `dtype` is the one to compute in. Reads `config.json` and headers, no tensor. Raises CheckpointError for a config
-    that transformers has no model for, a model that is no stack of blocks, and tensors that are missing.
+    `dtype` is the one to compute in. Reads `config.json`, unless `config` is given, and headers, no tensor. Raises
+    CheckpointError for a config that transformers has no model for, a model that is no stack of blocks, and tensors that
+    are missing.
     """
 
     def __init__(
-        self, reader: CheckpointReader, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+        self,
+        reader: CheckpointReader,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        trust_remote_code: bool = False,
+        config: Any = None,
     ) -> None:
-        self.config: Any = load_config(reader.folder, trust_remote_code, encoded=isinstance(reader, DecodedReader))
+        encoded = isinstance(reader, DecodedReader)
+        self.config: Any = config or load_config(
+            reader.folder, trust_remote_code, packed=reader.packed, encoded=encoded
+        )
+        if reader.packed:
+            vars(self.config).pop("quantization_config", None)
         check_depth(self.config, reader)
         refuse_integers(reader)
         self._reader = reader
@@ -83,6 +95,21 @@ class StreamedModel:
     def folder(self) -> Path:
         """Where the checkpoint lies."""
         return self._reader.folder
+
+    @property
+    def decoder_path(self) -> str:
+        """Name of the language model inside the model, without its head."""
+        decoder = self._model.get_decoder()
+        return next(name for name, module in self._model.named_modules() if module is decoder)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def bytes_of(self, key: str) -> int:
+        """What an on-disk tensor takes once it is read."""
+        spec = self._reader.spec(key)
+        return spec.end - spec.begin
 
     def dtype_of(self, weight: Weight) -> torch.dtype:
         """The dtype that a weight is stored in."""

@@ -122,12 +122,8 @@ def _best(
     change = grown[rows, i] + gone[rows, j] - 2 * error[rows, i] * value[rows, j] * h[i, j]
     change = change.nan_to_num(nan=torch.inf).flatten(1)  # inf where a column is on the other side
     best = change.argmin(dim=1, keepdim=True)
-    i, j = (side.expand(len(grown), *_shape(i, j)).reshape(len(grown), -1) for side in (i, j))
+    i, j = (side.reshape(len(grown), -1) for side in torch.broadcast_tensors(i, j))
     return change.gather(1, best)[:, 0], i.gather(1, best)[:, 0], j.gather(1, best)[:, 0]
-
-
-def _shape(i: Tensor, j: Tensor) -> torch.Size:
-    return torch.broadcast_shapes(i.shape[1:], j.shape[1:])
 
 
 def _grouped(score: Tensor, span: int) -> Tensor:

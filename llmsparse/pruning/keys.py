@@ -49,6 +49,7 @@ KEYS = {  # of every key but model and rules, by group
     "Machine and model": MACHINE,
     "Output": {
         "output": Key("Folder to write; ./NAME-METHOD-PERCENT if not given.", None, "DIR"),
+        "text_only": Key("Write the language model alone, of a model that reads images or sound besides.", kind=bool),
         "format": Key("dense: ordinary, loads anywhere; packed: without the zeros.", "dense", "FORMAT"),
         "values": Key("Of a packed folder: bf16, or int8 or int4 with a loss; as they are if not given.", None, "KIND"),
         "max_shard_size": MAX_SHARD_SIZE,

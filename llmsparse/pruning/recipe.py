@@ -5,10 +5,8 @@ What needs the model's shapes (a rule that matches nothing, a width that 4 does 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
-from decimal import Decimal
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -23,24 +21,12 @@ from llmsparse.pruners.spec import MethodSpec
 from llmsparse.pruning.allocation import ALLOCATIONS, Allocation, Uniform
 from llmsparse.pruning.effort import EffortName
 from llmsparse.runs.recipe import Count, Device, Dtype, Length, PathText, RunRecipe, Seed, ShardSize, Source, Texts
+from llmsparse.sparsity.fraction import parse_fraction
 from llmsparse.sparsity.patterns import Pattern, parse_pattern
+from llmsparse.text.bos import Bos
 from llmsparse.text.shares import Sources
 
 DEFAULT_METHOD = "sparsegpt"
-
-
-def parse_sparsity(value: Any) -> float:
-    """0.7, "0.7" or "70%" → 0.7, the fraction of zeros. ValueError for anything that is not in [0, 1)."""
-    text = str(value).strip()
-    if isinstance(value, bool) or not re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]{1,3})?%?", text):
-        raise ValueError(f"got {value!r}, wanted a fraction of zeros such as 0.7, or 70%")
-    fraction = Decimal(text.removesuffix("%")) / (100 if text.endswith("%") else 1)  # exact: 33.3% is 0.333
-    if not 0 <= fraction < 1:
-        example = (
-            f"; for {fraction}% write {fraction / 100} or {fraction}%" if 1 < fraction < 100 else " such as 0.7 or 70%"
-        )
-        raise ValueError(f"got {text}, wanted a fraction of zeros, at least 0 and below 1{example}")
-    return float(fraction)
 
 
 def _match_steps(value: Any) -> int | Literal["auto"]:
@@ -75,7 +61,7 @@ def _bounds(value: Any) -> tuple[float, float] | None:
     parts: list[Any] = list(value) if isinstance(value, list | tuple) else str(value).split(",")  # pyright: ignore[reportUnknownArgumentType]
     if len(parts) != 2:
         raise ValueError(f"got {value!r}, wanted the least and the largest sparsity, such as 0.5,0.8")
-    low, high = (parse_sparsity(part) for part in parts)
+    low, high = (parse_fraction(part) for part in parts)
     if low > high:
         raise ValueError(f"got {value!r}, wanted the least sparsity first, such as 0.5,0.8")
     return low, high
@@ -89,7 +75,7 @@ def _one_or_more(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-Sparsity = Annotated[float, PlainValidator(parse_sparsity)]
+Sparsity = Annotated[float, PlainValidator(parse_fraction)]
 Globs = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
 Method = Annotated[MethodSpec, PlainValidator(_method)]
 Allocating = Annotated[MethodSpec, PlainValidator(_allocation)]
@@ -136,10 +122,12 @@ class PruneRecipe(RunRecipe):
     include: Globs = ()
     exclude: Globs = ()
     keep_zeros: bool = False
+    text_only: bool = False
     true_sequential: bool = False
     match_steps: Annotated[int | Literal["auto"], PlainValidator(_match_steps)] = "auto"
     calibration: Texts = "auto"
     text_field: str | None = None
+    bos: Bos | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None
     batch_size: Count | None = None

@@ -218,7 +218,7 @@ class PruneReport(RunReport):
         """The model card, README.md of the output folder."""
         method = self.rows[0].method
         lines = [
-            f"---\n{card_metadata(('llmsparse', 'sparse', 'pruned', method), self.model)}---",
+            f"---\n{card_metadata(('llmsparse', 'sparse', 'pruned', method), self.model, self.pipeline_tag)}---",
             "",
             f"# {self.model}, pruned to {self.sparsity:.0%} with {method}",
             "",

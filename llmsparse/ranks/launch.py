@@ -4,7 +4,7 @@ Where torchrun or accelerate launch started several, this one joins them through
 asked for its group, over gloo and, for what lies on GPUs, NCCL. Where a script has joined them already, its group is used.
 """
 
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 from __future__ import annotations
 
 import atexit
@@ -42,7 +42,7 @@ def _join(place: Place) -> None:
     import torch
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
+    from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
 
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     patience = timedelta(seconds=float(os.environ.get(JOIN_SECONDS, DEFAULT_JOIN_SECONDS)))

@@ -19,11 +19,21 @@ import torch
 
 from llmsparse.encodings.reader import open_checkpoint
 from llmsparse.errors import CalibrationError, MachineError
-from llmsparse.models.origin import Origin, fetch_model, has_tokenizer, load_config, load_tokenizer, look_at_model
+from llmsparse.models.origin import (
+    Origin,
+    fetch_model,
+    has_tokenizer,
+    load_config,
+    load_tokenizer,
+    look_at_model,
+    read_config,
+)
 from llmsparse.models.streamed import StreamedModel
+from llmsparse.models.text_only import language_model
+from llmsparse.models.thresholds import refuse_cut
 from llmsparse.runs.device import choose_device, choose_dtype, window_length
 from llmsparse.runs.partial import check_output
-from llmsparse.runs.plan import Chosen, RunPlan
+from llmsparse.runs.plan import Chosen, PlannedRecipe, RunPlan
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.text.kinds import AUTO, SELF, is_token_file
 from llmsparse.text.mix import load_mix
@@ -68,10 +78,12 @@ def open_model(
     overwrite: bool,
     check: Callable[[Any], object] = lambda config: None,
     dtype_of: Callable[[str, torch.device, CheckpointReader], torch.dtype] = choose_dtype,
+    reader_of: Callable[[Origin], CheckpointReader] | None = None,
 ) -> OpenedModel[Chosen]:
     """Look at the model of a recipe, its config and headers, and at where the result shall go; downloads no weights.
 
-    `check` refuses a config that the verb can do nothing with, before anything else is looked at.
+    `check` refuses a config that the verb can do nothing with, before anything else is looked at. `reader_of` opens the
+    checkpoint of a verb that takes packed ones too.
     Raises RecipeError, CheckpointError or MachineError in one line.
     """
     started = time.perf_counter()
@@ -82,13 +94,23 @@ def open_model(
     origin = look_at_model(recipe.model, recipe.revision)
     look_for(source=origin.folder)
     trusted = bool(getattr(recipe, "trust_remote_code", False))
-    config = load_config(origin.folder, trusted, encoded=True)
+    config = load_config(origin.folder, trusted, packed=reader_of is not None, encoded=True)
+    refuse_cut(recipe.model, read_config(origin.folder))
     check(config)
     window_length(config, recipe.seq_len, recipe.text_source)
-    reader = open_checkpoint(origin.folder, origin.absent)
+    reader = open_checkpoint(origin.folder, origin.absent) if reader_of is None else reader_of(origin)
     dtype = dtype_of(recipe.dtype, device, reader)
-    model = StreamedModel(reader, device=device, dtype=dtype, trust_remote_code=trusted)
+    model, reader = _model(reader, recipe, device, dtype, trusted)
+    config = model.config if getattr(recipe, "text_only", False) else config
     return OpenedModel(recipe, origin, output, config, reader, model, device, dtype, started, trusted, no_c4)
+
+
+def _model(
+    reader: CheckpointReader, recipe: PlannedRecipe, device: torch.device, dtype: torch.dtype, trusted: bool
+) -> tuple[StreamedModel, CheckpointReader]:
+    """The model that is worked on, and the reader of its tensors: all of the checkpoint, or the language model in it."""
+    model = StreamedModel(reader, device=device, dtype=dtype, trust_remote_code=trusted)
+    return language_model(model, reader) if getattr(recipe, "text_only", False) else (model, reader)
 
 
 def _with_text(recipe: Chosen) -> tuple[Chosen, MachineError | None]:
@@ -112,7 +134,7 @@ def fetched(plan: Planned, download: bool) -> Planned:
     commit = plan.origin.commit
     origin = Origin(fetch_model(plan.recipe.model, commit or plan.recipe.revision), commit=commit)
     reader = open_checkpoint(origin.folder)
-    model = StreamedModel(reader, device=plan.device, dtype=plan.dtype, trust_remote_code=plan.trust_remote_code)
+    model, reader = _model(reader, plan.recipe, plan.device, plan.dtype, plan.trust_remote_code)
     return replace(plan, origin=origin, reader=reader, model=model)
 
 
@@ -145,6 +167,7 @@ def read_windows(
         seed=recipe.seed,
         held_out=held_out_windows(length),
         text_field=recipe.text_field,
+        bos=recipe.bos,
         vocabulary=opened.model.vocabulary,
         starts=starts,
         purpose=purpose,

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from llmsparse.models.model_class import pipeline_tag
 from llmsparse.models.origin import Origin, config_fingerprint
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.ranks.group import Ranks
@@ -28,6 +29,7 @@ from llmsparse.runs.streams import Streams
 from llmsparse.runs.verbs import VERBS, verb_of
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.disk import spell_size
+from llmsparse.text.bos import Bos
 from llmsparse.text.mix import held_out_parts, names
 from llmsparse.text.shares import Sources, split_shares
 from llmsparse.text.windows import Windows
@@ -48,6 +50,8 @@ class PlannedRecipe(Protocol):
     def text_source(self) -> Sources: ...
     @property
     def text_field(self) -> str | None: ...
+    @property
+    def bos(self) -> Bos | None: ...
     @property
     def seq_len(self) -> int | None: ...
     @property
@@ -181,6 +185,11 @@ class RunPlan(ABC, Generic[Chosen]):
         return None
 
     @property
+    def text_only(self) -> bool:
+        """The language model alone is written, of a model that wraps one."""
+        return bool(getattr(self.recipe, "text_only", False))
+
+    @property
     def metadata(self) -> dict[str, str]:
         """In the header of every file of tensors."""
         return {"format": "pt"}
@@ -248,6 +257,7 @@ class RunPlan(ABC, Generic[Chosen]):
             "model": self.name,
             "output": str(self.output),
             "recipe": self.resolved.resolved(),
+            "pipeline_tag": pipeline_tag(self.config or self.model.config),
             "protocol": self.protocol,
             "versions": self.versions,
         }

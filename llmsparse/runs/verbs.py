@@ -80,6 +80,13 @@ VERBS: dict[str, Verb] = {
         "llmsparse.shrinking.pipeline:shrink",
         shipped="shrink",
     ),
+    "activations": Verb(
+        "llmsparse.cutting.keys",
+        "llmsparse.cutting.recipe:ActivationsRecipe",
+        "llmsparse.cutting.plan:make_plan",
+        "llmsparse.cutting.pipeline:activations",
+        shipped="activations",
+    ),
     "scores": Verb(
         "llmsparse.scoring.keys",
         "llmsparse.scoring.recipe:ScoresRecipe",

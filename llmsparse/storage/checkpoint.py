@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class CheckpointReader:
     is a CheckpointError before any work is done. `config.json` is not looked at. `absent` are headers, by name, of
     shards that are not there yet: enough for a plan, not to read a tensor.
     """
+
+    packed: ClassVar[bool] = False  # weights are packed by llmsparse on disk, and unpacked as they are read
 
     def __init__(self, folder: Path, absent: Mapping[str, Header] | None = None) -> None:
         self.folder = Path(folder)

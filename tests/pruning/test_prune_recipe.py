@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from llmsparse.errors import RecipeError
 from llmsparse.pruners import PRUNERS, DSnoT, Magnitude, SparseGPT, Wanda
-from llmsparse.pruning.recipe import PruneRecipe, parse_sparsity
+from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.runs import recipe_file
+from llmsparse.sparsity.fraction import parse_fraction
 from llmsparse.sparsity.patterns import NofM, Unstructured
 
 
@@ -36,7 +37,7 @@ def refusal(recipe: Path | str | None = None, *assignments: str, **flags: Any) -
 
 @pytest.mark.parametrize("value", [0.7, "0.7", "70%", " 70%", "7e-1"])
 def test_sparsity_is_a_fraction_or_a_percentage(value: object) -> None:
-    assert parse_sparsity(value) == 0.7
+    assert parse_fraction(value) == 0.7
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_a_whole_number_of_percent_is_shown_as_it_should_be_written() -> None:
 
 @given(st.integers(0, 9999))
 def test_percentages_are_exact(hundredths: int) -> None:
-    assert parse_sparsity(f"{hundredths / 100}%") == float(f"{hundredths}e-4")
+    assert parse_fraction(f"{hundredths / 100}%") == float(f"{hundredths}e-4")
 
 
 def test_something_must_say_how_much_is_pruned() -> None:

@@ -1,0 +1,148 @@
+"""What cutting a model's activations will do, decided and checked before a weight is read."""
+
+# pyright: reportUnknownMemberType=false
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmsparse.calibration.selection import matching_weights
+from llmsparse.cutting.block import ROWS
+from llmsparse.cutting.recipe import ActivationsRecipe
+from llmsparse.encodings.reader import encoding_of, open_checkpoint
+from llmsparse.errors import CheckpointError, RecipeError
+from llmsparse.models.origin import Origin, is_packed, read_config
+from llmsparse.models.prunable import refuse_shared_blocks
+from llmsparse.models.streamed import StreamedModel, Weight
+from llmsparse.models.thresholds import can_be_cut
+from llmsparse.packing.packed_reader import PackedReader
+from llmsparse.runs.memory import freed_bytes
+from llmsparse.runs.opening import fetched, open_model, read_windows
+from llmsparse.runs.partial import held_bytes
+from llmsparse.runs.plan import RunPlan
+from llmsparse.storage.checkpoint import CheckpointReader
+from llmsparse.storage.disk import check_room
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationsPlan(RunPlan[ActivationsRecipe]):
+    """A run that has passed every check that needs no calibration. `reader` is of what is on disk, packed or not."""
+
+    weights: dict[str, list[Weight]]  # block name → those of the layers that leave inputs out
+    left_whole: int  # weights of experts and of layers that multiply in a way of their own
+
+    @cached_property
+    def copied(self) -> list[str]:
+        return self.reader.keys()
+
+    @cached_property
+    def tensors(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {key: (spec.shape, spec.dtype) for key in self.reader.keys() for spec in [self.reader.spec(key)]}
+
+    def memory_bytes(self) -> int:
+        """The process, activations, three blocks, and samples of one with their scores."""
+        stored = max(
+            sum(self.model.bytes_of(key) for key in self.model.block_keys(index))
+            for index in range(len(self.model.block_names))
+        )
+        tokens = self.windows.ids.numel() + 2 * self.windows.held_out.numel()
+        acts = tokens * self.model.hidden_size * self.dtype.itemsize
+        widths = [{weight.slot: weight.shape[1] for weight in some} for some in self.weights.values()]
+        samples = max((sum(width.values()) for width in widths), default=0) * ROWS * (self.dtype.itemsize + 1)
+        scores = 3 * 4 * ROWS * max((w for width in widths for w in width.values()), default=0)
+        running = 4 * self.batches[0].numel() * 4 * max(max(w.shape) for some in self.weights.values() for w in some)
+        return self.footprint + acts + 4 * stored + freed_bytes(self.device, stored) + samples + max(scores, running)
+
+    def to_json(self) -> dict[str, Any]:
+        chosen = [weight.name for some in self.weights.values() for weight in some]
+        return super().to_json() | {"sparsity": self.recipe.share, "weights": chosen, "left_whole": self.left_whole}
+
+    def rows(self, plan: dict[str, Any]) -> dict[str, str]:
+        recipe = self.recipe
+        whole = f"; {self.left_whole} others stay whole" if self.left_whole else ""
+        return {
+            "model": f"{plan['model']}, {plan['blocks']} blocks",
+            "output": plan["output"],
+            "leave out": f"{recipe.share:.4g} of the inputs of {len(plan['weights'])} weights, by {recipe.score} "
+            f"({recipe.rule}, {recipe.allocation}, bias {recipe.bias}){whole}",
+        }
+
+
+def make_plan(
+    recipe: ActivationsRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True
+) -> ActivationsPlan:
+    """Resolve and check everything a run needs, from headers and shapes alone, then read the text.
+
+    Last of all weights are downloaded that are not here yet, unless `download` is off: a plan needs none.
+    """
+    opened = open_model(
+        recipe, resume=resume, overwrite=overwrite, check=partial(_refuse_encoded, recipe), reader_of=_open
+    )
+    weights, left_whole = choose_weights(recipe, opened.model)
+    reader = CheckpointReader(opened.origin.folder) if isinstance(opened.reader, PackedReader) else opened.reader
+    check_room(opened.output, reader.nbytes, held_bytes(opened.output))
+    windows = read_windows(opened, recipe.calibration_samples)
+    fields: dict[str, Any] = opened.fields | {"reader": reader}
+    plan = ActivationsPlan(**fields, windows=windows, weights=weights, left_whole=left_whole)
+    return fetched(plan, download)
+
+
+def choose_weights(recipe: ActivationsRecipe, model: StreamedModel) -> tuple[dict[str, list[Weight]], int]:
+    """Block → weights of layers that leave inputs out, and how many others activations are multiplied with.
+
+    CheckpointError for a model whose blocks share their weights, RecipeError where nothing is left.
+    """
+    refuse_shared_blocks(model)
+    blocks = {name: model.weights(index) for index, name in enumerate(model.block_names)}
+    usual = {
+        name: [weight for weight in some if weight.prunable and _is_usual(model, index, weight)]
+        for index, (name, some) in enumerate(blocks.items())
+    }
+    if not any(usual.values()):
+        raise CheckpointError(
+            f"{model.folder}: no linear layer multiplies as linear layers do, so none can leave inputs out"
+        )
+    candidates = [weight for some in usual.values() for weight in some]
+    globs = {"only": recipe.only, "exclude": recipe.exclude}
+    named = {weight.name for weight in matching_weights(candidates, **globs, tied=model.tied_head, verb="cut")}
+    chosen = {name: [weight for weight in some if weight.name in named] for name, some in usual.items()}
+    for name, some in chosen.items():
+        slots = {weight.slot for weight in some}
+        for weight in usual[name]:
+            if weight.slot in slots and weight not in some:
+                raise RecipeError(
+                    f"{weight.name} is one layer with others in the model, and these leave inputs out; choose all of them "
+                    "with --only and --exclude, or none"
+                )
+    every = [weight for some in blocks.values() for weight in some if weight.prunable]
+    return chosen, len(every) - len(candidates)
+
+
+def _is_usual(model: StreamedModel, index: int, weight: Weight) -> bool:
+    parameter, expert = weight.slot
+    if weight.kind != "linear" or expert is not None or not parameter.endswith(".weight"):
+        return False
+    return can_be_cut(model.module(index, parameter.removesuffix(".weight")))
+
+
+def _open(origin: Origin) -> CheckpointReader:
+    if is_packed(read_config(origin.folder)):
+        if origin.absent:
+            raise RecipeError(f"{origin.folder.name}: packed, and not here yet; download it first, and name its folder")
+        return PackedReader(origin.folder)
+    return open_checkpoint(origin.folder, origin.absent)
+
+
+def _refuse_encoded(recipe: ActivationsRecipe, config: Any) -> None:
+    named = getattr(config, "_name_or_path", recipe.model)
+    encoding = encoding_of(read_config(Path(named)))
+    if encoding is not None:
+        raise CheckpointError(
+            f"{recipe.model}: its weights are stored as {encoding}, and this leaves a model's weights as they are; give the model "
+            "as it was before, or what `llmsparse prune` makes of it"
+        )

@@ -1,0 +1,202 @@
+"""Which inputs of its linear layers a checkpoint leaves out for a token, and a model that runs so.
+
+It stands in config.json under a key of our own, which other software passes over: to it the model is the dense one.
+
+    "llmsparse": {"activations": {"version": 1, "score": "wina", "bias": "centre", "sparsity": 0.5,
+                                  "layers": {"model.layers.0.mlp.up_proj": {"threshold": 0.71}, …}}}
+
+Beside it, in `llmsparse_activations.st`, a safetensors file that only we read, is what stands for inputs that are left out, a
+number each: their centre, or what is lost on average. Norms of columns and biases are computed from the weights.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from llmsparse.errors import CheckpointError
+from llmsparse.models.empty_model import replaced
+from llmsparse.sparsity.activation import Cut, Score, column_norms
+from llmsparse.storage.disk import disk_error
+from llmsparse.storage.shard import bytes_of, lay_out, read_header, read_into
+
+OWN = "llmsparse"  # our key of config.json
+KEY = "activations"
+VERSION = 1
+MEANS = "llmsparse_activations.st"
+Bias = Literal["none", "fold", "centre"]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The rule of a layer with all that it needs, on the layer's device."""
+
+    cut: Cut
+    bias: Tensor | None  # (out,) in the dtype of the weight: the layer's own, and what stands for inputs left out
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Of every layer that leaves inputs out: its name in the model → {"threshold": t} or {"keep": k}."""
+
+    score: Score
+    bias: Bias
+    sparsity: float  # share of the inputs left out, weighed by the weights that they are multiplied with
+    layers: dict[str, dict[str, Any]]
+    means: dict[str, Tensor] = field(default_factory=dict[str, Tensor])  # layer → (in,) fp32
+
+    def to_json(self) -> dict[str, Any]:
+        known = {"version": VERSION, "score": self.score, "bias": self.bias, "sparsity": self.sparsity}
+        return {KEY: known | {"layers": self.layers}}
+
+    def write_means(self, folder: Path) -> None:
+        """Nothing where there are none."""
+        file = folder / MEANS
+        if not self.means:
+            return
+        header, specs = lay_out(file, {name: (tuple(mean.shape), mean.dtype) for name, mean in self.means.items()})
+        try:
+            with file.open("wb") as stream:
+                stream.write(header)
+                for name in specs:
+                    stream.write(bytes_of(self.means[name].contiguous()))
+        except OSError as error:
+            raise disk_error(file, error) from error
+
+    def apply(self, name: str, weight: Tensor, bias: Tensor | None) -> Applied:
+        """The rule of a layer, made of its weight (out, in)."""
+        mean = self.means.get(name)
+        mean = None if mean is None else mean.to(weight.device)
+        if mean is not None and mean.shape != weight.shape[1:]:
+            raise CheckpointError(
+                f"{name}: {MEANS} has {mean.numel()} inputs of it, the weight {weight.shape[1]}; the two do not belong together"
+            )
+        return applied(self.layers[name], self.score, self.bias, mean, weight, bias)
+
+    def of_block(self, block: str) -> Iterator[str]:
+        """The layers of a block, without its name."""
+        for name in self.layers:
+            if name.startswith(block + "."):
+                yield name.removeprefix(block + ".")
+
+
+def applied(
+    rule: Mapping[str, Any], score: Score, how: Bias, mean: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> Applied:
+    """`rule`: of the layer, as in config.json; `mean` (in,) fp32 where `how` is not none."""
+    norms = column_norms(weight) if score == "wina" else None
+    cut = Cut(**rule, norms=norms, centre=mean if how == "centre" else None)
+    if mean is not None:
+        folded = weight.float() @ mean
+        bias = (folded if bias is None else folded + bias.float()).to(weight.dtype)
+    return Applied(cut, bias)
+
+
+def read_thresholds(folder: Path, config: Mapping[str, Any]) -> Thresholds | None:
+    """Of the checkpoint in `folder`, whose config.json says `config`; None where it leaves nothing out. CheckpointError for what
+    cannot be understood, for lack of sense or because a later llmsparse wrote it."""
+    block = block_of(config)
+    if block is None:
+        return None
+    file = folder / "config.json"
+    version = block.get("version")
+    if type(version) is int and version > VERSION:
+        raise CheckpointError(
+            f"{file}: its activations are cut in version {version}, this llmsparse reads up to {VERSION}; install a newer one"
+        )
+    layers: Any = block.get("layers")
+    score: Any = block.get("score")
+    bias: Any = block.get("bias")
+    sparsity: Any = block.get("sparsity")
+    known = score in get_args(Score) and bias in get_args(Bias) and isinstance(sparsity, int | float)
+    if version != VERSION or not known or not isinstance(layers, dict) or not all(map(_is_rule, layers.values())):
+        raise CheckpointError(f"{file}: llmsparse.activations is damaged; run `llmsparse activations` again")
+    means = {} if bias == "none" else _read_means(folder, layers)
+    return Thresholds(score, bias, float(sparsity), layers, means)
+
+
+def block_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a config.json says of activations; None where it says nothing."""
+    own = config.get(OWN)
+    block: Any = own.get(KEY) if isinstance(own, dict) else None
+    return block if isinstance(block, dict) else None
+
+
+def refuse_cut(model: str, config: Mapping[str, Any]) -> None:
+    """CheckpointError for a model that leaves inputs out: thresholds hold for the weights that they were chosen with."""
+    if block_of(config) is not None:
+        raise CheckpointError(
+            f"{model}: has thresholds of activations already, chosen for its weights as they are; start from the model that it "
+            "was made of, and run `llmsparse activations` last"
+        )
+
+
+def _is_rule(rule: Any) -> bool:
+    if not isinstance(rule, dict) or len(rule) != 1:
+        return False
+    threshold, keep = rule.get("threshold"), rule.get("keep")
+    number = isinstance(threshold, int | float) and not isinstance(threshold, bool) and math.isfinite(threshold)
+    return number or (type(keep) is int and keep >= 0)
+
+
+def _read_means(folder: Path, layers: Mapping[str, Any]) -> dict[str, Tensor]:
+    specs = read_header(folder / MEANS).specs
+    for name in layers:
+        if name not in specs or specs[name].dtype != torch.float32 or len(specs[name].shape) != 1:
+            raise CheckpointError(f"{folder / MEANS}: does not hold the inputs of {name}; the folder is incomplete")
+    found = {name: torch.empty(specs[name].shape) for name in layers}
+    for name, mean in found.items():
+        read_into(specs[name], 0, bytes_of(mean))
+    return found
+
+
+def can_be_cut(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that multiplies as linear layers do."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """The weight (out, in) of a linear layer."""
+    weight = cast(Tensor, module.weight)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+@contextmanager
+def cutting(block: nn.Module, rules: Mapping[str, Applied]) -> Generator[None]:
+    """Within it, these layers of a block leave inputs out."""
+    names = list(rules)
+
+    def forward(index: int, own: Callable[..., Any]) -> Callable[..., Any]:
+        rule, module = rules[names[index]], block.get_submodule(names[index])
+
+        def run(x: Tensor) -> Tensor:
+            return F.linear(rule.cut(x), matrix_of(module), rule.bias)
+
+        return run
+
+    with replaced([block.get_submodule(name) for name in names], forward):
+        yield
+
+
+def rules_of(thresholds: Thresholds, name: str, block: nn.Module) -> dict[str, Applied]:
+    """The rules of a block that is loaded, by the name of the layer within it."""
+    found: dict[str, Applied] = {}
+    for layer in thresholds.of_block(name):
+        try:
+            module = block.get_submodule(layer)
+        except AttributeError:
+            raise CheckpointError(
+                f"{name}.{layer}: thresholds are given for it, and the model has no such layer"
+            ) from None
+        found[layer] = thresholds.apply(f"{name}.{layer}", matrix_of(module), cast("Tensor | None", module.bias))
+    return found

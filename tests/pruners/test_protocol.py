@@ -218,6 +218,7 @@ def test_native_scopes() -> None:
         "sparsegpt": "matrix",
         "dsnot": "row",
         "alps": "row",
+        "swaps": "matrix",
         "random": "matrix",
     }
     assert DSnoT(Magnitude()).scope == "matrix"

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,13 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def child(who: str, folder: Path, prompt: int, tokens: int) -> None:
+def child(who: str, folder: Path, prompt: int, tokens: int, backend: str) -> None:
     """One model of ours or of torch, in a process of its own: prints its figures as JSON."""
     from transformers import AutoModelForCausalLM
 
     from llmsparse import SparseConfig
 
-    config = {} if who == DENSE else {"quantization_config": SparseConfig()}
+    config = {} if who == DENSE else {"quantization_config": SparseConfig(backend=backend)}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **config)
     if who == DENSE:
         for parameter in model.parameters():
@@ -95,14 +96,14 @@ def tokens_of(who: str, model: Any, ids: Tensor, tokens: int) -> list[tuple[int,
 class Rival:
     """llama.cpp's library, and the model in its kinds."""
 
-    def __init__(self, source: Path, folder: Path) -> None:
+    def __init__(self, source: Path, folder: Path, kinds: Sequence[str] = KINDS) -> None:
         self._tree, self._folder = LlamaCpp(source, folder), folder
         self._program = self._tree.built("llama_decode")
         if not self._file("bf16").exists():
             from eval.gguf_folder import write_gguf
 
             write_gguf(folder / "pruned", self._file("bf16"))
-        for kind in KINDS:
+        for kind in kinds:
             if not self._file(kind).exists():
                 self._tree.quantize(self._file("bf16"), self._file(kind), kind)
 
@@ -154,10 +155,11 @@ def main() -> None:
     parser.add_argument("--llama-cpp", type=Path)
     parser.add_argument("--realtime", action="store_true")
     parser.add_argument("--child", nargs=4)
+    parser.add_argument("--backend", default="auto", help="of a child")
     options = parser.parse_args()
     if options.child:
         who, folder, prompt, tokens = options.child
-        return child(who, Path(folder), int(prompt), int(tokens))
+        return child(who, Path(folder), int(prompt), int(tokens), options.backend)
     with tempfile.TemporaryDirectory() as scratch:
         folder: Path = options.folder or Path(scratch)
         if not (folder / "packed").is_dir():

@@ -36,10 +36,19 @@ WHO = ("dense", "packed")
 
 def build(folder: Path) -> None:
     """`folder`/pruned and `folder`/packed."""
+    import llmsparse
+
+    build_dense(folder)
+    run: dict[str, Any] = {"method": "magnitude", "sparsity": SPARSITY, "match_steps": 0}
+    tokens = str(folder / "tokens.safetensors")  # magnitude does not look at them
+    llmsparse.prune(model=str(folder / "model"), output=str(folder / "pruned"), calibration=tokens, **run)
+    llmsparse.pack(str(folder / "pruned"), str(folder / "packed"))
+
+
+def build_dense(folder: Path, *, tied: bool = True) -> None:
+    """`folder`/model, and `folder`/tokens.safetensors."""
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    import llmsparse
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -51,17 +60,13 @@ def build(folder: Path) -> None:
         head_dim=64,
         vocab_size=128256,
         max_position_embeddings=131072,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         dtype="bfloat16",
     )
     torch.set_default_dtype(torch.bfloat16)
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     torch.set_default_dtype(torch.float32)
     save_file({"input_ids": torch.randint(0, 128256, (2, PROMPT_TOKENS))}, folder / "tokens.safetensors")
-    run: dict[str, Any] = {"method": "magnitude", "sparsity": SPARSITY, "match_steps": 0}
-    tokens = str(folder / "tokens.safetensors")  # magnitude does not look at them
-    llmsparse.prune(model=str(folder / "model"), output=str(folder / "pruned"), calibration=tokens, **run)
-    llmsparse.pack(str(folder / "pruned"), str(folder / "packed"))
 
 
 def forget(folder: Path) -> None:

@@ -5,6 +5,7 @@
     mma24.py       2:4, M = 1…32, sparse tensor core       select24.py  2:4, M = 1, portable
     join24.py      2:4, any M, portable                    split24.py   unstructured as 2:4 and a small residual
     bitmask.py     unstructured, M = 1…32, fewest bytes    sell.py     unstructured, M = 1…4, few instructions
+    nested.py      small integers and steps, M = 1…8
     expert_gemv.py dense experts of a mixture, 1…8 tokens
     stacked.py     q, k, v or gate, up of the same inputs as one weight, by any of the kernels for linear layers
     absorb.py      the columns of one block of SparseGPT, one after the other

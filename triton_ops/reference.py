@@ -166,6 +166,26 @@ def bitmask(weight: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return weight[keep], words, counts.flatten().cumsum(0).view(counts.shape) - counts
 
 
+def nested(q: Tensor, steps: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """The weight (N, K) of small integers q and steps (N, ⌈K/group⌉): step · q in float32, rounded once to `dtype`."""
+    column = torch.arange(q.shape[1])
+    return (q.float() * steps.float()[:, column // group]).to(dtype)
+
+
+def nested_codes(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Words int32 (N, C, 16) of two bits a column, the numbers that are not 0, +1 or -1 in row order, and where among these
+    each chunk of 256 columns begins, (N, C). Columns that fill up the last chunk are 0."""
+    n, k = q.shape
+    padded = torch.zeros(n, -(-k // 256) * 256, dtype=torch.int64)
+    padded[:, :k] = q
+    code = torch.full_like(padded, 3)
+    for number, small in enumerate((0, 1, -1)):
+        code[padded == small] = number
+    words = (code.view(n, -1, 16, 16) << 2 * torch.arange(16)).sum(-1).to(torch.int32)  # bit 31 wraps to negative
+    counts = (code == 3).view(n, -1, 256).sum(-1)
+    return words, padded[code == 3].to(torch.int8), counts.flatten().cumsum(0).view(counts.shape) - counts
+
+
 def gaps(columns: list[int]) -> list[tuple[int, bool]]:
     """What a row of a segment stores in the sell layout, for its kept columns in order: (gap, is there a value).
     Gaps have four bits; wider ones are bridged. The first counts from the segment's begin."""

@@ -58,6 +58,32 @@ def wrong(name: str, device: torch.device) -> str | None:
 
 
 @cache
+def nested_wrong(device: torch.device) -> str | None:
+    """The same of `nested`, whose weights are small integers and steps."""
+    from triton_ops import nested
+
+    generator = torch.Generator().manual_seed(0)
+    for dtype, bound in (BOUND | {torch.float32: 1e-5}).items():
+        q = (2 * torch.randn(SHAPE, generator=generator)).round().to(torch.int8)
+        steps = torch.rand(SHAPE[0], 2, generator=generator).to(torch.bfloat16)
+        group = SHAPE[1] // 2
+        weight = reference.nested(q, steps, group, dtype)
+        bias = torch.randn(SHAPE[0], generator=generator).to(dtype)
+        for m in (1, 2, 8):
+            x = torch.randn(m, SHAPE[1], generator=generator).to(dtype)
+            wanted = reference.linear(x, weight, bias).double()
+            try:
+                made = nested.prepare(q.to(device), steps.to(device), group, dtype)
+                y = nested.linear(x.to(device), made, bias.to(device)).double().cpu()
+            except Exception as error:
+                return f"nested fails on {device}: {type(error).__name__}: {str(error).splitlines()[0]}"
+            error = float((y - wanted).norm() / wanted.norm())
+            if not error <= bound:
+                return f"nested is wrong on {device}: error {error:.1e} for {m} tokens in {dtype}, at most {bound:.0e} is right"
+    return None
+
+
+@cache
 def experts_wrong(device: torch.device) -> str | None:
     """The same of `expert_gemv`, in its three dtypes: compared with `reference.experts`."""
     from triton_ops.expert_gemv import experts

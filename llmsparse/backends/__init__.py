@@ -12,6 +12,7 @@ from llmsparse.backends.cusparselt import CuSparseLt
 from llmsparse.backends.dense import Dense, DenseLowMemory
 from llmsparse.backends.protocol import Backend, WeightSpec
 from llmsparse.backends.triton import TritonOp
+from llmsparse.backends.triton_nested import TritonNested
 
 __all__ = ["BACKENDS", "Backend", "WeightSpec"]
 
@@ -27,5 +28,6 @@ BACKENDS: dict[str, Backend] = {
     "select24": TritonOp("select24", most=1, pattern="2:4"),
     "bitmask": TritonOp("bitmask", most=32),
     "sell": TritonOp("sell", most=4),
+    "nested": TritonNested(),
     "cusparselt": CuSparseLt(),
 }

@@ -111,22 +111,29 @@ def quantize_block(
     def needs(entry: Input) -> type[Statistic] | None:
         return Gram
 
+    def quantize_weights(entry: Input) -> list[tuple[Quantized, QuantizedWeight, float]]:
+        left, found = replace(budget), list[tuple[Quantized, QuantizedWeight, float]]()
+        for weight in entry.weights:
+            begun = time.perf_counter()
+            made, row = _quantize(block, choices[weight.name], entry, options, left)
+            left.spend(row)
+            found.append((made, row, time.perf_counter() - begun))
+        entry.forget()
+        return found
+
     inputs = learn_inputs(block, acts, [choice.weight for choice in chosen])
     for group in passes(inputs, needs, options.statistics_budget, share=acts.share):
         note = progress.batches(f"calibrating {block.name}", len(acts.hidden))
         calibrate(block, acts, group, needs, device=options.device, seed=options.recipe.seed, advance=note)
-        for entry in group:
-            for weight in entry.weights:
-                begun = time.perf_counter()
-                made, row = _quantize(block, choices[weight.name], entry, options, budget)
+        for entry in group:  # one after the other, for what a weight leaves of the budget is the next one's
+            [found] = acts.share.ranks.divided([entry], [entry.owner], quantize_weights)
+            for weight, (made, row, taken) in zip(entry.weights, found, strict=True):
                 q, steps = _views(weight, tensors)
                 q.copy_(made.q)
                 steps.copy_(made.steps)
                 budget.spend(row)
                 rows.append(row)
-                seconds[weight.name] = time.perf_counter() - begun
-            entry.statistic = None
-            entry.rows.clear()
+                seconds[weight.name] = taken
     order = list(choices)
     rows.sort(key=lambda row: order.index(row.name))
     seconds[block.name] = time.perf_counter() - started

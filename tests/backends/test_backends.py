@@ -23,7 +23,7 @@ HERE = [  # what runs here, and a pattern or format that it takes
     for kind in ("unstructured", "2:4", "nested")
     if not why_not(name, WeightSpec((8, 16), kind, 64, torch.bfloat16, CPU, format=FORMAT.get(kind, "bitmask")))
 ]
-GPU_ONLY = ["mma24", "split24", "select24", "bitmask", "sell", "cusparselt"]
+GPU_ONLY = ["mma24", "split24", "select24", "bitmask", "sell", "nested", "cusparselt"]
 
 
 def packed_weight(pattern: str, *lead: int) -> PackedTensor:
@@ -108,6 +108,7 @@ def test_the_cpu_kernel_refuses_half_precision_that_it_lacks() -> None:
         ("split24", "2:4"),
         ("bitmask", "unstructured"),
         ("sell", "unstructured"),
+        ("nested", "nested"),
     ],
 )
 def test_what_a_gpu_kernel_is_given_comes_back_as_it_was(name: str, pattern: str) -> None:

@@ -76,25 +76,24 @@ def match(
     and a record. The module itself is left with its old parameters.
     """
     share = acts.share
-    validation = _validation(share.total)
+    validation = validation_of(share.total)
     train = [j for j in range(share.total) if j not in validation]
     validated = bool(train)
     train = train or validation
     group = share.ranks.known(lambda: batches_per_step(*targets[0].shape, most=len(train)))
-    tuner = _Tuner(block, acts, targets, keep, autocast)
+    tuner = Tuner(block, acts, targets, keep, autocast)
 
     before = tuner.error(validation)
     rate = 0.0
     best, best_error = tuner.values(), before
     if steps:
-        schedule = _batches(train, group, steps, seed, share.leaves)
+        schedule = schedule_of(train, group, steps, seed, share.leaves)
         probing = schedule[: probe_steps(steps)]
         probes = {rate: tuner.probe(rate, probing, validation, best) for rate in LEARNING_RATES}
         rate = min(probes, key=lambda rate: probes[rate])
         optimizer = tuner.start(rate)
         for step, batches in enumerate(schedule):
-            cosine = 0.5 * (1 + math.cos(math.pi * step / len(schedule)))
-            tuner.step(optimizer, batches, FINAL_FRACTION + (1 - FINAL_FRACTION) * cosine)
+            tuner.step(optimizer, batches, FINAL_FRACTION + (1 - FINAL_FRACTION) * cosine(step, len(schedule)))
             advance()
             if (step + 1) % max(1, steps // CHECKS) == 0 or step + 1 == steps:
                 error = tuner.error(validation)
@@ -102,6 +101,11 @@ def match(
                     best, best_error = tuner.values(), error
     tuner.restore()
     return best, Match(before, best_error, steps, rate, validated)
+
+
+def cosine(step: int, steps: int) -> float:
+    """From 1 down to nearly 0."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def probe_steps(steps: int) -> int:
@@ -123,7 +127,7 @@ def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype | No
     return torch.bfloat16 if native else torch.float16
 
 
-class _Tuner:
+class Tuner:
     """The block's kept weights as fp32 leaves, and the loss on them."""
 
     def __init__(
@@ -217,12 +221,12 @@ def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one.add_(other)
 
 
-def _validation(batches: int) -> list[int]:
+def validation_of(batches: int) -> list[int]:
     """An eighth of the batches, evenly spread; the only one when there is just one."""
     return list(range(0, batches, HELD_OUT_SHARE))
 
 
-def _batches(train: Sequence[int], group: int, steps: int, seed: int, leaves: Sequence[range]) -> list[list[int]]:
+def schedule_of(train: Sequence[int], group: int, steps: int, seed: int, leaves: Sequence[range]) -> list[list[int]]:
     """`steps` groups of batch numbers: epochs of a seeded shuffle, dealt so that every group has its batches from leaves
     that lie far apart, and so, of several processes, work for all."""
     generator = torch.Generator().manual_seed(seed)

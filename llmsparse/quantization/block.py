@@ -9,25 +9,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmsparse.calibration.inputs import Input, calibrate, learn_inputs
+from llmsparse.calibration.matching import Match, autocast_dtype
 from llmsparse.calibration.passes import output_error, passes
 from llmsparse.errors import LlmsparseError, RecipeError
+from llmsparse.formats.digits import LARGEST
 from llmsparse.formats.nested import entropy_of
 from llmsparse.models.streamed import HEAD, Activations, Block, Weight
+from llmsparse.quantization.matching import Numbers, match_numbers
 from llmsparse.quantization.recipe import QuantizeRecipe
 from llmsparse.quantization.report import BlockRecord, QuantizedWeight
-from llmsparse.quantization.weight import START, Problem, Quantized
+from llmsparse.quantization.weight import START, Problem, Quantized, bits_of
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.run import Made, Run
 from llmsparse.sparsity.stats import Gram, Statistic
 
 STEPS = ".steps"  # behind an on-disk key: the steps of the numbers that stand under the key itself
+UNMATCHED = "bits_unmatched"  # of a row's notes: what it took before matching
 LEANING = 0.1  # bits a weight, at most, by which one makes up for what others took too much or too little
 
 
@@ -48,6 +52,7 @@ class QuantizeOptions:
     device: torch.device
     calibration_tokens: int
     statistics_budget: int  # bytes of statistics that may be held at once
+    dtype: torch.dtype  # that the model computes in
 
 
 @dataclass
@@ -57,16 +62,22 @@ class Budget:
     bits: float | None
     over: float = 0.0
     step: float = START
+    drift: float = 0.0  # bits a weight that matching added to the last block, and is expected to add to the next
 
     def target(self, numel: int) -> float:
-        """Bits a weight for the next one."""
+        """Bits a weight for the next one, before it is matched."""
         assert self.bits is not None
-        return self.bits + min(max(self.over / numel, -LEANING), LEANING)
+        return self.bits - self.drift + min(max(self.over / numel, -LEANING), LEANING)
 
-    def spend(self, row: QuantizedWeight) -> None:
+    def spend(self, row: QuantizedWeight, more: float = 0.0) -> None:
+        """`more`: bits a weight that are still to come."""
         if self.bits is not None and row.step is not None:
-            self.over += (self.bits - row.bits) * row.numel
+            self.over += (self.bits - row.bits - more) * row.numel
             self.step = row.step
+
+    def learn_drift(self, rows: Sequence[QuantizedWeight]) -> None:
+        added = [(row.bits - row.notes[UNMATCHED]) * row.numel for row in rows if UNMATCHED in row.notes]
+        self.drift = sum(added) / sum(row.numel for row in rows) if added else 0.0
 
 
 def finish_block(
@@ -85,6 +96,7 @@ def finish_block(
     block.reload(sorted({choice.weight.key for choice in choices}))
     for row in made.record.rows:
         budget.spend(row)
+    budget.learn_drift(made.record.rows)
     return made.record
 
 
@@ -112,9 +124,14 @@ def quantize_block(
         return Gram
 
     inputs = learn_inputs(block, acts, [choice.weight for choice in chosen])
-    for group in passes(inputs, needs, options.statistics_budget, share=acts.share):
+    targets: list[Tensor] = []
+    matching = options.recipe.match_steps > 0 and block.name != HEAD
+    for number, group in enumerate(passes(inputs, needs, options.statistics_budget, share=acts.share)):
         note = progress.batches(f"calibrating {block.name}", len(acts.hidden))
-        calibrate(block, acts, group, needs, device=options.device, seed=options.recipe.seed, advance=note)
+        targets += calibrate(
+            block, acts, group, needs, device=options.device, seed=options.recipe.seed, advance=note,
+            keep_output=matching and number == 0,
+        )  # fmt: skip
         for entry in group:
             for weight in entry.weights:
                 begun = time.perf_counter()
@@ -122,15 +139,66 @@ def quantize_block(
                 q, steps = _views(weight, tensors)
                 q.copy_(made.q)
                 steps.copy_(made.steps)
-                budget.spend(row)
+                budget.spend(row, budget.drift)
                 rows.append(row)
                 seconds[weight.name] = time.perf_counter() - begun
             entry.statistic = None
             entry.rows.clear()
+    result: Match | None = None
+    if matching:
+        result = _match(block, acts, targets, tensors, chosen, options, progress)
+        rows = [_recounted(row, choices[row.name], tensors) for row in rows]
     order = list(choices)
     rows.sort(key=lambda row: order.index(row.name))
     seconds[block.name] = time.perf_counter() - started
-    return Made(tensors, BlockRecord(block.name, rows, seconds))
+    return Made(tensors, BlockRecord(block.name, rows, seconds, asdict(result) if result else None))
+
+
+def _match(
+    block: Block,
+    acts: Activations,
+    targets: Sequence[Tensor],
+    tensors: dict[str, Tensor],
+    chosen: Sequence[Choice],
+    options: QuantizeOptions,
+    progress: Progress,
+) -> Match:
+    """Tune numbers and steps in `tensors` so that the block's output comes back to what it was."""
+    keys = sorted({choice.weight.key for choice in chosen})
+    steps = block.in_module({key: tensors[key + STEPS] for key in keys})
+    numbers = {
+        name: Numbers(q, steps[name]) for name, q in block.in_module({key: tensors[key] for key in keys}).items()
+    }
+    count, largest = options.recipe.match_steps, chosen[0].largest
+    tuned, result = match_numbers(
+        block,
+        acts,
+        targets,
+        numbers,
+        rate=0.0 if largest else options.recipe.rate,
+        most=largest or LARGEST,
+        steps=count,
+        seed=options.recipe.seed,
+        autocast=autocast_dtype(options.dtype, options.device),
+        advance=progress.batches(f"matching {block.name}", count),
+    )
+    for key, q in block.on_disk({name: held.q for name, held in tuned.items()}).items():
+        tensors[key] = q.contiguous()
+    for key, held in block.on_disk({name: held.steps for name, held in tuned.items()}).items():
+        tensors[key + STEPS] = held.contiguous()
+    return result
+
+
+def _recounted(row: QuantizedWeight, choice: Choice, tensors: dict[str, Tensor]) -> QuantizedWeight:
+    """The row of a weight whose numbers have moved; its error stays that of before."""
+    q, steps = _views(choice.weight, tensors)
+    return replace(
+        row,
+        bits=bits_of(q, steps),
+        entropy=entropy_of(q),
+        zeros=1 - int(q.count_nonzero()) / q.numel(),
+        notes=row.notes | {UNMATCHED: row.bits},
+    )
 
 
 def _quantize(
@@ -156,7 +224,7 @@ def _quantize(
     row = QuantizedWeight(
         name=weight.name,
         shape=weight.shape,
-        bits=problem.bits_of(made.q, made.steps),
+        bits=bits_of(made.q, made.steps),
         entropy=entropy_of(made.q),
         zeros=1 - int(made.q.count_nonzero()) / made.q.numel(),
         step=made.step,

@@ -21,7 +21,6 @@ import argparse
 import csv
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -38,7 +37,9 @@ import torch
 import llmsparse
 from eval.cpu_speed import cpu_name
 from eval.end_to_end import build
+from llmsparse.backends.choice import AUTO
 from llmsparse.inference.decode import decode
+from llmsparse.inference.load import load_model
 from llmsparse.models.origin import BUILTIN_FOLDER
 
 HERE = Path(__file__).parent
@@ -69,44 +70,42 @@ class Result(Case):
 
 
 def cases(model: str) -> Iterator[Case]:
-    """What matters most first."""
+    """What matters most first; all of it at one half, and at other shares the plainest and the best."""
+    yield from (
+        Case(model, 0.5),
+        Case(model, 0.5, "wina", "uniform", "none"),
+        Case(model, 0.5, "wina", "greedy", "none"),
+    )
+    yield from (Case(model, 0.0, weights=0.7), Case(model, 0.5, weights=0.5), Case(model, 0.0, weights=0.5))
     for sparsity in SPARSITIES:
-        yield Case(model, sparsity)
-        for score, bias in product(("wina", "teal", "topk"), ("none", "fold", "centre")):
-            yield Case(model, sparsity, score, "uniform", bias)
-        if sparsity == 0.5:
-            yield Case(model, 0.0, weights=0.7)
-            yield Case(model, 0.5, weights=0.5)
-            yield Case(model, 0.0, weights=0.5)
-        for score, bias in (
-            ("wina", "none"),
-            ("teal", "centre"),
-            ("teal", "none"),
-            ("topk", "centre"),
-            ("wina", "fold"),
-        ):
-            yield Case(model, sparsity, score, "greedy", bias)
+        yield from (Case(model, sparsity), Case(model, sparsity, "wina", "uniform", "none"))
+    for score, bias in product(("wina", "teal", "topk"), ("none", "fold", "centre")):
+        yield Case(model, 0.5, score, "uniform", bias)
+    for sparsity in SPARSITIES:
+        for score in ("teal", "topk"):
+            yield Case(model, sparsity, score, "uniform", "none")
+    for score, bias in (("teal", "centre"), ("teal", "none"), ("topk", "centre"), ("wina", "fold")):
+        yield Case(model, 0.5, score, "greedy", bias)
 
 
 def measure(case: Case, folder: Path, calibration: str, dense: float | None, scratch: Path) -> tuple[Result, float]:
     """A row, and the perplexity of the dense model on the same windows."""
     source = folder
-    run = RUN | {"calibration": calibration}
-    bits, found = 16.0, {"before": dense, "after": dense}
+    run: dict[str, Any] = RUN | {"calibration": calibration}
+    bits, found = 16.0, dict[str, Any]()
     if case.weights:
         source = scratch / "pruned"
         report = llmsparse.prune(folder, output=source, overwrite=True, sparsity=case.weights, match_steps=0, **run)
         bits, found = 16 * (1 - case.weights) + 1, report.perplexity or found
-    before = found["before"]
+    before: float = found.get("before", dense)
     if case.sparsity:
-        rule = {"score": "wina", "rule": "topk"} if case.score == "topk" else {"score": case.score}
-        keys = {"sparsity": case.sparsity, "allocation": case.allocation, "bias": case.bias}
+        rule: dict[str, Any] = {"score": "wina", "rule": "topk"} if case.score == "topk" else {"score": case.score}
+        keys: dict[str, Any] = {"sparsity": case.sparsity, "allocation": case.allocation, "bias": case.bias}
         cut = llmsparse.activations(source, output=scratch / "cut", overwrite=True, **keys, **rule, **run)
         assert cut.perplexity is not None
         found, bits = cut.perplexity, bits * (1 - case.sparsity)
         before = before if case.weights else found["before"]
-    assert before is not None
-    after = found["after"]
+    after: float = found["after"]
     return Result(*astuple(case), bits=bits, perplexity=after, ratio=after / before), before
 
 
@@ -114,7 +113,7 @@ def quality(data: Path, chosen: list[str]) -> None:
     torch.set_num_threads(1)
     rows: list[Result] = []
     if RESULTS.exists():
-        kinds = {field.name: float if field.type == "float" else str for field in fields(Result)}
+        kinds: dict[str, Any] = {field.name: float if field.type == "float" else str for field in fields(Result)}
         with RESULTS.open(encoding="utf-8") as file:
             rows = [Result(**{key: kinds[key](value) for key, value in row.items()}) for row in csv.DictReader(file)]
     done = {Case(*(getattr(row, field.name) for field in fields(Case))) for row in rows}
@@ -131,6 +130,7 @@ def quality(data: Path, chosen: list[str]) -> None:
             for case in cases(name):
                 if case in done:
                     continue
+                done.add(case)
                 row, dense = measure(case, *places[name], dense, scratch)
                 rows.append(row)
                 print(*(f"{key} {value}" for key, value in asdict(row).items()), flush=True)
@@ -146,13 +146,9 @@ def quality(data: Path, chosen: list[str]) -> None:
                     )
 
 
-def child(folder: Path, tokens: int) -> None:
+def child(folder: Path, backend: str, tokens: int) -> None:
     """One model in a process of its own: prints its figures as JSON."""
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", quantization_config=llmsparse.SparseConfig()
-    )
+    model = load_model(folder, backend=backend, device=torch.device("cpu"))
     model.generation_config.eos_token_id = None
     ids = (torch.arange(16) % 1000)[None]
     stamps: list[float] = []
@@ -171,22 +167,18 @@ def decoding(folder: Path, tokens: int, repeats: int) -> None:
     for name in ("pruned", "packed"):
         if not (folder / f"{name}-cut").is_dir():
             llmsparse.activations(folder / name, output=folder / f"{name}-cut", **run)
-    if not (folder / "whole-cut").is_dir():  # dense weights: none of them is packed while it is loaded
-        shutil.copytree(folder / "pruned-cut", folder / "whole-cut")
-    who = {"packed 70 %": "packed", "packed 70 %, half of the inputs": "packed-cut"}
+    who = {
+        "dense torch bf16": ("pruned", AUTO),
+        "dense": ("packed", "cpu-dense"),
+        "dense, half of the inputs": ("pruned-cut", AUTO),
+        "packed 70 %": ("packed", AUTO),
+        "packed 70 %, half of the inputs": ("packed-cut", AUTO),
+    }
     times: dict[str, list[float]] = {name: [] for name in who}
     for _ in range(repeats):
-        for name, part in who.items():
-            command = [
-                sys.executable,
-                "-m",
-                "eval.activations",
-                "",
-                "--child",
-                str(folder / part),
-                "--tokens",
-                str(tokens),
-            ]
+        for name, (part, backend) in who.items():
+            command = [sys.executable, "-m", "eval.activations", ".", "--tokens", str(tokens)]
+            command += ["--child", str(folder / part), "--backend", backend]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             times[name] += json.loads(done.stdout.splitlines()[-1])
@@ -208,9 +200,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--child", type=Path)
+    parser.add_argument("--backend", default=AUTO)
     options = parser.parse_args()
     if options.child:
-        return child(options.child, options.tokens)
+        return child(options.child, options.backend, options.tokens)
     if options.decode:
         return decoding(options.decode, options.tokens, options.repeats)
     quality(options.data, options.models.split(","))

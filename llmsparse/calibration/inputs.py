@@ -108,29 +108,23 @@ def calibrate(
     device: torch.device,
     seed: int,
     advance: Callable[[], None] = lambda: None,
-    keep_output: bool = False,
     sampled: int | None = None,
-) -> list[Tensor]:
+) -> None:
     """Fill `statistic`, `rows` and `tokens` of each input from one pass of all batches through the block; of several
     processes at the one that owns the input.
 
-    `sampled` rows are kept of an input, or so many as errors are measured on. Returns the block's outputs, one (batch,
-    tokens, width) a batch held here, when `keep_output`; the block is still dense, so these are what block matching aims at.
-    Otherwise a batch ends with the last input that is wanted: what follows, in most blocks the product that is nearly a third
-    of the FFN, is not computed.
+    `sampled` rows are kept of an input, or so many as errors are measured on. A batch ends with the last input that is wanted:
+    what follows, in most blocks the product that is nearly a third of the FFN, is not computed.
     """
     inputs, share = list(inputs), acts.share
-    watcher = _Watcher(inputs, share, seed, sampled or sample_rows(share.tokens), to_the_end=keep_output)
-    outputs: list[Tensor] = []
+    watcher = _Watcher(inputs, share, seed, sampled or sample_rows(share.tokens))
 
     def leaf(number: int) -> list[Seen]:
         found = watcher.begin([needed(entry.width, device) if (needed := needs(entry)) else None for entry in inputs])
         for batch in share.leaves[number]:
             watcher.batch = batch
             with suppress(_AllSeen), torch.no_grad(), Tap(block, watcher):
-                output = block.call(acts, share.place(batch))
-                if keep_output:
-                    outputs.append(output)
+                block.call(acts, share.place(batch))
             advance()
         return found
 
@@ -140,7 +134,6 @@ def calibrate(
         entry.statistic, entry.rows, entry.tokens = seen.statistic, seen.rows, seen.tokens
     with share.ranks.together():
         _refuse_broken(inputs)
-    return outputs
 
 
 def _refuse_broken(inputs: Iterable[Input]) -> None:
@@ -171,14 +164,14 @@ class Seen:
 class _Watcher:
     """Called with what enters each weight of a block: takes down of every input what is wanted of it."""
 
-    def __init__(self, inputs: list[Input], share: Share, seed: int, rows: int, *, to_the_end: bool) -> None:
+    def __init__(self, inputs: list[Input], share: Share, seed: int, rows: int) -> None:
         self._number = {slot: number for number, entry in enumerate(inputs) for slot in entry.slots}
         self._inputs, self._share, self._seed = inputs, share, seed
         self._found: list[Seen] = []
         self._current: dict[int, Tensor] = {}
         self._met = 0
         calls = [entry.calls for entry in inputs]
-        self._enough = None if to_the_end or None in calls or 0 in calls else sum(filter(None, calls))
+        self._enough = None if None in calls or 0 in calls else sum(filter(None, calls))
         self._rows = rows
 
     def begin(self, statistics: Sequence[Statistic | None]) -> list[Seen]:

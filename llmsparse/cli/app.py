@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,7 +22,7 @@ from llmsparse.cli.recipe_verbs import add_recipe_verb
 from llmsparse.cli.terminal import Terminal
 from llmsparse.errors import RecipeError
 from llmsparse.ranks.place import launched
-from llmsparse.runs.keys import BATCH, COLUMN, WINDOW
+from llmsparse.runs.keys import BATCH, BOS, COLUMN, WINDOW
 from llmsparse.runs.verbs import VERBS
 from llmsparse.version import __version__
 
@@ -57,7 +57,7 @@ for name in VERBS:
 add_recipe_verb(app, "prune", "plan", help=PLAN_HELP, plan_only=True)
 
 
-@verb(app, "eval")
+@verb(app, "eval", several=True)
 def evaluate(
     terminal: Terminal,
     model: Model,
@@ -75,6 +75,9 @@ def evaluate(
         typer.Option(min=1, metavar="N", help="Measure only the first so many windows.", show_default=False),
     ] = None,
     text_field: Annotated[str | None, typer.Option(metavar="COLUMN", help=f"{COLUMN}.", show_default=False)] = None,
+    bos: Annotated[
+        Literal["each", "once", "none"] | None, typer.Option(metavar="WHERE", help=f"{BOS}.", show_default=False)
+    ] = None,
     baseline: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Measure this one too, on the same text.", show_default=False)
     ] = None,
@@ -101,7 +104,13 @@ def evaluate(
         from llmsparse.models.origin import fetch_model, load_config
 
         load_config(fetch_model(baseline), trust_remote_code)
-    options: dict[str, Any] = {"windows": windows, "text_field": text_field, "batch_size": batch_size, "device": device}
+    options: dict[str, Any] = {
+        "windows": windows,
+        "text_field": text_field,
+        "bos": bos,
+        "batch_size": batch_size,
+        "device": device,
+    }
     options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "progress": terminal.progress()}
     result = perplexity(model, text, seq_len=seq_len, revision=revision, **options)
     if baseline is None:

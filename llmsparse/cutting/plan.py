@@ -87,7 +87,7 @@ def make_plan(
     reader = CheckpointReader(opened.origin.folder) if isinstance(opened.reader, PackedReader) else opened.reader
     check_room(opened.output, reader.nbytes, held_bytes(opened.output))
     windows = read_windows(opened, recipe.calibration_samples)
-    fields = opened.fields | {"reader": reader}
+    fields: dict[str, Any] = opened.fields | {"reader": reader}
     plan = ActivationsPlan(**fields, windows=windows, weights=weights, left_whole=left_whole)
     return fetched(plan, download)
 

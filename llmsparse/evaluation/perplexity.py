@@ -20,12 +20,16 @@ from llmsparse.errors import CalibrationError, NumericalError, RecipeError
 from llmsparse.models.likelihood import negative_log_likelihood, perplexity_of
 from llmsparse.models.origin import fetch_model, load_config, load_tokenizer, read_config
 from llmsparse.models.streamed import StreamedModel
-from llmsparse.models.thresholds import cutting, read_thresholds, rules_of
+from llmsparse.models.thresholds import Thresholds, cutting, read_thresholds, rules_of
+from llmsparse.ranks.launch import joined
 from llmsparse.runs.device import choose_device, choose_dtype, split_batches, window_length
+from llmsparse.runs.joint import refuse_others
 from llmsparse.runs.progress import Progress, Silent
 from llmsparse.storage.home_folder import expand_home
 from llmsparse.text import windows as calibration
+from llmsparse.text.bos import Bos
 from llmsparse.text.shares import split_shares
+from llmsparse.text.windows import Windows
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -67,6 +71,7 @@ def perplexity(
     batch_size: int | None = None,
     windows: int | None = None,
     text_field: str | None = None,
+    bos: Bos | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -74,16 +79,55 @@ def perplexity(
     """Measure `model` (folder or hub id) on `text` (a file, a dataset, or `builtin`).
 
     Every full window of `seq_len` tokens (default min(2048, the model's maximum)), or the first `windows` of them, is
-    used; the remainder is dropped.
+    used; the remainder is dropped. Processes that torchrun started share the windows.
     Raises CheckpointError, CalibrationError, RecipeError, MachineError or, for logits that are NaN or Inf, NumericalError,
     each with one line.
     """
-    started = time.perf_counter()
-    for name, value, least in (("seq_len", seq_len, 2), ("batch_size", batch_size, 1), ("windows", windows, 1)):
-        if value is not None and value < least:
-            raise RecipeError(f"{name}: got {value}, wanted at least {least}")
-    model, text = str(model), str(text)
-    progress = progress or Silent()
+    ranks, progress, started = joined(), progress or Silent(), time.perf_counter()
+    with ranks.together():
+        for name, value, least in (("seq_len", seq_len, 2), ("batch_size", batch_size, 1), ("windows", windows, 1)):
+            if value is not None and value < least:
+                raise RecipeError(f"{name}: got {value}, wanted at least {least}")
+        how = (seq_len, device, dtype, windows, text_field, bos, revision, trust_remote_code)
+        streamed, chosen, cut = _open(str(model), str(text), *how)
+    batches = split_batches(chosen.ids, batch_size, streamed.device, streamed.hidden_size)
+    refuse_others(ranks, {"text": chosen.fingerprint, "batch size": len(batches[0]), "blocks": streamed.block_names})
+    if calibrated_on(streamed.folder, str(text), chosen.protocol):
+        progress.log(
+            f"warning: {model} was calibrated on {text} ({REPORT}), so its perplexity there is flattering; "
+            "measure it on another text"
+        )
+    with torch.no_grad(), progress:
+        acts = streamed.embed(batches, ranks)
+        progress.start(len(streamed.block_names))
+        for block in streamed.blocks():
+            progress.block(block.name)
+            with cutting(block.module, rules_of(cut, block.name, block.module) if cut else {}):
+                block.run(acts, into=acts)
+        nll = negative_log_likelihood(streamed, acts, batches)
+    if not math.isfinite(nll):
+        with ranks.together():
+            raise NumericalError(_overflowed(str(model), streamed.dtype))
+    tokens = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
+    protocol = chosen.protocol | {"stride": chosen.ids.shape[1], "level": "token"}
+    if cut:
+        protocol |= {"activation sparsity": cut.sparsity}
+    return Perplexity(str(model), perplexity_of(nll, tokens), tokens, time.perf_counter() - started, protocol)
+
+
+def _open(
+    model: str,
+    text: str,
+    seq_len: int | None,
+    device: str,
+    dtype: str,
+    windows: int | None,
+    text_field: str | None,
+    bos: Bos | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> tuple[StreamedModel, Windows, Thresholds | None]:
+    """The model, the windows of the text, and below which thresholds activations are left out."""
     folder = fetch_model(model, revision)
     config = load_config(folder, trust_remote_code, encoded=True)
     reader = open_checkpoint(folder)
@@ -91,7 +135,6 @@ def perplexity(
     streamed = StreamedModel(
         reader, device=place, dtype=choose_dtype(dtype, place, reader), trust_remote_code=trust_remote_code
     )
-    cut = read_thresholds(folder, read_config(folder))
     stored_tokens = calibration.is_token_file(text)
     tokenizer = None if stored_tokens else load_tokenizer(folder, trust_remote_code)
     chosen = calibration.load_evaluation(
@@ -100,30 +143,11 @@ def perplexity(
         seq_len=window_length(config, seq_len, text),
         limit=windows,
         text_field=text_field,
+        bos=bos,
         vocabulary=streamed.vocabulary,
     )
     window_length(config, chosen.ids.shape[1], text)
-    if calibrated_on(folder, text, chosen.protocol):
-        progress.log(
-            f"warning: {model} was calibrated on {text} ({REPORT}), so its perplexity there is flattering; "
-            "measure it on another text"
-        )
-    batches = split_batches(chosen.ids, batch_size, place, streamed.hidden_size)
-    with torch.no_grad(), progress:
-        acts = streamed.embed(batches)
-        progress.start(len(streamed.block_names))
-        for block in streamed.blocks():
-            progress.block(block.name)
-            with cutting(block.module, rules_of(cut, block.name, block.module) if cut else {}):
-                block.run(acts, into=acts)
-        nll = negative_log_likelihood(streamed, acts, batches)
-    if not math.isfinite(nll):
-        raise NumericalError(_overflowed(model, streamed.dtype))
-    tokens = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
-    protocol = chosen.protocol | {"stride": chosen.ids.shape[1], "level": "token"}
-    if cut:
-        protocol |= {"activation sparsity": cut.sparsity}
-    return Perplexity(model, perplexity_of(nll, tokens), tokens, time.perf_counter() - started, protocol)
+    return streamed, chosen, read_thresholds(folder, read_config(folder))
 
 
 def _overflowed(model: str, dtype: torch.dtype) -> str:

@@ -25,6 +25,7 @@ from llmsparse.runs.recipe import (
     Texts,
     Whole,
 )
+from llmsparse.text.bos import Bos
 from llmsparse.text.shares import Sources
 
 
@@ -56,6 +57,7 @@ class FactorizeRecipe(RunRecipe):
     keep_dense: Annotated[str, PlainValidator(parse_blocks)] = "none"
     calibration: Texts = "auto"
     text_field: str | None = None
+    bos: Bos | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None
     batch_size: Count | None = None

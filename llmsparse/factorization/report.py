@@ -123,7 +123,7 @@ class FactorizeReport(RunReport):
     def card(self) -> str:
         """The model card, README.md of the output folder."""
         lines = [
-            f"---\n{card_metadata(('llmsparse', 'moe', 'mixture-of-experts', self.container), self.model)}---",
+            f"---\n{card_metadata(('llmsparse', 'moe', 'mixture-of-experts', self.container), self.model, self.pipeline_tag)}---",
             "",
             f"# {self.model} as a mixture of experts, {self.active_share:.0%} of its FFN active",
             "",

@@ -12,16 +12,27 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
+from llmsparse.backends.cpu import columns
+from llmsparse.backends.cpu.columns import Columns
+from llmsparse.backends.cpu_columns import COLUMNS, TOKENS
 from llmsparse.errors import CheckpointError
+from llmsparse.inference.cut_product import by_columns, moved
+from llmsparse.inference.decode_attention import mark_attention
+from llmsparse.inference.dense_linear import quicken
+from llmsparse.inference.gradient import wants_gradient
 from llmsparse.inference.lean import LeanLayer
-from llmsparse.inference.linear import PackedLayer, moved
+from llmsparse.inference.lean_norm import quicken_norms
+from llmsparse.inference.linear import PackedLayer
 from llmsparse.inference.shared_input import ALONE
 from llmsparse.models.origin import read_config
 from llmsparse.models.thresholds import Applied, Thresholds, can_be_cut, matrix_of, read_thresholds
+
+READ = "inputs are left out, and only the columns of the others are read"
 
 
 class _Cut(nn.Module):
@@ -39,9 +50,36 @@ class _Cut(nn.Module):
 class CutLinear(_Cut, nn.Linear):
     """An `nn.Linear` that leaves inputs out."""
 
+    columns: Columns | None = None  # the weight as the kernel reads it: its own memory
+
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in) → (..., out)."""
-        return F.linear(self.rule.cut(input), self.weight, self.rule.bias)
+        rule = self.rule
+        if self.columns is not None and self._fits(input):
+            return columns.product(self.columns, rule.cut, input, rule.bias)
+        return F.linear(rule.cut(input), self.weight, rule.bias)
+
+    def lay_out(self) -> None:
+        """Let the weight lie column by column where the kernel can run it."""
+        self.columns = None
+        if type(self.weight) is nn.Parameter and columns.usable(self.weight):
+            self.columns = Columns.of(self.weight.data)
+            self.weight.data = self.columns.values.T
+
+    def _fits(self, x: Tensor) -> bool:
+        weight = self.weight
+        if torch.compiler.is_compiling() or not 0 < x.numel() <= columns.MOST * weight.shape[1]:
+            return False
+        if self.columns is None or weight.data_ptr() != self.columns.values.data_ptr() or x.dtype != weight.dtype:
+            return False
+        return not torch.is_autocast_enabled("cpu") and not wants_gradient(x, weight, self.rule.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CutLinear:
+        before = self.weight.data_ptr()
+        super()._apply(fn, recurse)
+        if self.columns is not None and self.weight.data_ptr() != before:
+            self.lay_out()
+        return self
 
 
 class CutConv1D(_Cut, Conv1D):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -72,12 +110,28 @@ def cut_model(model: Any, folder: Path) -> Any:
     return model
 
 
+def cut_dense(model: Any, folder: Path) -> Any:
+    """The same for a model of which nothing is packed: what else a token costs is run as in a packed one."""
+    if read_thresholds(folder, read_config(folder)) is None:
+        return model
+    quicken(model)
+    quicken_norms(model)
+    mark_attention(model)
+    return cut_model(model, folder)
+
+
 def cut_layers(model: nn.Module) -> Iterator[LeanLayer]:
     """The layers of a model that leave inputs out, and what runs them."""
     for name, module in model.named_modules():
         if isinstance(module, CutLinear | CutConv1D) or (isinstance(module, PackedLayer) and module.rule is not None):
-            runs = module.matrix.choice.backend if isinstance(module, PackedLayer) and module.matrix else "torch"
-            yield LeanLayer(name, runs, None, "inputs are left out, and multiplied as zeros")
+            matrix = module.matrix if isinstance(module, PackedLayer) else None
+            if isinstance(module, CutLinear) and module.columns is not None:
+                yield LeanLayer(name, COLUMNS.name, columns.MOST, READ)
+            elif matrix is not None and matrix.backend is COLUMNS:
+                yield LeanLayer(name, COLUMNS.name, TOKENS, READ)
+            else:
+                runs = matrix.choice.backend if matrix is not None else "torch"
+                yield LeanLayer(name, runs, None, "inputs are left out, and multiplied as zeros")
 
 
 def _layer(model: Any, name: str) -> nn.Module:
@@ -94,6 +148,7 @@ def _cut(module: nn.Module, name: str, thresholds: Thresholds) -> None:
     if isinstance(module, PackedLayer):
         assert module.matrix is not None
         module.rule = thresholds.apply(name, module.matrix.dense(), module.bias)
+        module.matrix = by_columns(module.matrix)
         module.group = ALONE
         return
     if not can_be_cut(module) and not isinstance(module, nn.Linear):
@@ -102,4 +157,6 @@ def _cut(module: nn.Module, name: str, thresholds: Thresholds) -> None:
         )
     layer: Any = module
     layer.rule = thresholds.apply(name, matrix_of(module), layer.bias)
-    module.__class__ = CutConv1D if isinstance(module, Conv1D) else CutLinear
+    layer.__class__ = CutConv1D if isinstance(module, Conv1D) else CutLinear
+    if isinstance(layer, CutLinear):
+        layer.lay_out()

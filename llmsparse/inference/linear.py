@@ -10,7 +10,6 @@ pass through them to what stands before, so that adapters and biases can be.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -23,6 +22,7 @@ from llmsparse.backends.protocol import RunsMany
 from llmsparse.errors import RecipeError
 from llmsparse.formats import PackedTensor, format_of, layout, restore
 from llmsparse.inference import graphed
+from llmsparse.inference.cut_product import by_kernel, moved
 from llmsparse.inference.gradient import PackedProduct, wants_gradient
 from llmsparse.inference.read_only import LOST, read_only
 from llmsparse.inference.shared_input import shared_product
@@ -124,13 +124,13 @@ class PackedLayer(nn.Module):
         assert self.matrix is not None
         bias = self.bias
         if self.rule is not None:
+            if (y := by_kernel(self.matrix, self.rule, x)) is not None:
+                return y
             x, bias = self.rule.cut(x), self.rule.bias
         if torch.compiler.is_compiling():
             return product_in_graph(self.matrix, x, bias)
-        if self.rule is not None:
-            return self.matrix(x, bias)
         shared = shared_product(self, x)
-        return self.matrix(x, self.bias) if shared is None else shared
+        return self.matrix(x, bias) if shared is None else shared
 
     def __getattr__(self, name: str) -> Any:
         matrix = self.__dict__.get("matrix")
@@ -173,13 +173,6 @@ class PackedLayer(nn.Module):
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return shape if self.matrix is None else f"{shape}, backend={self.matrix.choice.backend}"
-
-
-def moved(rule: Applied, fn: Callable[[Tensor], Tensor]) -> Applied:
-    """The rule of a layer after `model.to(...)`: its scores stay in fp32."""
-    device = fn(torch.empty(0)).device
-    norms, centre = (None if held is None else held.to(device) for held in (rule.cut.norms, rule.cut.centre))
-    return Applied(replace(rule.cut, norms=norms, centre=centre), None if rule.bias is None else fn(rule.bias))
 
 
 class SparseLinear(PackedLayer, nn.Linear):  # pyright: ignore[reportIncompatibleMethodOverride]

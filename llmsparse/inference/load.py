@@ -10,7 +10,7 @@ import torch
 
 from llmsparse.backends.choice import AUTO, check_names
 from llmsparse.errors import CheckpointError, RecipeError, checkpoint_at_fault, did_you_mean
-from llmsparse.inference.cut_layers import cut_model
+from llmsparse.inference.cut_layers import cut_dense
 from llmsparse.inference.experts_interface import fuse
 from llmsparse.inference.quantizer import SparseConfig
 from llmsparse.models.complete import check_depth, refuse_integers
@@ -73,4 +73,4 @@ def load_model(
             f"{folder}: {len(missing)} of the tensors that config.json asks for are not on disk, {missing[0]!r} among "
             "them; download or pack the checkpoint again"
         )
-    return fuse(model if "quantization_config" in options else cut_model(model, folder), experts)
+    return fuse(model if "quantization_config" in options else cut_dense(model, folder), experts)

@@ -33,3 +33,16 @@ def auto_class(config: PretrainedConfig, trust_remote_code: bool = False) -> Any
     if wrapping is not None and named == wrapping.__name__:
         return AutoModelForMultimodalLM
     return AutoModelForCausalLM if causal is not None and named.endswith("ForCausalLM") else None
+
+
+def pipeline_tag(config: PretrainedConfig) -> str:
+    """What the hub calls the task of a model: what it reads besides text, and that it writes text."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    if config.get_text_config() is config:
+        return "text-generation"
+    reads_sound = any(getattr(config, name, None) is not None for name in ("audio_config", "speech_config"))
+    reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and getattr(config, "vision_config", None)
+    if reads_images:
+        return "any-to-any" if reads_sound else "image-text-to-text"
+    return "audio-text-to-text" if reads_sound else "text-generation"

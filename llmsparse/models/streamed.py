@@ -44,15 +44,24 @@ HEAD = "head"
 class StreamedModel:
     """The model in a checkpoint: what it is made of, and its parts one after the other.
 
-    `dtype` is the one to compute in. Reads `config.json` and headers, no tensor. Raises CheckpointError for a config
-    that transformers has no model for, a model that is no stack of blocks, and tensors that are missing.
+    `dtype` is the one to compute in. Reads `config.json`, unless `config` is given, and headers, no tensor. Raises
+    CheckpointError for a config that transformers has no model for, a model that is no stack of blocks, and tensors that
+    are missing.
     """
 
     def __init__(
-        self, reader: CheckpointReader, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+        self,
+        reader: CheckpointReader,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        trust_remote_code: bool = False,
+        config: Any = None,
     ) -> None:
         encoded = isinstance(reader, DecodedReader)
-        self.config: Any = load_config(reader.folder, trust_remote_code, packed=reader.packed, encoded=encoded)
+        self.config: Any = config or load_config(
+            reader.folder, trust_remote_code, packed=reader.packed, encoded=encoded
+        )
         if reader.packed:
             vars(self.config).pop("quantization_config", None)
         check_depth(self.config, reader)
@@ -86,6 +95,16 @@ class StreamedModel:
     def folder(self) -> Path:
         """Where the checkpoint lies."""
         return self._reader.folder
+
+    @property
+    def decoder_path(self) -> str:
+        """Name of the language model inside the model, without its head."""
+        decoder = self._model.get_decoder()
+        return next(name for name, module in self._model.named_modules() if module is decoder)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
 
     def bytes_of(self, key: str) -> int:
         """What an on-disk tensor takes once it is read."""
@@ -219,12 +238,11 @@ class StreamedModel:
             fill=self._fill,
         )
 
-    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (batch, tokens, vocabulary) of hidden states (batch, tokens, width) after the last block.
 
         Final norm, head, scaling and caps are the model's own code; each token stands for itself, so any part of a
-        sequence will do.
+        sequence will do. Hidden states that want a gradient get it; nothing else does.
         """
         self._load(self._output)
         return self._finish(hidden.to(self._device)).logits

@@ -115,7 +115,9 @@ def read_thresholds(folder: Path, config: Mapping[str, Any]) -> Thresholds | Non
             f"{file}: its activations are cut in version {version}, this llmsparse reads up to {VERSION}; install a newer one"
         )
     layers: Any = block.get("layers")
-    score, bias, sparsity = block.get("score"), block.get("bias"), block.get("sparsity")
+    score: Any = block.get("score")
+    bias: Any = block.get("bias")
+    sparsity: Any = block.get("sparsity")
     known = score in get_args(Score) and bias in get_args(Bias) and isinstance(sparsity, int | float)
     if version != VERSION or not known or not isinstance(layers, dict) or not all(map(_is_rule, layers.values())):
         raise CheckpointError(f"{file}: llmsparse.activations is damaged; run `llmsparse activations` again")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import reduce
 from itertools import chain
 from typing import Any, NamedTuple
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from llmsparse.calibration.inputs import Input, calibrate, learn_inputs
-from llmsparse.calibration.matching import Match, autocast_dtype, match
+from llmsparse.calibration.matching import Match
 from llmsparse.calibration.passes import output_error, passes
 from llmsparse.models.streamed import HEAD, Activations, Block
 from llmsparse.pruners import Pruned
+from llmsparse.pruning.matched import fading_of, match_block
+from llmsparse.pruning.options import PruneOptions
 from llmsparse.pruning.report import BlockRecord, PrunedWeight
 from llmsparse.pruning.selection import Choice
 from llmsparse.pruning.starved import pruner_that_fits
@@ -28,31 +30,22 @@ from llmsparse.runs.progress import Progress
 from llmsparse.runs.run import Made, Run
 from llmsparse.runs.seeding import generator_for
 from llmsparse.sparsity.patterns import SPARSE, KeepingZeros
-from llmsparse.sparsity.stats import Statistic, combine
-
-
-@dataclass(frozen=True)
-class PruneOptions:
-    """What the solver of a block is told, besides what to prune."""
-
-    device: torch.device
-    dtype: torch.dtype  # to run blocks in
-    seed: int
-    match_steps: int
-    true_sequential: bool
-    keep_zeros: bool
-    calibration_tokens: int
-    statistics_budget: int  # bytes of statistics that may be held at once
+from llmsparse.sparsity.stats import InputNorm, Statistic, combine
 
 
 def finish_block(
-    block: Block, acts: Activations, choices: Sequence[Choice], options: PruneOptions, run: Run[Any]
+    block: Block,
+    acts: Activations,
+    aims: Activations | None,
+    choices: Sequence[Choice],
+    options: PruneOptions,
+    run: Run[Any],
 ) -> BlockRecord:
     """Leave `block` pruned, as it is on disk: pruned now, or read back from an interrupted run."""
     keys = sorted({choice.weight.key for choice in choices})
 
     def make() -> Made[BlockRecord]:
-        record = prune_block(block, acts, choices, options, run.progress)
+        record = prune_block(block, acts, choices, options, run.progress, aims)
         return Made({key: block.stored[key] for key in keys}, record)
 
     made = run.block(block.name, BlockRecord, make)
@@ -63,9 +56,14 @@ def finish_block(
 
 @torch.no_grad()
 def prune_block(
-    block: Block, acts: Activations, chosen: Sequence[Choice], options: PruneOptions, progress: Progress
+    block: Block,
+    acts: Activations,
+    chosen: Sequence[Choice],
+    options: PruneOptions,
+    progress: Progress,
+    aims: Activations | None = None,
 ) -> BlockRecord:
-    """Prune the chosen weights of a dense block in `block.stored`, and match its output to the dense block's."""
+    """Prune the chosen weights of a dense block in `block.stored`, and match its output to `aims`, if there are any."""
     started = time.perf_counter()
     choices = {choice.weight.name: choice for choice in chosen}
     if not choices:
@@ -74,11 +72,14 @@ def prune_block(
     seconds: dict[str, float] = {}
     keep: dict[str, Tensor] = {}
     zeros_at: dict[str, Tensor] = {}  # of weights that were sparse already
-    targets: list[Tensor] = []
-    matching = options.match_steps > 0 and block.name != HEAD
+    norms: dict[str, Tensor] = {}
+    loss = None if aims is None or block.name == HEAD else options.loss_of(block.name, aims)
+    fading = loss is not None and options.fading
+    dense = {key: block.stored[key].clone() for key in {choice.weight.key for choice in chosen}} if fading else {}
 
     def needs(entry: Input) -> type[Statistic] | None:
-        return reduce(combine, (choices[weight.name].pruner.needs for weight in entry.weights))
+        least = InputNorm if fading else None
+        return reduce(combine, (choices[weight.name].pruner.needs for weight in entry.weights), least)
 
     def prune_weights(entry: Input) -> list[Solved]:
         solved = [prune_weight(block, choices[weight.name], entry, options) for weight in entry.weights]
@@ -92,7 +93,7 @@ def prune_block(
     ):
         if number and options.true_sequential:
             block.reload()  # later inputs see the weights pruned so far; otherwise the module stays dense
-        outputs = calibrate(
+        calibrate(
             block,
             acts,
             group,
@@ -100,9 +101,7 @@ def prune_block(
             device=options.device,
             seed=options.seed,
             advance=progress.batches(f"calibrating {block.name}", len(acts.hidden)),
-            keep_output=matching and number == 0,
         )
-        targets = targets or outputs
         owners = [entry.owner for entry in group]
         for solved in chain.from_iterable(ranks.divided(group, owners, prune_weights)):
             row = solved.row
@@ -113,10 +112,13 @@ def prune_block(
                 keep[row.name] = solved.keep
             if solved.zeros is not None:
                 zeros_at[row.name] = solved.zeros
+            if solved.norm is not None:
+                norms[row.name] = solved.norm
 
     result: Match | None = None
-    if matching:
-        result = match_block(block, acts, targets, choices, keep, options, progress)
+    if loss:
+        fades = fading_of(choices.values(), norms, zeros_at if options.keep_zeros else {}, dense) if fading else None
+        result = match_block(block, acts, loss, choices, keep, fades, options, progress)
         if result.improved:
             rows = [as_matched(row, block.view(choices[row.name].weight), zeros_at.get(row.name)) for row in rows]
     order = list(choices)
@@ -126,12 +128,13 @@ def prune_block(
 
 
 class Solved(NamedTuple):
-    """A pruned weight. Masks are on the CPU, and there where matching will ask for them."""
+    """A pruned weight. Masks and norms are on the CPU, and there where matching will ask for them."""
 
     row: PrunedWeight
     stored: Tensor  # (out, in), as rounded to the stored dtype
     keep: Tensor | None  # (out, in) bool
-    zeros: Tensor | None  # (out, in) bool: where it was 0 before, if it was sparse already
+    zeros: Tensor | None  # (out, in) bool: where it was 0 before, if it was sparse already, or zeros are kept
+    norm: Tensor | None  # (in,) of its inputs, where it is to fade
     seconds: float
 
 
@@ -163,9 +166,10 @@ def prune_weight(block: Block, choice: Choice, entry: Input, options: PruneOptio
         notes=notes,
     )
     if not options.match_steps or block.name == HEAD:
-        return Solved(row, stored, None, None, time.perf_counter() - begun)
-    sparse = zeros.cpu() if "zeros_before" in row.notes else None
-    return Solved(row, stored, pruned.keep.cpu(), sparse, time.perf_counter() - begun)
+        return Solved(row, stored, None, None, None, time.perf_counter() - begun)
+    sparse = zeros.cpu() if "zeros_before" in row.notes or options.keep_zeros else None
+    norm = entry.statistic.norm.cpu() if options.fading and isinstance(entry.statistic, InputNorm) else None
+    return Solved(row, stored, pruned.keep.cpu(), sparse, norm, time.perf_counter() - begun)
 
 
 def as_matched(row: PrunedWeight, stored: Tensor, zeros: Tensor | None) -> PrunedWeight:
@@ -178,37 +182,3 @@ def zeros_before(zeros: Tensor, moved: Tensor) -> dict[str, Any]:
     """Of a weight that was sparse already: the share of it that was 0, and how many of these are no longer."""
     share = zeros.count_nonzero().item() / zeros.numel()
     return {"zeros_before": share, "zeros_returned": int((zeros & moved).sum())} if share > SPARSE else {}
-
-
-def match_block(
-    block: Block,
-    acts: Activations,
-    targets: list[Tensor],
-    choices: dict[str, Choice],
-    keep: dict[str, Tensor],
-    options: PruneOptions,
-    progress: Progress,
-) -> Match:
-    """Tune the surviving weights so that the block's output comes back to the dense one's; updates `block.stored`."""
-    block.reload()
-    free = {key: torch.zeros(tensor.shape, dtype=torch.bool) for key, tensor in block.stored.items()}
-    for choice in choices.values():
-        block.view(choice.weight, free).copy_(keep[choice.weight.name])
-    movable = {name: mask for name, mask in block.in_module(free).items() if mask.any()}
-    tuned, result = match(
-        block,
-        acts,
-        targets,
-        movable,
-        steps=options.match_steps,
-        seed=options.seed,
-        autocast=autocast_dtype(options.dtype, options.device),
-        advance=progress.batches(f"matching {block.name}", options.match_steps),
-    )
-    if not result.improved:
-        return result
-    on_disk = block.on_disk(tuned)
-    for choice in choices.values():
-        values = block.view(choice.weight, on_disk)  # (out, in) fp32
-        block.store(choice.weight, values * keep[choice.weight.name].to(values.device))
-    return result

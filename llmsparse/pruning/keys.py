@@ -12,6 +12,7 @@ EXAMPLE = "method.damp=0.1"
 
 KEYS = {  # of every key but model and rules, by group
     "What is pruned, and how": {
+        "effort": Key("fast, default or best: how long it may take for how little loss.", "default", "EFFORT"),
         "method": Key("sparsegpt, alps, dsnot, wanda, magnitude or random.", "sparsegpt", "NAME"),
         "sparsity": Key("Fraction of zeros: 0.7 or 70%.", None, "S"),
         "pattern": Key("unstructured, or N:M such as 2:4: keep 2 of every 4.", "unstructured", "N:M"),
@@ -34,6 +35,11 @@ KEYS = {  # of every key but model and rules, by group
         "keep_zeros": Key(
             "Leave what is 0 already at 0, whatever the method: to prune a sparse model further.", kind=bool
         ),
+        "refine": Key(
+            "none: the method's mask stays; fading: weights go one by one while a block is matched; auto: as the effort has it.",
+            "auto",
+            "HOW",
+        ),
         "match_steps": Key(
             "Steps that tune a pruned block to the dense one's output; auto: where affordable, 0: off.", "auto", "N"
         ),
@@ -42,6 +48,7 @@ KEYS = {  # of every key but model and rules, by group
     "Machine and model": MACHINE,
     "Output": {
         "output": Key("Folder to write; ./NAME-METHOD-PERCENT if not given.", None, "DIR"),
+        "text_only": Key("Write the language model alone, of a model that reads images or sound besides.", kind=bool),
         "format": Key("dense: ordinary, loads anywhere; packed: without the zeros.", "dense", "FORMAT"),
         "values": Key("Of a packed folder: bf16, or int8 or int4 with a loss; as they are if not given.", None, "KIND"),
         "max_shard_size": MAX_SHARD_SIZE,

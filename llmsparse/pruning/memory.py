@@ -18,6 +18,7 @@ import torch
 
 from llmsparse.calibration.inputs import EXPERT_ROWS, sample_rows
 from llmsparse.calibration.matching import batches_per_step
+from llmsparse.calibration.matching_loss import HELD_LOGITS, LOGITS_AT_ONCE
 from llmsparse.models.likelihood import LOGIT_ELEMENTS
 from llmsparse.models.weight import Slot
 from llmsparse.pruners import workspace_of
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 HELD_FORWARD = 4  # numbers of a token in a block's forward at once, in widest products (the FFN's): measured
 HELD_BACKWARD = 12  # the same of a forward whose backward is to come
+FADING = 3  # bytes a weight that fades: its mask, the next one, and what may not fade
 MATCHED = (
     16  # bytes a tuned weight: fp32 master, two moments, and the best so far; gradients are held besides, in a tree
 )
@@ -51,8 +53,9 @@ def peak_bytes(plan: PrunePlan, statistics_budget: int) -> int:
 
 
 def _activations(plan: PrunePlan) -> int:
-    """Hidden states of the calibration windows, and of the held-out ones through the source and through what is made."""
-    tokens = plan.windows.ids.numel() + 2 * plan.windows.held_out.numel()
+    """Hidden states of the calibration windows, and of the held-out ones through the source and through what is made; where
+    blocks are matched, of the calibration windows through the source, too."""
+    tokens = (2 if plan.match_steps else 1) * plan.windows.ids.numel() + 2 * plan.windows.held_out.numel()
     rotary = 2 * plan.windows.ids.shape[1] * plan.model.hidden_size  # call arguments: cos and sin, at most so wide
     return (tokens * plan.model.hidden_size + rotary) * plan.dtype.itemsize
 
@@ -107,7 +110,7 @@ class _Block:
             return self._loaded
         solving = self._summed + max(self._whole + self._solving(choice) for choice in self.choices)
         measuring = self._samples + max(self._statistics + self._calibrating, solving)
-        return self._loaded + self._masks + self._targets + max(measuring, self._matching)
+        return self._loaded + self._masks + self._dense + max(measuring, self._matching)
 
     @property
     def _loaded(self) -> int:
@@ -126,10 +129,9 @@ class _Block:
         return self._chosen if self._matched and self.plan.device.type == "cpu" else 0
 
     @property
-    def _targets(self) -> int:
-        """What matching aims at: the dense block's outputs, a fourth stream."""
-        numel = self.plan.windows.ids.numel() * self.plan.model.hidden_size
-        return numel * self.plan.dtype.itemsize if self._matched else 0
+    def _dense(self) -> int:
+        """What weights were before, where they are to fade from there."""
+        return self.stored if self._matched and self.plan.fading else 0
 
     @cached_property
     def _entering(self) -> dict[tuple[Slot, int], type[Statistic] | None]:
@@ -199,7 +201,16 @@ class _Block:
         update = 4 * (largest if self.plan.device.type == "cpu" else self._chosen)
         count, (windows, tokens) = len(self.plan.batches), self.plan.batches[0].shape
         together = batches_per_step(windows, tokens, self.plan.model.hidden_size, most=count)
-        return (MATCHED + 4 * held_at_once(together) + 1) * self._chosen + max(step, update)
+        fading = FADING if self.plan.fading else 0
+        tuned = (MATCHED + 4 * held_at_once(together) + 1 + fading) * self._chosen
+        return tuned + max(step + self._judging, update)
+
+    @property
+    def _judging(self) -> int:
+        """Behind the last block: the head, and logits of what the block should come to and of what it does."""
+        if self.keys != self.plan.model.block_keys(len(self.plan.model.block_names) - 1):
+            return 0
+        return _head(self.plan) + 4 * HELD_LOGITS * min(LOGITS_AT_ONCE, self._tokens * self.plan.model.vocabulary)
 
     @property
     def _matched(self) -> bool:

@@ -15,16 +15,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from llmsparse.calibration.matching import HELD_OUT_SHARE, LEARNING_RATES, batches_per_step, probe_steps
+from llmsparse.calibration.matching import HELD_OUT_SHARE
 from llmsparse.errors import RecipeError
 from llmsparse.formats import stored_bytes
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.packing.values import LARGEST, group_of
-from llmsparse.pruning.allocation import Allocation, Search, Uniform
+from llmsparse.pruners import spec as methods
+from llmsparse.pruning.allocation import ALLOCATIONS, Allocation, Search, Uniform
 from llmsparse.pruning.allocation.exact import bounds_of
 from llmsparse.pruning.allocation.units import Group, groups_of, levels_of, refuse_bounds
-from llmsparse.pruning.block import PruneOptions
+from llmsparse.pruning.duration import default_match_steps, seconds_by_effort, spell_seconds
+from llmsparse.pruning.effort import EFFORTS, UNIFORM_UP_TO
 from llmsparse.pruning.memory import peak_bytes
+from llmsparse.pruning.options import PruneOptions
 from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.pruning.selection import Choice, choose_weights
 from llmsparse.runs.device import split_batches
@@ -38,9 +41,6 @@ from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.disk import check_room, spell_size
 
 PACKED_LAST = "; the dense checkpoint stands beside it until the run is done"
-MATCH_STEPS = (300, 150, 75)  # of block matching by default: the most that is affordable, or none
-MATCH_SECONDS_ON_CPU = 600
-FLOPS_PER_THREAD = 30e9  # fp32 with gradients on one core; AVX2 measured at 34e9
 STATISTICS_SHARE = 0.4  # of the memory that is free, for statistics held together
 
 
@@ -54,7 +54,22 @@ class PrunePlan(RunPlan[PruneRecipe]):
 
     @property
     def resolved(self) -> PruneRecipe:
-        return super().resolved.replace(match_steps=self.match_steps)
+        name = methods.name_in(ALLOCATIONS, self.allocation)
+        assert name is not None
+        decided = {
+            "match_steps": self.match_steps,
+            "refine": "fading" if self.fading else "none",
+            "allocation": methods.described(name, self.allocation),
+        }
+        return super().resolved.replace(**decided)
+
+    @property
+    def fading(self) -> bool:
+        """Masks are made while blocks are matched: by default where a method looks at the calibration text at all."""
+        if self.recipe.refine != "auto":
+            return self.recipe.refine == "fading"
+        effort = EFFORTS[self.recipe.effort]
+        return self.match_steps > 0 and effort.refine == "fading" and self.recipe.pruner.needs is not None
 
     @cached_property
     def batches(self) -> list[Tensor]:
@@ -62,9 +77,14 @@ class PrunePlan(RunPlan[PruneRecipe]):
         size, width = self.recipe.batch_size, self.model.hidden_size
         return split_batches(self.windows.ids, size, self.device, width, least=HELD_OUT_SHARE)
 
-    @property
+    @cached_property
     def allocation(self) -> Allocation:
-        return self.recipe.allocator
+        """As asked; by default what the effort has where it is left to decide, and blocks are not matched."""
+        recipe = self.recipe
+        unmatched = recipe.match_steps == "auto" and self.match_steps == 0
+        if recipe.allocation != "auto" or recipe.pattern != "unstructured" or not unmatched:
+            return recipe.allocator
+        return ALLOCATIONS[EFFORTS[recipe.effort].beyond if (recipe.sparsity or 0) > UNIFORM_UP_TO else "uniform"]()
 
     @property
     def allocates(self) -> bool:
@@ -120,6 +140,8 @@ class PrunePlan(RunPlan[PruneRecipe]):
             dtype=self.dtype,
             seed=self.recipe.seed,
             match_steps=self.match_steps,
+            fading=self.fading,
+            model=self.model,
             true_sequential=self.recipe.true_sequential,
             keep_zeros=self.recipe.keep_zeros,
             calibration_tokens=self.windows.ids.numel(),
@@ -133,7 +155,7 @@ class PrunePlan(RunPlan[PruneRecipe]):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        return super().fingerprint | {"match steps": self.match_steps}
+        return super().fingerprint | {"match steps": self.match_steps, "fading": self.fading}
 
     def memory_bytes(self) -> int:
         return peak_bytes(self, self.options.statistics_budget)
@@ -150,6 +172,8 @@ class PrunePlan(RunPlan[PruneRecipe]):
             "bytes_to_write": self.bytes_to_write if self.recipe.format == "dense" else self.packed_bytes,
             "format": self.recipe.format,
             "match_steps": self.match_steps,
+            "refine": "fading" if self.fading else "none",
+            "seconds": seconds_by_effort(self),
         }
 
     def rows(self, plan: dict[str, Any]) -> dict[str, str]:
@@ -159,7 +183,10 @@ class PrunePlan(RunPlan[PruneRecipe]):
             "output": plan["output"],
             "prune": f"{len(plan['weights'])} weights, {plan['parameters_to_prune']:,} parameters, "
             f"by {', '.join(plan['methods'])} to {', '.join(patterns)}",
-            "matching": f"{self.match_steps} steps a block" if self.match_steps else "off",
+            "matching": f"{self.match_steps} steps a block{', weights fading' if self.fading else ''}"
+            if self.match_steps
+            else "off",
+            **({"takes": spell_seconds(plan["seconds"])} if plan["seconds"] else {}),
             **({"allocation": self._spell_allocation()} if self.allocates else {}),
             "format": f"{plan['format']}{PACKED_LAST if plan['format'] == 'packed' else ''}",
         }
@@ -194,32 +221,15 @@ def make_plan(
         )
     check_room(opened.output, needed + (packed if recipe.format == "packed" else 0), held_bytes(opened.output))
     windows = read_windows(opened, recipe.calibration_samples)
-    draft = PrunePlan(**opened.fields, windows=windows, choices=choices, match_steps=0, packed_bytes=packed)
+    own = opened.config if recipe.text_only else None
+    draft = PrunePlan(**opened.fields, config=own, windows=windows, choices=choices, match_steps=0, packed_bytes=packed)
     if draft.allocates:
         refuse_bounds(draft.allocated_sparsity, draft.bounds)
     draft = fetched(draft, download)
-    return replace(
-        draft, match_steps=default_match_steps(draft) if recipe.match_steps == "auto" else recipe.match_steps
-    )
-
-
-def default_match_steps(plan: PrunePlan) -> int:
-    """Matching is on wherever it stays affordable: fully on any GPU, and on a CPU as far as minutes allow.
-
-    The estimate counts, for each token and step, 2 operations forward and 4 backward for each parameter and for each
-    product of attention.
-    """
-    if plan.device.type == "cuda":
-        return MATCH_STEPS[0]
-    width, (windows, tokens), most = plan.model.hidden_size, plan.batches[0].shape, len(plan.batches)
-    parameters = sum(torch.Size(plan.tensors[key][0]).numel() for key in plan.selected_keys)
-    products = parameters + 2 * len(plan.model.block_names) * tokens * width
-    per_step = 6 * products * batches_per_step(windows, tokens, width, most=most) * windows * tokens
-    for steps in MATCH_STEPS:
-        total = steps + probe_steps(steps) * len(LEARNING_RATES)
-        if total * per_step <= MATCH_SECONDS_ON_CPU * FLOPS_PER_THREAD * torch.get_num_threads():
-            return steps
-    return 0
+    steps = default_match_steps(draft) if recipe.match_steps == "auto" else recipe.match_steps
+    if recipe.refine == "fading" and not steps:
+        raise RecipeError("refine fading: matching is not affordable here, so nothing can fade; give --match-steps 200")
+    return replace(draft, match_steps=steps)
 
 
 def _refuse_values(recipe: PruneRecipe, model: StreamedModel, choices: Mapping[str, list[Choice]]) -> None:

@@ -19,14 +19,14 @@ from llmsparse.pruners import Pruner
 from llmsparse.pruners import spec as methods
 from llmsparse.pruners.spec import MethodSpec
 from llmsparse.pruning.allocation import ALLOCATIONS, Allocation, Uniform
+from llmsparse.pruning.effort import EffortName
 from llmsparse.runs.recipe import Count, Device, Dtype, Length, PathText, RunRecipe, Seed, ShardSize, Source, Texts
 from llmsparse.sparsity.fraction import parse_fraction
 from llmsparse.sparsity.patterns import Pattern, parse_pattern
+from llmsparse.text.bos import Bos
 from llmsparse.text.shares import Sources
 
 DEFAULT_METHOD = "sparsegpt"
-UNIFORM_UP_TO = 0.55  # of the sparsities, by default all units get the same
-BEYOND = "uniform"  # and above it, this allocation
 
 
 def _match_steps(value: Any) -> int | Literal["auto"]:
@@ -108,10 +108,12 @@ class PruneRecipe(RunRecipe):
 
     model: Source
     output: PathText | None = None
+    effort: EffortName = "default"
     method: Method = DEFAULT_METHOD
     sparsity: Sparsity | None = None
     pattern: str = "unstructured"
     scope: Literal["auto", "row", "matrix"] = "auto"
+    refine: Literal["auto", "none", "fading"] = "auto"
     allocation: Allocating = "auto"
     allocation_level: Literal["block", "projection", "weight"] = "block"
     allocation_bounds: Annotated[Sequence[float] | None, PlainValidator(_bounds)] = None
@@ -120,10 +122,12 @@ class PruneRecipe(RunRecipe):
     include: Globs = ()
     exclude: Globs = ()
     keep_zeros: bool = False
+    text_only: bool = False
     true_sequential: bool = False
     match_steps: Annotated[int | Literal["auto"], PlainValidator(_match_steps)] = "auto"
     calibration: Texts = "auto"
     text_field: str | None = None
+    bos: Bos | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None
     batch_size: Count | None = None
@@ -151,11 +155,10 @@ class PruneRecipe(RunRecipe):
 
     @cached_property
     def allocator(self) -> Allocation:
-        """How the zeros are shared out; `auto`: all get the same, or where the table says better, beyond UNIFORM_UP_TO."""
+        """How the zeros are shared out; for `auto` all units get the same, unless the plan knows better."""
         if self.allocation != "auto":
             return methods.build_from(ALLOCATIONS, "allocation", self.allocation, ("allocation",))
-        unstructured = self.pattern == "unstructured" and (self.sparsity or 0) > UNIFORM_UP_TO
-        return ALLOCATIONS[BEYOND]() if unstructured else Uniform()
+        return Uniform()
 
     @property
     def beside_dense(self) -> bool:
@@ -239,6 +242,10 @@ class PruneRecipe(RunRecipe):
             )
         methods.build(self.method)
         _ = self.allocator
+        if self.refine == "fading" and self.match_steps == 0:
+            raise OptionError(
+                ("refine",), "weights fade while blocks are matched, and match_steps is 0: give it 200, or auto"
+            )
         _try(("sparsity" if self.pattern == "unstructured" else "pattern",), lambda: self._pattern(None))
         most = self._pattern(None).sparsity
         if self.beside_dense and not 0 < cast(float, self.sparsity) < most:

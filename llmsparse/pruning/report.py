@@ -189,7 +189,7 @@ class PruneReport(RunReport):
     def _unmatched(self) -> Iterator[str]:
         """Blocks that matching left as they were."""
         matches = [(block.name, block.match) for block in self.blocks if block.match]
-        stuck = [name for name, match in matches if not match["after"] < match["before"]]
+        stuck = [name for name, match in matches if not match["improved"]]
         if stuck:
             yield (
                 f"matching improved {len(matches) - len(stuck)} of {len(matches)} blocks; the others, {stuck[0]} first, "
@@ -218,7 +218,7 @@ class PruneReport(RunReport):
         """The model card, README.md of the output folder."""
         method = self.rows[0].method
         lines = [
-            f"---\n{card_metadata(('llmsparse', 'sparse', 'pruned', method), self.model)}---",
+            f"---\n{card_metadata(('llmsparse', 'sparse', 'pruned', method), self.model, self.pipeline_tag)}---",
             "",
             f"# {self.model}, pruned to {self.sparsity:.0%} with {method}",
             "",

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from llmsparse.calibration.inputs import Input, calibrate, learn_inputs
 from llmsparse.calibration.matching import Match, autocast_dtype
+from llmsparse.calibration.matching_loss import LogitDivergence, Loss, OutputError
 from llmsparse.calibration.passes import output_error, passes
 from llmsparse.errors import LlmsparseError, RecipeError
 from llmsparse.formats.digits import LARGEST
 from llmsparse.formats.nested import entropy_of
-from llmsparse.models.streamed import HEAD, Activations, Block, Weight
+from llmsparse.models.streamed import HEAD, Activations, Block, StreamedModel, Weight
 from llmsparse.quantization.matching import Numbers, match_numbers
 from llmsparse.quantization.recipe import QuantizeRecipe
 from llmsparse.quantization.report import BlockRecord, QuantizedWeight
@@ -52,7 +53,12 @@ class QuantizeOptions:
     device: torch.device
     calibration_tokens: int
     statistics_budget: int  # bytes of statistics that may be held at once
-    dtype: torch.dtype  # that the model computes in
+    model: StreamedModel
+
+    def loss_of(self, block: str, aims: Activations) -> Loss:
+        """What matching a block makes small; behind the last one there is nothing but the head."""
+        last = block == self.model.block_names[-1]
+        return LogitDivergence(self.model, aims.hidden) if last else OutputError(aims.hidden)
 
 
 @dataclass
@@ -81,12 +87,18 @@ class Budget:
 
 
 def finish_block(
-    block: Block, acts: Activations, choices: Sequence[Choice], options: QuantizeOptions, budget: Budget, run: Run[Any]
+    block: Block,
+    acts: Activations,
+    aims: Activations | None,
+    choices: Sequence[Choice],
+    options: QuantizeOptions,
+    budget: Budget,
+    run: Run[Any],
 ) -> BlockRecord:
     """Leave `block` as it will be computed with: quantized now, or read back from an interrupted run."""
 
     def make() -> Made[BlockRecord]:
-        return quantize_block(block, acts, choices, options, replace(budget), run.progress)
+        return quantize_block(block, acts, choices, options, replace(budget), run.progress, aims)
 
     made = run.block(block.name, BlockRecord, make)
     for choice in choices:
@@ -108,8 +120,10 @@ def quantize_block(
     options: QuantizeOptions,
     budget: Budget,
     progress: Progress,
+    aims: Activations | None = None,
 ) -> Made[BlockRecord]:
-    """Numbers and steps of the chosen weights of a dense block, as on-disk tensors of the shapes of theirs."""
+    """Numbers and steps of the chosen weights of a dense block, as on-disk tensors of the shapes of theirs; tuned until its
+    output is `aims`, if there are any."""
     started = time.perf_counter()
     choices = {choice.weight.name: choice for choice in chosen}
     tensors: dict[str, Tensor] = {}
@@ -123,30 +137,32 @@ def quantize_block(
     def needs(entry: Input) -> type[Statistic] | None:
         return Gram
 
+    def quantize_weights(entry: Input) -> list[tuple[Quantized, QuantizedWeight, float]]:
+        left, found = replace(budget), list[tuple[Quantized, QuantizedWeight, float]]()
+        for weight in entry.weights:
+            begun = time.perf_counter()
+            made, row = _quantize(block, choices[weight.name], entry, options, left)
+            left.spend(row, left.drift)
+            found.append((made, row, time.perf_counter() - begun))
+        entry.forget()
+        return found
+
     inputs = learn_inputs(block, acts, [choice.weight for choice in chosen])
-    targets: list[Tensor] = []
-    matching = options.recipe.match_steps > 0 and block.name != HEAD
-    for number, group in enumerate(passes(inputs, needs, options.statistics_budget, share=acts.share)):
+    for group in passes(inputs, needs, options.statistics_budget, share=acts.share):
         note = progress.batches(f"calibrating {block.name}", len(acts.hidden))
-        targets += calibrate(
-            block, acts, group, needs, device=options.device, seed=options.recipe.seed, advance=note,
-            keep_output=matching and number == 0,
-        )  # fmt: skip
-        for entry in group:
-            for weight in entry.weights:
-                begun = time.perf_counter()
-                made, row = _quantize(block, choices[weight.name], entry, options, budget)
+        calibrate(block, acts, group, needs, device=options.device, seed=options.recipe.seed, advance=note)
+        for entry in group:  # one after the other, for what a weight leaves of the budget is the next one's
+            [found] = acts.share.ranks.divided([entry], [entry.owner], quantize_weights)
+            for weight, (made, row, taken) in zip(entry.weights, found, strict=True):
                 q, steps = _views(weight, tensors)
                 q.copy_(made.q)
                 steps.copy_(made.steps)
                 budget.spend(row, budget.drift)
                 rows.append(row)
-                seconds[weight.name] = time.perf_counter() - begun
-            entry.statistic = None
-            entry.rows.clear()
+                seconds[weight.name] = taken
     result: Match | None = None
-    if matching:
-        result = _match(block, acts, targets, tensors, chosen, options, progress)
+    if aims is not None and block.name != HEAD:
+        result = _match(block, acts, options.loss_of(block.name, aims), tensors, chosen, options, progress)
         rows = [_recounted(row, choices[row.name], tensors) for row in rows]
     order = list(choices)
     rows.sort(key=lambda row: order.index(row.name))
@@ -157,7 +173,7 @@ def quantize_block(
 def _match(
     block: Block,
     acts: Activations,
-    targets: Sequence[Tensor],
+    loss: Loss,
     tensors: dict[str, Tensor],
     chosen: Sequence[Choice],
     options: QuantizeOptions,
@@ -173,13 +189,13 @@ def _match(
     tuned, result = match_numbers(
         block,
         acts,
-        targets,
+        loss,
         numbers,
         rate=0.0 if largest else options.recipe.rate,
         most=largest or LARGEST,
         steps=count,
         seed=options.recipe.seed,
-        autocast=autocast_dtype(options.dtype, options.device),
+        autocast=autocast_dtype(options.model.dtype, options.device),
         advance=progress.batches(f"matching {block.name}", count),
     )
     for key, q in block.on_disk({name: held.q for name, held in tuned.items()}).items():

@@ -9,23 +9,16 @@ bits about what they were. Kept only where windows that were held out say so.
 # pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from llmsparse.calibration.matching import (
-    CHECKS,
-    FINAL_FRACTION,
-    Match,
-    Tuner,
-    batches_per_step,
-    cosine,
-    schedule_of,
-    validation_of,
-)
+from llmsparse.calibration.matching import CHECKS, Match, batches_per_step, fraction_at, schedule_of, shares
+from llmsparse.calibration.matching_loss import Loss
+from llmsparse.calibration.tuner import Tuner
 from llmsparse.models.streamed import Activations, Block
 from llmsparse.quantization.rounding import round_by, thresholds
 from llmsparse.sparsity.patterns import is_sparse
@@ -88,13 +81,13 @@ class _RoundedTuner(Tuner):
         self,
         block: Block,
         acts: Activations,
-        targets: Sequence[Tensor],
+        loss: Loss,
         numbers: Mapping[str, Numbers],
         rate: float,
         most: int,
         autocast: torch.dtype | None,
     ) -> None:
-        super().__init__(block, acts, targets, {name: torch.ones(()) for name in numbers}, autocast)
+        super().__init__(block, acts, loss, {name: torch.ones(()) for name in numbers}, autocast)
         self.rounded: dict[str, Rounded] = {}
         latents: dict[str, nn.Parameter] = {}
         for name, held in numbers.items():
@@ -124,7 +117,7 @@ class _RoundedTuner(Tuner):
 def match_numbers(
     block: Block,
     acts: Activations,
-    targets: Sequence[Tensor],
+    loss: Loss,
     numbers: Mapping[str, Numbers],
     *,
     rate: float,
@@ -134,32 +127,32 @@ def match_numbers(
     autocast: torch.dtype | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Numbers], Match]:
-    """Tune `numbers`, by module parameter name, so that the block maps `acts` to `targets`: its outputs before.
+    """Tune `numbers`, by module parameter name, until the loss of the block's outputs for `acts` is small.
 
     `block.stored` is what it was before, too, and the module is left with that. `rate` is that of `thresholds`, `most` the largest
     number. Returns the numbers that lose least on held-out
     batches, which may be those given, and a record.
     """
     share = acts.share
-    validation = validation_of(share.total)
-    train = [j for j in range(share.total) if j not in validation]
-    validated = bool(train)
-    train = train or validation
-    group = share.ranks.known(lambda: batches_per_step(*targets[0].shape, most=len(train)))
-    tuner = _RoundedTuner(block, acts, targets, numbers, rate, most, autocast)
-    before = tuner.error(validation)
-    best, best_error = dict(numbers), before
+    validation, reported, train = shares(share.total)
+    group = share.ranks.known(lambda: batches_per_step(*acts.hidden[0].shape, most=len(train)))
+    tuner = _RoundedTuner(block, acts, loss, numbers, rate, most, autocast)
+    before = tuner.error(reported)
+    first = before if reported == validation else tuner.error(validation)
+    best, best_error, after = dict(numbers), first, before
     optimizer = tuner.start(RATE)
     schedule = schedule_of(train, group, steps, seed, share.leaves)
     for step, batches in enumerate(schedule):
-        tuner.step(optimizer, batches, FINAL_FRACTION + (1 - FINAL_FRACTION) * cosine(step, len(schedule)))
+        tuner.step(optimizer, batches, fraction_at(step, len(schedule)))
         advance()
         if (step + 1) % max(1, steps // CHECKS) == 0 or step + 1 == steps:
             error = tuner.error(validation)
             if error < best_error:
                 best, best_error = tuner.found(), error
+                after = error if reported == validation else tuner.error(reported)
     tuner.restore()
-    return best, Match(before, best_error, steps, RATE, validated)
+    validated = not set(train) & set(validation)
+    return best, Match(before, after, steps, RATE, validated, best_error < first)
 
 
 def spread(steps: Tensor, shape: torch.Size) -> Tensor:

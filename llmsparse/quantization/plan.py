@@ -19,7 +19,7 @@ from llmsparse.packing.values import LARGEST
 from llmsparse.quantization.block import STEPS, Choice, QuantizeOptions, dense_for_values, steps_shape
 from llmsparse.quantization.recipe import QuantizeRecipe
 from llmsparse.quantization.weight import Problem, bits_of
-from llmsparse.runs.joint import alone
+from llmsparse.runs.joint import joint
 from llmsparse.runs.memory import available_bytes, freed_bytes
 from llmsparse.runs.opening import OpenedModel, fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
@@ -77,8 +77,8 @@ class QuantizePlan(RunPlan[QuantizeRecipe]):
     @cached_property
     def options(self) -> QuantizeOptions:
         """What the solver of a block is told; the budget is that of the moment when it is first asked for."""
-        budget = int(STATISTICS_SHARE * available_bytes(self.device))
-        return QuantizeOptions(self.recipe, self.device, self.windows.ids.numel(), budget, self.dtype)
+        budget = int(STATISTICS_SHARE * available_bytes(self.device, self.ranks.local_size))
+        return QuantizeOptions(self.recipe, self.device, self.windows.ids.numel(), budget, self.model)
 
     def memory_bytes(self) -> int:
         """The process, activations, three blocks, statistics of one, and the search for the step of its largest weight."""
@@ -119,7 +119,7 @@ class QuantizePlan(RunPlan[QuantizeRecipe]):
         }
 
 
-@alone
+@joint
 def make_plan(
     recipe: QuantizeRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True
 ) -> QuantizePlan:

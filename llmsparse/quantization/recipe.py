@@ -24,6 +24,7 @@ from llmsparse.runs.recipe import (
     Source,
     Texts,
 )
+from llmsparse.text.bos import Bos
 from llmsparse.text.shares import Sources
 
 MOST_BITS = 8
@@ -76,6 +77,7 @@ class QuantizeRecipe(RunRecipe):
     exclude: Globs = ()
     calibration: Texts = "c4"
     text_field: str | None = None
+    bos: Bos | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None
     batch_size: Count | None = None

@@ -148,7 +148,7 @@ class QuantizeReport(RunReport):
     def card(self) -> str:
         """The model card, README.md of the output folder."""
         lines = [
-            f"---\n{card_metadata(('llmsparse', 'sparse', 'quantized'), self.model)}---",
+            f"---\n{card_metadata(('llmsparse', 'sparse', 'quantized'), self.model, self.pipeline_tag)}---",
             "",
             *self.card_table(calibration=spell_protocol(self.protocol)),
             "",

@@ -4,7 +4,7 @@ Where torchrun or accelerate launch started several, this one joins them through
 asked for its group, over gloo and, for what lies on GPUs, NCCL. Where a script has joined them already, its group is used.
 """
 
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 from __future__ import annotations
 
 import atexit

@@ -15,7 +15,7 @@ from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.text.shares import Sources, holds_tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 LEAST_TOKENS = 512  # enough for products at full speed on a CPU ...
 BATCH_NUMBERS_ON_CPU = (
     1 << 20

@@ -34,7 +34,7 @@ def joint(make_plan: MakesPlan[Asked, Planned]) -> MakesPlan[Asked, Planned]:
         ranks = joined()
         with ranks.together():
             plan = make_plan(recipe, resume=resume, overwrite=overwrite, download=download)
-        _refuse_others(ranks, {**plan.fingerprint, "output": str(plan.output)})
+        refuse_others(ranks, {**plan.fingerprint, "output": str(plan.output)})
         return plan
 
     make.__doc__ = make_plan.__doc__
@@ -55,7 +55,8 @@ def alone(make_plan: MakesPlan[Asked, Planned]) -> MakesPlan[Asked, Planned]:
     return make
 
 
-def _refuse_others(ranks: Ranks, fingerprint: dict[str, Any]) -> None:
+def refuse_others(ranks: Ranks, fingerprint: dict[str, Any]) -> None:
+    """RecipeError for a process whose fingerprint, JSON-able, is not that of the first."""
     mine: dict[str, Any] = json.loads(json.dumps(fingerprint))
     first = ranks.broadcast(mine, 0)
     with ranks.together():

@@ -19,6 +19,7 @@ class Key(NamedTuple):
 
 
 COLUMN = "Column of text, or of chats, where neither its name (text, messages) nor the lack of others says so"
+BOS = "Where the token that begins a text stands: each, once (before the first text) or none; as the tokenizer does if not given"
 WINDOW = "Tokens per window; min(2048, the model's maximum) if not given"
 BATCH = "Windows run at once; chosen if not given"
 
@@ -30,6 +31,7 @@ CALIBRATION = {
         list,
     ),
     "text_field": Key(f"{COLUMN}.", None, "COLUMN"),
+    "bos": Key(f"{BOS}.", None, "WHERE"),
     "calibration_samples": Key("Windows to calibrate on.", "128", "N"),
     "seq_len": Key(f"{WINDOW}.", None, "N"),
     "batch_size": Key(f"{BATCH}.", None, "N"),

@@ -19,7 +19,7 @@ from llmsparse.runs import recipe_file, recipe_paths
 Kind = TypeVar("Kind", bound=BaseModel)
 
 DECIDES_TEXT = (  # keys without which what a file notes of its text no longer holds
-    "model", "calibration", "text", "text_field", "calibration_samples", "seq_len", "seed", "revision", "steps", "batch_size"
+    "model", "calibration", "text", "text_field", "bos", "calibration_samples", "seq_len", "seed", "revision", "steps", "batch_size"
 )  # fmt: skip
 
 

@@ -29,10 +29,11 @@ from llmsparse.models.origin import (
     read_config,
 )
 from llmsparse.models.streamed import StreamedModel
+from llmsparse.models.text_only import language_model
 from llmsparse.models.thresholds import refuse_cut
 from llmsparse.runs.device import choose_device, choose_dtype, window_length
 from llmsparse.runs.partial import check_output
-from llmsparse.runs.plan import Chosen, RunPlan
+from llmsparse.runs.plan import Chosen, PlannedRecipe, RunPlan
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.text.kinds import AUTO, SELF, is_token_file
 from llmsparse.text.mix import load_mix
@@ -99,8 +100,17 @@ def open_model(
     window_length(config, recipe.seq_len, recipe.text_source)
     reader = open_checkpoint(origin.folder, origin.absent) if reader_of is None else reader_of(origin)
     dtype = dtype_of(recipe.dtype, device, reader)
-    model = StreamedModel(reader, device=device, dtype=dtype, trust_remote_code=trusted)
+    model, reader = _model(reader, recipe, device, dtype, trusted)
+    config = model.config if getattr(recipe, "text_only", False) else config
     return OpenedModel(recipe, origin, output, config, reader, model, device, dtype, started, trusted, no_c4)
+
+
+def _model(
+    reader: CheckpointReader, recipe: PlannedRecipe, device: torch.device, dtype: torch.dtype, trusted: bool
+) -> tuple[StreamedModel, CheckpointReader]:
+    """The model that is worked on, and the reader of its tensors: all of the checkpoint, or the language model in it."""
+    model = StreamedModel(reader, device=device, dtype=dtype, trust_remote_code=trusted)
+    return language_model(model, reader) if getattr(recipe, "text_only", False) else (model, reader)
 
 
 def _with_text(recipe: Chosen) -> tuple[Chosen, MachineError | None]:
@@ -124,7 +134,7 @@ def fetched(plan: Planned, download: bool) -> Planned:
     commit = plan.origin.commit
     origin = Origin(fetch_model(plan.recipe.model, commit or plan.recipe.revision), commit=commit)
     reader = open_checkpoint(origin.folder)
-    model = StreamedModel(reader, device=plan.device, dtype=plan.dtype, trust_remote_code=plan.trust_remote_code)
+    model, reader = _model(reader, plan.recipe, plan.device, plan.dtype, plan.trust_remote_code)
     return replace(plan, origin=origin, reader=reader, model=model)
 
 
@@ -157,6 +167,7 @@ def read_windows(
         seed=recipe.seed,
         held_out=held_out_windows(length),
         text_field=recipe.text_field,
+        bos=recipe.bos,
         vocabulary=opened.model.vocabulary,
         starts=starts,
         purpose=purpose,

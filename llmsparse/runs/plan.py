@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from llmsparse.models.model_class import pipeline_tag
 from llmsparse.models.origin import Origin, config_fingerprint
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.ranks.group import Ranks
@@ -28,6 +29,7 @@ from llmsparse.runs.streams import Streams
 from llmsparse.runs.verbs import VERBS, verb_of
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.disk import spell_size
+from llmsparse.text.bos import Bos
 from llmsparse.text.mix import held_out_parts, names
 from llmsparse.text.shares import Sources, split_shares
 from llmsparse.text.windows import Windows
@@ -48,6 +50,8 @@ class PlannedRecipe(Protocol):
     def text_source(self) -> Sources: ...
     @property
     def text_field(self) -> str | None: ...
+    @property
+    def bos(self) -> Bos | None: ...
     @property
     def seq_len(self) -> int | None: ...
     @property
@@ -134,12 +138,21 @@ class RunPlan(ABC, Generic[Chosen]):
         ends = accumulate(len(batch) for batch in self.batches)
         return [owners[end - len(batch) : end] for batch, end in zip(self.batches, ends, strict=True)]
 
-    def streams(self, made: StreamedModel | None = None, *, calibration: bool = True, to_head: bool = False) -> Streams:
+    def streams(
+        self,
+        made: StreamedModel | None = None,
+        *,
+        calibration: bool = True,
+        to_head: bool = False,
+        aims: bool = False,
+    ) -> Streams:
         """All windows before the first block, to be taken through what is made, those of `calibration` if wanted; arguments
         as of `Streams`."""
         texts = [name for name, batches in self._held_out_of for _ in batches]
         batches = self.batches if calibration else []
-        return Streams(self.model, batches, self.held_out, made, held_out_of=texts, to_head=to_head, ranks=self.ranks)
+        return Streams(
+            self.model, batches, self.held_out, made, held_out_of=texts, to_head=to_head, aims=aims, ranks=self.ranks
+        )
 
     @cached_property
     def _held_out_of(self) -> list[tuple[str, list[Tensor]]]:
@@ -170,6 +183,11 @@ class RunPlan(ABC, Generic[Chosen]):
     def staging(self) -> str | None:
         """The folder, in the run's state, where the checkpoint is written if the result is made out of it."""
         return None
+
+    @property
+    def text_only(self) -> bool:
+        """The language model alone is written, of a model that wraps one."""
+        return bool(getattr(self.recipe, "text_only", False))
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -239,6 +257,7 @@ class RunPlan(ABC, Generic[Chosen]):
             "model": self.name,
             "output": str(self.output),
             "recipe": self.resolved.resolved(),
+            "pipeline_tag": pipeline_tag(self.config or self.model.config),
             "protocol": self.protocol,
             "versions": self.versions,
         }

@@ -24,6 +24,7 @@ class RunReport(ABC):
     recipe: dict[str, Any]
     protocol: dict[str, Any]  # of the text
     versions: dict[str, str]
+    pipeline_tag: str = "text-generation"  # of the model card
     warnings: list[str] = field(default_factory=list[str])
     seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -97,13 +98,13 @@ def loss_warning(perplexity: dict[str, Any] | None, model: str, advice: str) -> 
     return [] if after < LARGE_LOSS * before else [f"perplexity{where} rose {after / before:.1f}-fold{advice}"]
 
 
-def card_metadata(tags: Sequence[str], base_model: str | None = None) -> str:
+def card_metadata(tags: Sequence[str], base_model: str | None = None, pipeline_tag: str = "text-generation") -> str:
     """The YAML between the `---` lines of a model card."""
     import yaml
 
     base = yaml.safe_dump({"base_model": base_model}, allow_unicode=True, width=1000) if base_model else ""
     listed = "".join(f"- {tag}\n" for tag in tags)
-    return f"{base}library_name: transformers\npipeline_tag: text-generation\ntags:\n{listed}"
+    return f"{base}library_name: transformers\npipeline_tag: {pipeline_tag}\ntags:\n{listed}"
 
 
 def spell_protocol(protocol: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """What flows through a model while it is made over: calibration windows, and held-out windows to measure the loss on.
 
-Three streams: calibration windows through what has been made, held-out windows through the same, and held-out windows
-through the source. Each block's outputs take the place of its inputs, so every stream is in memory once.
+Calibration windows through what has been made, held-out windows through the same and through the source, and where blocks
+are matched calibration windows through the source. Each block's outputs take the place of its inputs, so every stream is
+in memory once.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ class Streams:
     where there is no window to hold out.
 
     `batches` and `held_out`: (batch, tokens) ids; `held_out_of` names the text of each held-out batch, where there are
-    several. Of several processes each holds its share of the windows. `made` is the model that results where it is another than the source
-    with other weights: its blocks may be called with other arguments. `to_head`: calibration windows are wanted behind the
-    last block, too.
+    several. Of several processes each holds its share of the windows. `made` is the model that results where it is another
+    than the source with other weights: its blocks may be called with other arguments. `to_head`: calibration windows are wanted behind the
+    last block, too. `aims`: so are those of the source behind each block, which `through_source` leaves in the field of that
+    name: what the made block should come to.
     """
 
     def __init__(
@@ -39,12 +41,14 @@ class Streams:
         *,
         held_out_of: Sequence[str] = (),
         to_head: bool = False,
+        aims: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
         self._source, self._made, self._windows = source, made or source, held_out
         self._ranks = ranks
         self._texts = list(held_out_of) or [""] * len(held_out)
         self.calibration = source.embed(batches, ranks)
+        self.aims = self.calibration.like(list(self.calibration.hidden)) if aims else None
         self.held_out = source.embed(held_out, ranks) if held_out else None
         self._dense = self.held_out.like(list(self.held_out.hidden)) if self.held_out else None
         self._enter_made = [self._as_made(self.calibration, batches)]
@@ -55,11 +59,12 @@ class Streams:
 
     @torch.no_grad()
     def through_source(self, block: Block) -> None:
-        """Take the held-out windows of the source through a block of it; to be done before the block is changed."""
+        """Take the windows of the source through a block of it; to be done before the block is changed."""
         if isinstance(block, Head):
             self._measure_source()
-        elif self._dense:
-            block.run(self._dense, into=self._dense)
+            return
+        for stream in filter(None, (self._dense, self.aims)):
+            block.run(stream, into=stream)
 
     @torch.no_grad()
     def through_made(self, block: Block) -> None:

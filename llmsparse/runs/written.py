@@ -19,7 +19,8 @@ from torch import Tensor
 
 from llmsparse.encodings.reader import encoding_of, without_encoding
 from llmsparse.errors import CheckpointError, RecipeError
-from llmsparse.models.origin import copy_side_files, read_config, write_side_files
+from llmsparse.models.origin import WRITTEN, copy_side_files, read_config, write_side_files
+from llmsparse.models.text_only import READERS
 from llmsparse.runs.own_windows import store_own_windows
 from llmsparse.runs.partial import STATE_FOLDER, PartialOutput
 from llmsparse.runs.plan import RunPlan
@@ -163,7 +164,7 @@ class Written:
         except OSError as error:
             raise disk_error(folder, error) from error
         if not plan.recipe.single_file:
-            copy_side_files(plan.folder, folder)
+            copy_side_files(plan.folder, folder, (*WRITTEN, *READERS) if plan.text_only else WRITTEN)
         _write_config(plan, folder)
         size, resuming = parse_size(plan.recipe.max_shard_size), OUTSIDE in self.finished
         self._writer = CheckpointWriter(folder, plan.tensors, size, resuming=resuming, metadata=plan.metadata)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from llmsparse.runs.recipe import Count, Device, Dtype, Length, PathText, RunRecipe, Seed, Source, Texts
+from llmsparse.text.bos import Bos
 from llmsparse.text.shares import Sources
 
 
@@ -19,6 +20,7 @@ class ScoresRecipe(RunRecipe):
     output: PathText | None = None
     calibration: Texts = "auto"
     text_field: str | None = None
+    bos: Bos | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None
     batch_size: Count | None = None

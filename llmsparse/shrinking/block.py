@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmsparse.calibration.matching import Match, autocast_dtype, match
+from llmsparse.calibration.matching_loss import OutputError
 from llmsparse.models.streamed import Activations, Block, StreamedModel
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.run import Made
@@ -120,19 +121,19 @@ def match_made(
     for weight in weights:
         made.view(weight, free).copy_(made.view(weight) != 0)
     movable = {name: mask for name, mask in made.in_module(free).items() if mask.any()}
-    tuned, result = match(
+    matched = match(
         made,
         acts,
-        targets,
+        OutputError(targets),
         movable,
         steps=options.match_steps,
         seed=options.seed,
         autocast=autocast_dtype(options.dtype, options.device),
         advance=progress.batches(f"matching {made.name}", options.match_steps),
     )
-    if result.improved:
-        on_disk = made.on_disk(tuned)
+    if matched.record.improved:
+        on_disk = made.on_disk(matched.values)
         made.stored = {key: tensor.clone() for key, tensor in made.stored.items()}
         for weight in weights:
             made.store(weight, made.view(weight, on_disk))
-    return result
+    return matched.record

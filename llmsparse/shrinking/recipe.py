@@ -26,6 +26,7 @@ from llmsparse.runs.recipe import (
     Texts,
     Whole,
 )
+from llmsparse.text.bos import Bos
 from llmsparse.text.shares import Sources
 
 REDUCTIONS = ("experts", "blocks", "ffn", "heads")
@@ -86,6 +87,7 @@ class ShrinkRecipe(RunRecipe):
     match_steps: Whole = 0
     calibration: Texts = "auto"
     text_field: str | None = None
+    bos: Bos | None = None
     calibration_samples: Count = 128
     seq_len: Length | None = None
     batch_size: Count | None = None

@@ -86,7 +86,7 @@ class ShrinkReport(RunReport):
         """The model card, README.md of the output folder."""
         what = ", ".join(reduction.describe() for reduction in self.reductions)
         lines = [
-            f"---\n{card_metadata(('llmsparse', 'pruned', 'shrunk'), self.model)}---",
+            f"---\n{card_metadata(('llmsparse', 'pruned', 'shrunk'), self.model, self.pipeline_tag)}---",
             "",
             f"# {self.model}, {self.share:.0%} of its parameters",
             "",

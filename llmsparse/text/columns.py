@@ -13,7 +13,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmsparse.errors import CalibrationError, one_line
-from llmsparse.text.tokens import special_tokens
+from llmsparse.text.bos import special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmsparse.errors import CalibrationError
+from llmsparse.text.bos import Bos
 from llmsparse.text.kinds import SELF, has_columns, is_file_name, is_token_file
 from llmsparse.text.own_text import Starts, Unwritten, own_protocol
 from llmsparse.text.shares import Share, Sources, apportion, split_shares
@@ -36,6 +37,7 @@ def load_mix(
     vocabulary: int | None = None,
     starts: Starts | None = None,
     purpose: Purpose = "calibration",
+    bos: Bos | None = None,
 ) -> Windows:
     """`load_windows` of one text; of several, windows of each in its share, shuffled by the seed.
 
@@ -46,11 +48,13 @@ def load_mix(
     """
     options: dict[str, Any] = {"seed": seed, "vocabulary": vocabulary, "purpose": purpose}
     shares = split_shares(sources)
+    if bos is not None and all(share.source == SELF for share in shares):
+        raise CalibrationError("self: the model writes its text as it begins one itself; leave --bos out")
     if len(shares) == 1 and shares[0].source == SELF:
         return _own(starts, samples, held_out, seq_len or DEFAULT_SEQ_LEN, seed)
     if len(shares) == 1:
         known: dict[str, Any] = options | {"seq_len": seq_len, "samples": samples, "held_out": held_out}
-        return load_windows(shares[0].source, tokenizer, text_field=text_field, **known)
+        return load_windows(shares[0].source, tokenizer, text_field=text_field, bos=bos, **known)
     if text_field is not None and not any(has_columns(share.source) for share in shares):
         raise CalibrationError(f"no table is among the texts, so there is no column {text_field!r}; leave it out")
     length = seq_len or _stored_length(shares)
@@ -63,7 +67,9 @@ def load_mix(
             continue
         column = text_field if has_columns(share.source) else None
         known = options | {"seq_len": length, "samples": count, "held_out": held_of_each}
-        part = load_windows(share.source, tokenizer, text_field=column, **known)
+        part = load_windows(
+            share.source, tokenizer, text_field=column, bos=None if is_token_file(share.source) else bos, **known
+        )
         if len(part.ids) < count:
             raise CalibrationError(
                 f"{share.source}: {len(part.ids)} windows of {part.ids.shape[1]} tokens beside {len(part.held_out)} held "

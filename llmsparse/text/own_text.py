@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from llmsparse.errors import CalibrationError
+from llmsparse.text.bos import special_tokens
 from llmsparse.text.kinds import SELF
-from llmsparse.text.tokens import special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from llmsparse.text.bos import special_tokens, special_with
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -21,14 +23,16 @@ OVERLAP = 2**12  # characters that two pieces share
 AGREED = 32  # tokens in a row that two pieces must have in common
 
 
-def tokenize(text: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Token ids of one text, given in parts, some at a time, with the special tokens that the tokenizer gives it."""
+def tokenize(text: Iterable[str], tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> Iterator[list[int]]:
+    """Token ids of one text, given in parts, some at a time, with the special tokens that the tokenizer gives it; with a
+    BOS or without one where `bos` says so."""
     parts = _Parts(text)
     held = parts.take(PIECE)
-    special = special_tokens(tokenizer)
+    special = special_tokens(tokenizer) if bos is None else special_with(tokenizer, bos)
     if len(held) < PIECE or special is None or not getattr(tokenizer, "is_fast", False):
-        whole: Any = tokenizer(held + parts.rest(), verbose=False)
-        yield whole["input_ids"]
+        whole: Any = tokenizer(held + parts.rest(), add_special_tokens=bos is None, verbose=False)
+        before, after = special if bos is not None and special else ([], [])
+        yield [*before, *whole["input_ids"], *after]
         return
     before, after = special
     if before:
@@ -50,16 +54,6 @@ def tokenize(text: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterato
     yield piece.ids[piece.at(start) :]
     if after:
         yield after
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
-    """The ids that the tokenizer puts before and behind a text; None if its ids do not show it."""
-    whole: Any = tokenizer("a", verbose=False)["input_ids"]
-    plain: Any = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
-    for begin in range(len(whole) - len(plain) + 1):
-        if whole[begin : begin + len(plain)] == plain:
-            return whole[:begin], whole[begin + len(plain) :]
-    return None
 
 
 class _Parts:

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from llmsparse.errors import CalibrationError
 from llmsparse.storage.home_folder import expand_home
+from llmsparse.text.bos import Bos, begins, special_tokens, special_with
 from llmsparse.text.kinds import TOKEN_FILE_SUFFIX, is_token_file
 from llmsparse.text.own_text import Unwritten
 from llmsparse.text.sources import Purpose, open_texts
-from llmsparse.text.tokens import special_tokens, tokenize
+from llmsparse.text.tokens import tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,30 +78,33 @@ def load_windows(
     text_field: str | None = None,
     vocabulary: int | None = None,
     purpose: Purpose = "calibration",
+    bos: Bos | None = None,
 ) -> Windows:
     """`samples` windows to calibrate or train on and `held_out` others, or as many as there are (`protocol["note"]` says so).
 
     `seq_len` None is a token file's own width, and 2048 for text. A file gives a seeded choice of all its windows, a
     streamed dataset its first ones; held-out windows are of other texts where that costs no window.
     A token file gives its first rows, then the held-out ones; it needs no tokenizer. Ids must stay below `vocabulary`.
+    `bos` says where a BOS stands, the tokenizer if it is not given.
     Raises CalibrationError, and MachineError without a network, in one line.
     """
     if is_token_file(source):
+        _refuse_bos(source, bos)
         rows = _stored(expand_home(source, CalibrationError), seq_len, vocabulary)
         ids, held = rows[:samples], rows[samples : samples + held_out]
         return Windows.of(ids, held, _stored_protocol(source) | _note(len(ids), samples, len(held), held_out))
     assert tokenizer is not None
     seq_len = seq_len or DEFAULT_SEQ_LEN
     texts = open_texts(source, purpose, text_field, tokenizer)
-    protocol = texts.protocol | {"seed": seed} | _tokenizer_protocol(tokenizer)
+    protocol = texts.protocol | {"seed": seed} | _tokenizer_protocol(tokenizer, bos)
     if texts.endless:
-        documents, _ = _tokens(texts.documents, tokenizer, vocabulary, samples * seq_len)
+        documents, _ = _tokens(texts.documents, tokenizer, vocabulary, samples * seq_len, bos)
         ids = _cut(documents, seq_len)[:samples]
-        others, _ = _tokens(texts.documents, tokenizer, vocabulary, held_out * seq_len)
+        others, _ = _tokens(texts.documents, tokenizer, vocabulary, held_out * seq_len, bos, first=False)
         held = _cut(others, seq_len)[:held_out]
         protocol |= {"choice": "first texts in order", "held_out_from": "the texts that follow"}
     else:
-        documents, cut = _tokens(texts.documents, tokenizer, vocabulary, MAX_TOKENS)
+        documents, cut = _tokens(texts.documents, tokenizer, vocabulary, MAX_TOKENS, bos)
         ids, held, origin = _draw(documents, seq_len, samples, held_out, torch.Generator().manual_seed(seed))
         protocol |= {"choice": "seeded, of all windows", "held_out_from": origin}
         if cut:
@@ -119,26 +123,34 @@ def load_evaluation(
     limit: int | None = None,
     text_field: str | None = None,
     vocabulary: int | None = None,
+    bos: Bos | None = None,
 ) -> Windows:
     """All windows in order without overlap, the first `limit` of them if given; of a streamed dataset the first 256.
 
     Arguments and errors otherwise as of `load_windows`; nothing is held out.
     """
     if is_token_file(source):
+        _refuse_bos(source, bos)
         ids = _stored(expand_home(source, CalibrationError), seq_len, vocabulary)[:limit]
         return Windows.of(ids, ids[:0], _stored_protocol(source))
     assert tokenizer is not None
     seq_len = seq_len or DEFAULT_SEQ_LEN
     texts = open_texts(source, "evaluation", text_field, tokenizer)
     limit = ENDLESS_WINDOWS if limit is None and texts.endless else limit
-    documents, _ = _tokens(texts.documents, tokenizer, vocabulary, None if limit is None else limit * seq_len)
+    documents, _ = _tokens(texts.documents, tokenizer, vocabulary, None if limit is None else limit * seq_len, bos)
     ids = _cut(documents, seq_len)[:limit]
     _refuse_short(ids, documents, seq_len, source)
-    return Windows.of(ids, ids[:0], texts.protocol | _tokenizer_protocol(tokenizer))
+    return Windows.of(ids, ids[:0], texts.protocol | _tokenizer_protocol(tokenizer, bos))
 
 
 def _tokens(
-    texts: Iterator[Iterable[str]], tokenizer: PreTrainedTokenizerBase, vocabulary: int | None, wanted: int | None
+    texts: Iterator[Iterable[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int | None,
+    wanted: int | None,
+    bos: Bos | None,
+    *,
+    first: bool = True,
 ) -> tuple[list[Tensor], bool]:
     """The ids of each text, until they are `wanted` in total, and whether that cut the last text short.
 
@@ -151,7 +163,7 @@ def _tokens(
         if text is None:
             break
         pieces: list[Tensor] = []
-        for ids in tokenize(text, tokenizer):
+        for ids in tokenize(text, tokenizer, begins(bos, first and not documents)):
             if wanted is not None and total >= wanted:
                 return [*documents, torch.cat(pieces)], True
             pieces.append(torch.tensor(ids, dtype=torch.int64))
@@ -260,10 +272,16 @@ def _stored_protocol(source: str) -> dict[str, Any]:
     return {"file": Path(source).name, "choice": "stored tokens in order"}
 
 
-def _tokenizer_protocol(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    before, after = special_tokens(tokenizer) or ([], [])
+def _refuse_bos(source: str, bos: Bos | None) -> None:
+    if bos is not None:
+        raise CalibrationError(f"{source}: stored tokens are taken as they are; leave --bos out")
+
+
+def _tokenizer_protocol(tokenizer: PreTrainedTokenizerBase, bos: Bos | None) -> dict[str, Any]:
+    before, after = (special_tokens(tokenizer) or ([], [])) if bos is None else special_with(tokenizer, bos != "none")
     names = " ".join(map(str, tokenizer.convert_ids_to_tokens([*before, *after])))
-    return {"tokenizer": _name(tokenizer), "special_tokens": f"{names}, once per text" if names else "none"}
+    where = ", BOS before the first text alone" if bos == "once" else ""
+    return {"tokenizer": _name(tokenizer), "special_tokens": f"{names}, once per text{where}" if names else "none"}
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -33,6 +33,7 @@ KEYS = {  # of every key but model, by group
     "Text": {
         "text": Key("c4, wikitext2, builtin, a .txt, .jsonl, .parquet or .safetensors file, or ORG/NAME:SPLIT.", None, "TEXT"),
         "text_field": CALIBRATION["text_field"],
+        "bos": CALIBRATION["bos"],
         "seq_len": CALIBRATION["seq_len"],
         "batch_size": Key("Windows in a step; 4096 tokens of them if not given.", None, "N"),
         "seed": CALIBRATION["seed"],

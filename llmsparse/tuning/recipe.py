@@ -23,6 +23,7 @@ from llmsparse.runs.recipe import (
     Source,
     Whole,
 )
+from llmsparse.text.bos import Bos
 
 RATES = {"experts": 1e-3, "lora": 2e-3}  # by what is trained beside the routers
 
@@ -53,6 +54,7 @@ class TuneRecipe(RunRecipe):
     language_weight: Number = 0.0
     text: PathText = ""
     text_field: str | None = None
+    bos: Bos | None = None
     seq_len: Length | None = None
     batch_size: Count | None = None
     seed: Seed = 0

@@ -38,12 +38,11 @@ def test_weights_of_one_input_share_it_in_call_order(loaded: tuple[Block, Activa
 def test_every_token_counts_once_and_the_gram_is_that_of_the_real_input(loaded: tuple[Block, Activations]) -> None:
     block, acts = loaded
     inputs = learn_inputs(block, acts, block.weights)
-    outputs = calibrate(block, acts, inputs, lambda entry: Gram, device=CPU, seed=0, keep_output=True)
+    calibrate(block, acts, inputs, lambda entry: Gram, device=CPU, seed=0)
     x = torch.cat([block.module.input_layernorm(hidden) for hidden in acts.hidden]).flatten(0, 1).double()
     gram = inputs[0].statistic
     assert isinstance(gram, Gram) and gram.tokens == inputs[0].tokens == 32 * 4 * 64
     torch.testing.assert_close(gram.xtx.double(), x.T @ x, rtol=1e-5, atol=1e-3)
-    assert torch.equal(torch.cat(outputs), torch.cat(block.run(acts).hidden))
 
 
 def test_the_sample_is_seeded_bounded_and_made_of_real_rows(loaded: tuple[Block, Activations]) -> None:
@@ -133,7 +132,9 @@ def test_a_batch_ends_with_the_last_input_that_is_wanted_and_every_statistic_is_
     ran.clear()
     calibrate(block, acts, early, lambda entry: Gram, device=CPU, seed=0)
     assert ran.count("up_proj") == 32 and "down_proj" not in ran, "what enters it is known, what leaves it nobody wants"
-    calibrate(block, acts, whole, lambda entry: Gram, device=CPU, seed=0, keep_output=True)
+    for entry in whole:
+        entry.calls = None
+    calibrate(block, acts, whole, lambda entry: Gram, device=CPU, seed=0)
     assert ran.count("down_proj") == 32
     for one, other in zip(early, whole, strict=True):
         assert one.tokens == other.tokens and torch.equal(one.sample, other.sample)

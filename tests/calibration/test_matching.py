@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmsparse.calibration.matching import autocast_dtype, batches_per_step, match
+from llmsparse.calibration.matching import autocast_dtype, batches_per_step, match, shares
+from llmsparse.calibration.matching_loss import OutputError
 from llmsparse.models.streamed import Activations, Block, StreamedModel
 from llmsparse.storage.checkpoint import CheckpointReader
 
@@ -40,7 +41,9 @@ def test_the_output_comes_back_to_the_dense_one_and_zeros_stay(
 ) -> None:
     block, acts, targets, keep = prepared
     before = {name: parameter.clone() for name, parameter in block.module.named_parameters()}
-    tuned, result = match(block, acts, targets, keep, steps=60, seed=0)
+    matched = match(block, acts, OutputError(targets), keep, steps=60, seed=0)
+    tuned, result = matched.values, matched.record
+    assert result.improved and all(torch.equal(matched.keep[name], keep[name]) for name in keep)
     assert result.after < 0.7 * result.before
     assert set(tuned) == set(keep)
     for name, value in tuned.items():
@@ -55,16 +58,14 @@ def test_the_record_is_the_error_that_the_tuned_weights_really_have(
     prepared: tuple[Block, Activations, list[Tensor], dict[str, Tensor]],
 ) -> None:
     block, acts, targets, keep = prepared
-    tuned, result = match(block, acts, targets, keep, steps=20, seed=0)
+    matched = match(block, acts, OutputError(targets), keep, steps=20, seed=0)
+    tuned, result = matched.values, matched.record
     with torch.no_grad():
         for name, value in tuned.items():
             block.module.get_parameter(name).copy_(value)
     outputs = block.run(acts).hidden
-    held_out = [0, 8]  # every eighth of sixteen batches
-    errors = [
-        ((outputs[j] - targets[j]).square().sum(-1) / targets[j].square().sum(-1)).mean().item() for j in held_out
-    ]
-    assert result.after == pytest.approx(sum(errors) / 2, rel=1e-4)
+    error = ((outputs[8] - targets[8]).square().sum(-1) / targets[8].square().sum(-1)).mean().item()
+    assert result.after == pytest.approx(error, rel=1e-4), "of the eighth batch: the first one chose"
 
 
 def test_the_same_seed_gives_the_same_bits(
@@ -73,9 +74,9 @@ def test_the_same_seed_gives_the_same_bits(
     """Where a step takes all batches there is nothing to draw, so here it takes a few."""
     block, acts, targets, keep = prepared
     monkeypatch.setattr("llmsparse.calibration.matching.TOKENS_PER_STEP", 512)
-    first, _ = match(block, acts, targets, keep, steps=5, seed=3)
-    second, _ = match(block, acts, targets, keep, steps=5, seed=3)
-    other, _ = match(block, acts, targets, keep, steps=5, seed=4)
+    first, second, other = (
+        match(block, acts, OutputError(targets), keep, steps=5, seed=seed).values for seed in (3, 3, 4)
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
@@ -85,8 +86,9 @@ def test_a_block_that_cannot_improve_stays_as_it_was_pruned(
 ) -> None:
     block, acts, _, keep = prepared
     own_outputs = block.run(acts).hidden
-    tuned, result = match(block, acts, own_outputs, keep, steps=10, seed=0)
-    assert result.before == result.after == pytest.approx(0, abs=1e-9)
+    matched = match(block, acts, OutputError(own_outputs), keep, steps=10, seed=0)
+    tuned, result = matched.values, matched.record
+    assert not result.improved and result.before == result.after == pytest.approx(0, abs=1e-9)
     for name, value in tuned.items():
         assert torch.equal(value, block.module.get_parameter(name))
 
@@ -98,7 +100,8 @@ def test_weights_start_from_what_is_stored_not_from_the_module_that_rounds_it(
     model = StreamedModel(reader, device=torch.device("cpu"), dtype=torch.bfloat16)
     block, acts = model.block(0), model.embed([torch.arange(32)[None] + j for j in range(2)])
     keep = {weight.slot[0]: torch.ones(weight.shape, dtype=torch.bool) for weight in block.weights}
-    tuned, _ = match(block, acts, block.run(acts).hidden, keep, steps=0, seed=0, autocast=torch.bfloat16)
+    loss = OutputError(block.run(acts).hidden)
+    tuned = match(block, acts, loss, keep, steps=0, seed=0, autocast=torch.bfloat16).values
     for weight in block.weights:
         assert torch.equal(tuned[weight.slot[0]], block.view(weight))
 
@@ -125,7 +128,8 @@ def test_a_model_that_computes_in_float16_is_matched_too(
     block.reload()
     autocast = autocast_dtype(torch.float16, torch.device("cpu"))
     assert autocast == torch.bfloat16
-    tuned, result = match(block, acts, targets, keep, steps=40, seed=0, autocast=autocast)
+    matched = match(block, acts, OutputError(targets), keep, steps=40, seed=0, autocast=autocast)
+    tuned, result = matched.values, matched.record
     assert result.improved and result.after < 0.9 * result.before
     for weight in block.weights:
         value, before = tuned[weight.slot[0]], block.view(weight).float()
@@ -144,7 +148,7 @@ def test_weights_that_may_not_move_do_not(
     block, acts, targets, keep = prepared
     free = keep["mlp.up_proj.weight"].clone()
     free[:10] = False
-    tuned, _ = match(block, acts, targets, {"mlp.up_proj.weight": free}, steps=10, seed=0)
+    tuned = match(block, acts, OutputError(targets), {"mlp.up_proj.weight": free}, steps=10, seed=0).values
     assert torch.equal(tuned["mlp.up_proj.weight"][:10], block.module.get_parameter("mlp.up_proj.weight")[:10])
 
 
@@ -152,14 +156,19 @@ def test_a_single_batch_is_said_to_be_trained_on(
     prepared: tuple[Block, Activations, list[Tensor], dict[str, Tensor]],
 ) -> None:
     block, acts, targets, keep = prepared
-    for batches in (2, 1):
-        few = Activations(acts.hidden[:batches], acts.calls)
-        assert match(block, few, targets[:batches], keep, steps=0, seed=0)[1].validation == (batches > 1)
+    for batches, validated in ((2, True), (1, False)):
+        few, loss = Activations(acts.hidden[:batches], acts.calls), OutputError(targets)
+        assert match(block, few, loss, keep, steps=0, seed=0).record.validation is validated
+
+
+def test_windows_that_choose_are_not_those_that_report_nor_those_that_are_trained_on() -> None:
+    assert shares(17) == ([0, 16], [8], [1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15])
+    assert shares(8) == ([0], [0], [1, 2, 3, 4, 5, 6, 7]) and shares(1) == ([0], [0], [0])
 
 
 @pytest.mark.parametrize(
-    ("shape", "batches"), [((8, 256, 64), 2), ((1, 2048, 64), 2), ((4, 2048, 4096), 2), ((64, 256, 64), 1)]
+    ("shape", "batches"), [((2, 256, 64), 2), ((1, 2048, 64), 1), ((1, 2048, 4096), 2), ((64, 256, 64), 1)]
 )
-def test_a_step_sees_4096_tokens_or_four_times_the_width(shape: tuple[int, int, int], batches: int) -> None:
+def test_a_step_sees_1024_tokens_or_as_many_as_the_width(shape: tuple[int, int, int], batches: int) -> None:
     assert batches_per_step(*shape, most=1000) == batches
     assert batches_per_step(*shape, most=1) == 1, "no window twice in a step"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -51,6 +52,24 @@ def test_any_number_of_processes_makes_the_bytes_of_one(
         assert all(one.out == one.err == "" for one in ended[1:]), "the first process speaks"
     for name in METHODS:
         assert tensors(outs[1][name]) == tensors(outs[size][name]), name
+
+
+@pytest.mark.slow
+def test_a_measurement_and_few_bits_are_shared_too(
+    forked: Forked, asked: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    said: dict[int, tuple[object, ...]] = {}
+    for size in (1, 2):
+        out = tmp_path / str(size)
+        _, model, _, _, *windows = asked(out)
+        quantize = ["quantize", model, "-o", str(out), "--bits", "3", *windows]
+        measure = ["eval", model, "--text", windows[1], "--seq-len", "32", "--batch-size", "3", "--json"]
+        ended = forked.run(size, quantize, measure)
+        assert [one.code for one in ended] == [0] * size, ended
+        assert all(one.out == one.err == "" for one in ended[1:]), "the first process speaks"
+        perplexity = json.loads(ended[0].out[ended[0].out.index("{") :])
+        said[size] = perplexity["perplexity"], perplexity["tokens"], tensors(out)
+    assert said[1] == said[2]
 
 
 def tensors(folder: Path) -> dict[str, bytes]:

@@ -84,7 +84,7 @@ def test_the_written_recipe_says_what_was_decided_and_gives_the_same_bytes(verb:
 
 def test_the_resolved_recipe_says_how_long_is_matched(model: Path, here: Path) -> None:
     plan = llmsparse.plan(model, sparsity=0.5, calibration="notes.txt", calibration_samples=6)
-    assert plan.recipe.match_steps == "auto" and plan.resolved.match_steps == plan.match_steps == 300
+    assert plan.recipe.match_steps == "auto" and plan.resolved.match_steps == plan.match_steps == 200
 
 
 def test_an_assignment_may_stand_first_where_the_recipe_names_the_model(model: Path, here: Path) -> None:

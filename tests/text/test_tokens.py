@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from llmsparse.text import tokens
 from llmsparse.text import windows as calibration
+from llmsparse.text.bos import special_tokens
 from llmsparse.text.sources import Texts
-from llmsparse.text.tokens import special_tokens, tokenize
+from llmsparse.text.tokens import tokenize
 
 LLAMA3 = r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()

@@ -74,6 +74,18 @@ FOR_EACH_M(portable_packed_bf16, )
 FOR_EACH_M(portable_packed_fp32, )
 static int always(void) { return 1; }
 
+typedef void group_kernel(const void *values, uint32_t mask, void *out); /* GROUP of out */
+INLINE void portable_group(const void *values, uint32_t mask, void *out, int dtype) {
+    for (int r = 0; r < GROUP; r++, mask >>= 1) {
+        uint32_t kept = mask & 1;
+        if (dtype == BF16) ((uint16_t *)out)[r] = (uint16_t)(*(const uint16_t *)values & -kept);
+        else ((uint32_t *)out)[r] = *(const uint32_t *)values & -kept;
+        values = (const char *)values + dtype * (int)kept;
+    }
+}
+static void portable_group_bf16(const void *v, uint32_t mask, void *out) { portable_group(v, mask, out, BF16); }
+static void portable_group_fp32(const void *v, uint32_t mask, void *out) { portable_group(v, mask, out, FP32); }
+
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
 #define X86 1
 #include "columns_x86.h"
@@ -197,13 +209,19 @@ static void multiply(const void *job, int64_t first, int64_t last) {
 }
 
 struct share {
-    const struct product *product;
+    void (*run)(const void *job, int64_t first, int64_t last);
+    const void *job;
     int64_t tiles;
 };
 static void run_share(void *data) {
     const struct share *s = data;
     int64_t rank = team_rank(), size = team_size();
-    multiply(s->product, s->tiles * rank / size, s->tiles * (rank + 1) / size);
+    s->run(s->job, s->tiles * rank / size, s->tiles * (rank + 1) / size);
+}
+static void share_out(void (*run)(const void *, int64_t, int64_t), const void *job, int64_t tiles, int32_t threads) {
+    struct share s = {run, job, tiles};
+    if (threads > 1 && parallel && tiles > 1) parallel(run_share, &s, (unsigned)threads, 0);
+    else run(job, 0, tiles);
 }
 
 /* Which of the columns count for one row of x: bit j of `who`, and what they are multiplied by in `x` (columns, MOST). */
@@ -250,10 +268,42 @@ int64_t columns_product(const struct matrix *w, const struct rule *r, int32_t k,
             memset(ready + count * MOST, 0, MOST * sizeof *ready);
         }
         struct product p = {&kernels[k], w, counted, ready, bias, y, count, m};
-        struct share s = {&p, tiles_of(w->rows)};
-        if (threads > 1 && parallel && s.tiles > 1) parallel(run_share, &s, (unsigned)threads, 0);
-        else multiply(&p, 0, s.tiles);
+        share_out(multiply, &p, tiles_of(w->rows), threads);
     }
     free(scores), free(counted), free(who);
     return read;
+}
+
+struct expansion {
+    const struct matrix *w;
+    char *out;
+    group_kernel *group;
+};
+
+/* Tiles of GROUP columns: all of their rows. */
+static void expand_some(const void *job, int64_t first, int64_t last) {
+    const struct expansion *e = job;
+    const struct matrix *w = e->w;
+    int64_t groups = groups_of(w->rows), dtype = w->dtype, end = last * GROUP < w->columns ? last * GROUP : w->columns;
+    for (int64_t column = first * GROUP; column < end; column++) {
+        const char *p = w->values + w->starts[column * tiles_of(w->rows)] * dtype;
+        char *to = e->out + column * w->rows * dtype;
+        for (int64_t g = 0; g < groups; g++) {
+            uint32_t mask = w->masks[column * groups + g];
+            char rest[GROUP * FP32];
+            int whole = (g + 1) * GROUP <= w->rows;
+            e->group(p, mask, whole ? to + g * GROUP * dtype : rest);
+            if (!whole) memcpy(to + g * GROUP * dtype, rest, (size_t)((w->rows - g * GROUP) * dtype));
+            p += __builtin_popcount(mask) * dtype;
+        }
+    }
+}
+
+/* out (columns, rows) = a packed W, its zeros in their places. */
+void columns_expand(const struct matrix *w, void *out, int32_t threads) {
+    struct expansion e = {w, out, w->dtype == BF16 ? portable_group_bf16 : portable_group_fp32};
+#if X86
+    if (has_vbmi2()) e.group = w->dtype == BF16 ? vbmi2_group_bf16 : avx512_group_fp32;
+#endif
+    share_out(expand_some, &e, (w->columns + GROUP - 1) / GROUP, threads);
 }

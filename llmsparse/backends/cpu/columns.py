@@ -45,6 +45,7 @@ class _Rule(ctypes.Structure):
 
 
 SIGNATURES = {
+    "columns_expand": (None, (POINTER(_Matrix), c_void_p, c_int32)),
     "kernel_name": (c_char_p, (c_int32,)),
     "kernel_fits": (c_int32, (c_int32, c_int32, c_int32)),
     "columns_product": (
@@ -101,10 +102,8 @@ class Columns:
         """The weight (out, in) again."""
         if self.masks is None:
             return self.values.T
-        out, width = self.shape
-        kept = (self.masks[..., None] >> torch.arange(GROUP, dtype=torch.int32) & 1).bool().view(width, -1)[:, :out]
-        columns = torch.zeros(width, out, dtype=self.dtype)
-        columns[kept] = self.values[: int(kept.sum())]
+        columns = torch.empty(self.shape[::-1], dtype=self.dtype)
+        LIBRARY.loaded().columns_expand(described(self), columns.data_ptr(), torch.get_num_threads())
         return columns.T
 
 
@@ -165,3 +164,10 @@ def _rule(cut: Cut, width: int) -> _Rule:
         return _Rule(norms, centre, 0.0, min(cut.keep, width))
     assert cut.threshold is not None
     return _Rule(norms, centre, cut.threshold, -1)
+
+
+def usable(weight: Tensor) -> bool:
+    """Whether the kernel is there for a weight, and of use."""
+    if weight.device.type != "cpu" or weight.dtype not in DTYPES or why_not() is not None:
+        return False
+    return next(iter(kernels(weight.dtype))) != "portable"

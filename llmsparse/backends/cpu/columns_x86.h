@@ -102,6 +102,14 @@ AVX2_PASS(avx2_bf16, BF16, {
 })
 AVX2_PASS(avx2_fp32, FP32, { one = _mm256_loadu_ps((const void *)p), other = _mm256_loadu_ps((const void *)(p + 32)); })
 
+WITH_VBMI2 static void vbmi2_group_bf16(const void *values, uint32_t mask, void *out) {
+    _mm512_storeu_si512(out, expand_bf16(values, mask));
+}
+WITH_AVX512F static void avx512_group_fp32(const void *values, uint32_t mask, void *out) {
+    int first = __builtin_popcount(mask & 0xffff);
+    _mm512_storeu_ps(out, expand_fp32(values, mask & 0xffff));
+    _mm512_storeu_ps((float *)out + 16, expand_fp32((const float *)values + first, mask >> 16));
+}
 static int has_vbmi2(void) {
     return has_avx512f() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi2");
 }

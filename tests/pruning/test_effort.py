@@ -1,0 +1,97 @@
+"""Effort: what each stands for, what the plan says of it, and that a user's own keys win."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llmsparse
+from llmsparse.cli.app import main
+from llmsparse.errors import RecipeError
+from llmsparse.pruning import duration
+from llmsparse.pruning.effort import EFFORTS
+from llmsparse.pruning.plan import PrunePlan
+
+SMALL: dict[str, Any] = {"calibration": "notes.txt", "calibration_samples": 4, "seq_len": 32, "device": "cpu"}
+
+
+@pytest.fixture
+def plan(
+    tiny_llama: Callable[..., Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    tiny_llama(tmp_path / "model")
+    (tmp_path / "notes.txt").write_text(text[:20_000], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return lambda **keys: llmsparse.plan("model", **({"sparsity": 0.7} | SMALL | keys))
+
+
+def settings(plan: PrunePlan) -> tuple[int, bool, str]:
+    return plan.match_steps, plan.fading, type(plan.allocation).__name__.lower()
+
+
+def test_what_each_effort_stands_for_where_matching_is_affordable(plan: Callable[..., Any]) -> None:
+    assert settings(plan()) == settings(plan(effort="default")) == (200, True, "uniform")
+    assert settings(plan(effort="fast")) == (0, False, "uniform")
+    assert settings(plan(effort="best")) == (600, True, "uniform")
+
+
+def test_where_it_is_not_zeros_are_shared_out_beyond_55_percent(
+    plan: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duration, "FLOPS_PER_THREAD", 1.0)
+    assert settings(plan()) == settings(plan(effort="best")) == (0, False, "owl")
+    assert settings(plan(sparsity=0.55)) == settings(plan(sparsity=None, pattern="2:4")) == (0, False, "uniform")
+    with pytest.raises(RecipeError, match="nothing can fade; give --match-steps 200"):
+        plan(refine="fading")
+
+
+def test_keys_that_the_user_set_win(plan: Callable[..., Any]) -> None:
+    assert settings(plan(match_steps=0)) == (0, False, "uniform"), "the method alone, as asked"
+    assert settings(plan(effort="fast", match_steps=5)) == (5, False, "uniform")
+    assert settings(plan(effort="best", match_steps=5, allocation="dlp")) == (5, True, "dlp")
+    assert settings(plan(refine="none")) == (200, False, "uniform")
+    assert settings(plan(effort="fast", match_steps=5, refine="fading")) == (5, True, "uniform")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_weights_do_not_fade_by_a_text_that_their_method_does_not_look_at(
+    method: str, plan: Callable[..., Any]
+) -> None:
+    assert not plan(method=method).fading and plan(method=method, refine="fading").fading
+
+
+def test_the_plan_says_what_each_takes_and_the_written_recipe_what_was_decided(plan: Callable[..., Any]) -> None:
+    made = plan()
+    seconds = made.to_json()["seconds"]
+    assert list(seconds) == list(EFFORTS) and 0 < seconds["fast"] < seconds["default"] < seconds["best"]
+    assert made.rows(made.to_json())["takes"].startswith("about ")
+    again = made.resolved.resolved()
+    decided = {"effort": "default", "match_steps": 200, "refine": "fading"}
+    assert again | decided == again and again["allocation"]["name"] == "uniform"
+
+
+def test_a_run_whose_methods_look_at_no_text_fades_all_the_same(plan: Callable[..., Any], tmp_path: Path) -> None:
+    report = llmsparse.prune(
+        "model", output="out", method="magnitude", sparsity=0.6, match_steps=12, refine="fading", **SMALL
+    )
+    assert report.sparsity == pytest.approx(0.6, abs=1e-3) and any(block.match["improved"] for block in report.blocks)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--effort", "bests"], "wanted fast, default or best"),
+        (["--refine", "swap"], "wanted auto, none or fading"),
+        (["--refine", "fading", "--match-steps", "0"], "weights fade while blocks are matched"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    flags: list[str], said: str, plan: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prune", "model", "--sparsity", "0.5", *flags]) == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.strip().splitlines()) == 1
+    assert not Path("model-sparsegpt-50").exists()

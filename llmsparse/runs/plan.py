@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVa
 import torch
 import transformers
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from llmsparse.models.model_class import pipeline_tag
 from llmsparse.models.origin import Origin, config_fingerprint
@@ -257,7 +258,9 @@ class RunPlan(ABC, Generic[Chosen]):
             "model": self.name,
             "output": str(self.output),
             "recipe": self.resolved.resolved(),
-            "pipeline_tag": pipeline_tag(self.config or self.model.config),
+            "pipeline_tag": pipeline_tag(
+                self.config if isinstance(self.config, PretrainedConfig) else self.model.config
+            ),
             "protocol": self.protocol,
             "versions": self.versions,
         }

@@ -43,7 +43,7 @@ def special_with(tokenizer: PreTrainedTokenizerBase, bos: bool) -> Special:
         why = "has no BOS token" if special else "does not show which tokens it puts around a text"
         raise CalibrationError(f"--bos: tokenizer {tokenizer.name_or_path} {why}; leave --bos out, or give none")
     before = [token for token in special.before if token != mark]
-    return Special([mark, *before] if bos else before, special.after)
+    return Special([*([mark] if bos and mark is not None else []), *before], special.after)
 
 
 def begins(bos: Bos | None, first: bool) -> bool | None:

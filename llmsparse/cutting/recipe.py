@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, PlainValidator, model_validator
 
 from llmsparse.runs.recipe import Count, Device, Dtype, Length, PathText, RunRecipe, Seed, ShardSize, Source, Texts
 from llmsparse.sparsity.fraction import parse_fraction
+from llmsparse.text.bos import Bos
 from llmsparse.text.shares import Sources
 
 
@@ -39,6 +40,7 @@ class ActivationsRecipe(RunRecipe):
     exclude: Globs = ()
     calibration: Texts = "auto"
     text_field: str | None = None
+    bos: Bos | None = None
     calibration_samples: Count = 32
     seq_len: Length | None = None
     batch_size: Count | None = None

@@ -38,12 +38,13 @@ def special_with(tokenizer: PreTrainedTokenizerBase, bos: bool) -> Special:
 
     CalibrationError for a tokenizer that has none, or that does not show what it does.
     """
-    special, mark = special_tokens(tokenizer), getattr(tokenizer, "bos_token_id", None)
+    special = special_tokens(tokenizer)
+    mark: Any = getattr(tokenizer, "bos_token_id", None)
     if special is None or (bos and mark is None):
         why = "has no BOS token" if special else "does not show which tokens it puts around a text"
         raise CalibrationError(f"--bos: tokenizer {tokenizer.name_or_path} {why}; leave --bos out, or give none")
     before = [token for token in special.before if token != mark]
-    return Special([mark, *before] if bos else before, special.after)
+    return Special([*([mark] if bos and mark is not None else []), *before], special.after)
 
 
 def begins(bos: Bos | None, first: bool) -> bool | None:

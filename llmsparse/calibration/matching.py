@@ -52,6 +52,7 @@ class Match:
     learning_rate: float
     validation: bool  # the errors are of windows not trained on; False where calibration is one batch: training error
     improved: bool  # on the windows that chose; otherwise the block stayed as it was pruned
+    of: str  # what the loss is of: the output (relative), or the logits (nats)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,10 @@ def match(
 
     before = tuner.error(reported)
     first = before if reported == validation else tuner.error(validation)
-    best, best_error = Matched(tuner.values(), tuner.keep, Match(before, before, steps, 0.0, validated, False)), first
+    best, best_error = (
+        Matched(tuner.values(), tuner.keep, Match(before, before, steps, 0.0, validated, False, loss.of)),
+        first,
+    )
     rate = 0.0
     if steps:
         schedule = schedule_of(train, group, steps, seed, share.leaves)
@@ -115,7 +119,7 @@ def match(
         if best_error < first:
             tuner.load(best.values)
             after = best_error if reported == validation else tuner.error(reported)
-            best = replace(best, record=Match(before, after, steps, rate, validated, True))
+            best = replace(best, record=Match(before, after, steps, rate, validated, True, loss.of))
         else:
             best = replace(best, record=replace(best.record, learning_rate=rate))
     tuner.restore()

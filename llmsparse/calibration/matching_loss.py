@@ -19,6 +19,8 @@ HELD_LOGITS = 6
 class Loss(Protocol):
     """Of the output (batch, tokens, width) that a block has for one batch; a mean over its tokens, in fp32."""
 
+    of: str  # "output", relative, or "logits", in nats
+
     def __call__(self, output: Tensor, batch: int) -> Tensor: ...
 
 
@@ -28,6 +30,8 @@ class OutputError:
     By the token's own norm: the next block normalises every token, and a few tokens of huge norm would otherwise be all
     that is matched. `targets`: one (batch, tokens, width) a batch.
     """
+
+    of = "output"
 
     def __init__(self, targets: Sequence[Tensor]) -> None:
         self.targets = targets
@@ -45,6 +49,8 @@ class LogitDivergence:
     for some tokens at a time and once more for the gradient, so that a large vocabulary takes no more memory than a small
     one. `targets`: the source's hidden states after its last block.
     """
+
+    of = "logits"
 
     def __init__(self, model: StreamedModel, targets: Sequence[Tensor]) -> None:
         self.model, self.targets = model, targets

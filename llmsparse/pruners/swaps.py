@@ -14,6 +14,7 @@ row ends worse than it began. The weights on the support that comes of it are th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ def _best(
     change = grown[rows, i] + gone[rows, j] - 2 * error[rows, i] * value[rows, j] * h[i, j]
     change = change.nan_to_num(nan=torch.inf).flatten(1)  # inf where a column is on the other side
     best = change.argmin(dim=1, keepdim=True)
-    i, j = (side.reshape(len(grown), -1) for side in torch.broadcast_tensors(i, j))
+    i, j = (side.reshape(len(grown), -1) for side in cast("tuple[Tensor, Tensor]", torch.broadcast_tensors(i, j)))
     return change.gather(1, best)[:, 0], i.gather(1, best)[:, 0], j.gather(1, best)[:, 0]
 
 

@@ -46,6 +46,12 @@ def _solved_from_few(row: PrunedWeight) -> bool:
     return PRUNERS[row.method]().needs is Gram and 0 < row.tokens < row.shape[1]
 
 
+def _mean(matches: list[dict[str, Any]], of: str, what: str) -> float:
+    """Of the blocks whose loss is that of the output, or of the logits."""
+    found = [match[what] for match in matches if match["of"] == of]
+    return sum(found) / max(len(found), 1)
+
+
 @dataclass(frozen=True)
 class BlockRecord:
     """What the journal keeps of a finished block."""
@@ -131,14 +137,12 @@ class PruneReport(RunReport):
         matches = [block.match for block in self.blocks if block.match]
         if not matches:
             return "off"
-        before = sum(match["before"] for match in matches) / len(matches)
-        after = sum(match["after"] for match in matches) / len(matches)
-        kind = (
-            "validation error of the output"
-            if matches[0]["validation"]
-            else "output error in training (one batch: none for validation)"
-        )
-        return f"{matches[0]['steps']} steps a block, mean {kind} {before:.4f} → {after:.4f}"
+        kind = "validation" if matches[0]["validation"] else "training (one batch: none for validation)"
+        means = f"{_mean(matches, 'output', 'before'):.4f} → {_mean(matches, 'output', 'after'):.4f}"
+        last = [match for match in matches if match["of"] == "logits"]
+        spelled = f"mean {kind} error of the output {means}" if len(last) < len(matches) else f"{kind} error"
+        nats = [f"of the logits {match['before']:.4f} → {match['after']:.4f} nats" for match in last]
+        return ", ".join([f"{matches[0]['steps']} steps a block", spelled, *nats])
 
     def warn(self) -> None:
         """Say plainly what a user should know: weights that fell back, text that ran short, a large loss."""

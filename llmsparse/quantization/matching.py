@@ -152,7 +152,7 @@ def match_numbers(
                 after = error if reported == validation else tuner.error(reported)
     tuner.restore()
     validated = not set(train) & set(validation)
-    return best, Match(before, after, steps, RATE, validated, best_error < first)
+    return best, Match(before, after, steps, RATE, validated, best_error < first, loss.of)
 
 
 def spread(steps: Tensor, shape: torch.Size) -> Tensor:

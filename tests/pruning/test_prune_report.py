@@ -92,10 +92,38 @@ def test_a_mask_that_had_not_settled_is_said() -> None:
 
 
 def test_a_block_that_matching_did_not_improve_is_said() -> None:
-    better = {"before": 0.2, "after": 0.1, "steps": 3, "learning_rate": 0.1, "validation": True}
+    better = {
+        "before": 0.2,
+        "after": 0.1,
+        "steps": 3,
+        "learning_rate": 0.1,
+        "validation": True,
+        "improved": True,
+        "of": "output",
+    }
     assert not warnings(row(), match=better)
-    (warning,) = warnings(row(), match=better | {"after": 0.2})
+    (warning,) = warnings(row(), match=better | {"after": 0.2, "improved": False})
     assert warning.startswith("matching improved 0 of 1 blocks; the others, b.0 first, stay as they were pruned")
+
+
+def test_errors_of_outputs_and_of_logits_are_told_apart() -> None:
+    made = report()
+    output = {
+        "before": 0.2,
+        "after": 0.1,
+        "steps": 3,
+        "learning_rate": 0.1,
+        "validation": True,
+        "improved": True,
+        "of": "output",
+    }
+    logits = output | {"before": 1.5, "after": 0.5, "of": "logits"}
+    made.blocks = [replace(made.blocks[0], match=match) for match in (output, output | {"after": 0.2}, logits)]
+    line = dict(made.findings())["matching"]
+    assert (
+        line
+        == "3 steps a block, mean validation error of the output 0.2000 → 0.1500, of the logits 1.5000 → 0.5000 nats"
+    )
 
 
 def test_zeros_that_came_back_are_counted() -> None:

@@ -9,9 +9,10 @@ The embedded model is calibrated and measured on held-out modules of Python's st
     loss        log(perplexity / perplexity of the dense model)
     seed        of the calibration windows
 
-quantize is `llmsparse quantize --bits`; mask is SparseGPT and, where `matched` says so, block matching, packed; mask-int8 and
-mask-int4 are `quantize --values` of such a mask; gptq and rtn are eval/group_quantization.py; llama.cpp is its own quantizer with an
-importance matrix (eval/llama_cpp.py), where the model is wide enough for its blocks of 256 and `--llama-cpp` names its source tree.
+quantize is `llmsparse quantize --bits`, where `matched` says so with block matching; mask is SparseGPT, likewise, packed; mask-int8
+and mask-int4 are `quantize --values` of such a mask; gptq and rtn are eval/group_quantization.py; llama.cpp is its own quantizer
+with an importance matrix (eval/llama_cpp.py), where the model is wide enough for its blocks of 256 and `--llama-cpp` names its
+source tree.
 """
 
 from __future__ import annotations
@@ -122,6 +123,8 @@ def cases(model: str) -> Iterator[Case]:
         for method in ("rtn", "gptq"):
             yield Case(model, method, f"{bits} g{GROUPS[model][bits > 2]}", 0)
     yield Case(model, "mask", "0.7 matched", 0)
+    for bits in ("2", "2.3"):
+        yield Case(model, "quantize", f"{bits} matched", 0)
     for kind in KINDS if GROUPS[model][1] % 128 == 0 else ():  # widths are multiples of its blocks of 256
         yield Case(model, "llama.cpp", kind, 0)
 
@@ -142,7 +145,9 @@ def make(case: Case, model: Model, scratch: Path, rival: LlamaCpp | None) -> tup
         return dense, bits_of(bits, group), {}
     more: dict[str, float] = {}
     if case.method == "quantize":
-        report = llmsparse.quantize(str(model.folder), output=str(out), bits=float(case.setting), **run)
+        bits, _, matched = case.setting.partition(" ")
+        steps = MATCH_STEPS if matched else 0
+        report = llmsparse.quantize(str(model.folder), output=str(out), bits=float(bits), match_steps=steps, **run)
         more = {"entropy": report.stored()["entropy"], "zeros": report.stored()["zeros"]}
     else:
         sparsity, _, matched = case.setting.partition(" ")

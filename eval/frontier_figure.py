@@ -19,6 +19,7 @@ RESULTS = Path(__file__).parent / "results" / "frontier.csv"
 FIGURE = Path(__file__).parent.parent / "docs" / "frontier.svg"
 TITLES = {"embedded": "embedded model, 7 M, code", "babyllama-tok361": "babyllama, 15 M, stories"}
 OURS = "quantize"
+MATCHED = " matched"  # behind a setting
 LINES = {  # method → its name in the figure, and its colour
     OURS: ("llmsparse quantize", "#d1242f"),
     "gptq": ("GPTQ, groups", "#0969da"),
@@ -73,9 +74,10 @@ def bits_for(points: Sequence[Point], loss: float) -> float | None:
 
 def savings(table: Table) -> Iterator[str]:
     for model, methods in table.items():
+        line = [point for point in methods[OURS] if MATCHED not in point.setting]
         for method in LINES:
             for point in methods.get(method, ()) if method != OURS else ():
-                ours = bits_for(methods[OURS], point.loss)
+                ours = bits_for(line, point.loss)
                 if ours is not None:
                     yield (
                         f"{model:17} {method:10} {point.setting:12} {point.bits:5.2f} bits, loss {point.loss:.4f} "
@@ -115,7 +117,7 @@ class Panel:
         for method, points in self.methods.items():
             colour = LINES[method][1]
             # a matched mask is a point of its own, not one of the line
-            line = [point for point in points if " matched" not in point.setting]
+            line = [point for point in points if MATCHED not in point.setting]
             path = " ".join(f"{self.x(point.bits):.1f},{self.y(point.loss):.1f}" for point in line)
             thick = 2.4 if method == OURS else 1.2
             yield f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{thick}"/>'

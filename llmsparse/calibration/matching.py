@@ -93,7 +93,7 @@ def match(
     best, best_error = Matched(tuner.values(), tuner.keep, Match(before, before, steps, 0.0, validated, False)), first
     rate = 0.0
     if steps:
-        schedule = _batches(train, group, steps, seed, share.leaves)
+        schedule = schedule_of(train, group, steps, seed, share.leaves)
         probing = schedule[: probe_steps(steps)]
         probes = {rate: tuner.probe(rate, probing, validation, best.values) for rate in LEARNING_RATES}
         rate = min(probes, key=lambda rate: probes[rate])
@@ -105,8 +105,7 @@ def match(
         for step, batches in enumerate(schedule):
             if fading and step in fades:
                 tuner.fade(fading.keep(block, tuner.values(), fades[step]))
-            cosine = 0.5 * (1 + math.cos(math.pi * step / len(schedule)))
-            tuner.step(optimizer, batches, FINAL_FRACTION + (1 - FINAL_FRACTION) * cosine)
+            tuner.step(optimizer, batches, fraction_at(step, len(schedule)))
             advance()
             settled = not fades or step >= max(fades)
             if settled and ((step + 1) % max(1, steps // CHECKS) == 0 or step + 1 == steps):
@@ -131,6 +130,11 @@ def shares(batches: int) -> tuple[list[int], list[int], list[int]]:
     return held_out[::2], held_out[1::2] or held_out, train or held_out
 
 
+def fraction_at(step: int, steps: int) -> float:
+    """Of the learning rate: a cosine from 1 to FINAL_FRACTION."""
+    return FINAL_FRACTION + (1 - FINAL_FRACTION) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
 def probe_steps(steps: int) -> int:
     """Steps that each learning rate is tried for before a run of `steps`."""
     return min(PROBE_STEPS, max(1, steps // PROBE_SHARE))
@@ -150,7 +154,7 @@ def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype | No
     return torch.bfloat16 if native else torch.float16
 
 
-def _batches(train: Sequence[int], group: int, steps: int, seed: int, leaves: Sequence[range]) -> list[list[int]]:
+def schedule_of(train: Sequence[int], group: int, steps: int, seed: int, leaves: Sequence[range]) -> list[list[int]]:
     """`steps` groups of batch numbers: epochs of a seeded shuffle, dealt so that every group has its batches from leaves
     that lie far apart, and so, of several processes, work for all."""
     generator = torch.Generator().manual_seed(seed)

@@ -9,25 +9,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmsparse.calibration.inputs import Input, calibrate, learn_inputs
+from llmsparse.calibration.matching import Match, autocast_dtype
+from llmsparse.calibration.matching_loss import LogitDivergence, Loss, OutputError
 from llmsparse.calibration.passes import output_error, passes
 from llmsparse.errors import LlmsparseError, RecipeError
+from llmsparse.formats.digits import LARGEST
 from llmsparse.formats.nested import entropy_of
-from llmsparse.models.streamed import HEAD, Activations, Block, Weight
+from llmsparse.models.streamed import HEAD, Activations, Block, StreamedModel, Weight
+from llmsparse.quantization.matching import Numbers, match_numbers
 from llmsparse.quantization.recipe import QuantizeRecipe
 from llmsparse.quantization.report import BlockRecord, QuantizedWeight
-from llmsparse.quantization.weight import START, Problem, Quantized
+from llmsparse.quantization.weight import START, Problem, Quantized, bits_of
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.run import Made, Run
 from llmsparse.sparsity.stats import Gram, Statistic
 
 STEPS = ".steps"  # behind an on-disk key: the steps of the numbers that stand under the key itself
+UNMATCHED = "bits_unmatched"  # of a row's notes: what it took before matching
 LEANING = 0.1  # bits a weight, at most, by which one makes up for what others took too much or too little
 
 
@@ -48,6 +53,12 @@ class QuantizeOptions:
     device: torch.device
     calibration_tokens: int
     statistics_budget: int  # bytes of statistics that may be held at once
+    model: StreamedModel
+
+    def loss_of(self, block: str, aims: Activations) -> Loss:
+        """What matching a block makes small; behind the last one there is nothing but the head."""
+        last = block == self.model.block_names[-1]
+        return LogitDivergence(self.model, aims.hidden) if last else OutputError(aims.hidden)
 
 
 @dataclass
@@ -57,25 +68,37 @@ class Budget:
     bits: float | None
     over: float = 0.0
     step: float = START
+    drift: float = 0.0  # bits a weight that matching added to the last block, and is expected to add to the next
 
     def target(self, numel: int) -> float:
-        """Bits a weight for the next one."""
+        """Bits a weight for the next one, before it is matched."""
         assert self.bits is not None
-        return self.bits + min(max(self.over / numel, -LEANING), LEANING)
+        return self.bits - self.drift + min(max(self.over / numel, -LEANING), LEANING)
 
-    def spend(self, row: QuantizedWeight) -> None:
+    def spend(self, row: QuantizedWeight, more: float = 0.0) -> None:
+        """`more`: bits a weight that are still to come."""
         if self.bits is not None and row.step is not None:
-            self.over += (self.bits - row.bits) * row.numel
+            self.over += (self.bits - row.bits - more) * row.numel
             self.step = row.step
+
+    def learn_drift(self, rows: Sequence[QuantizedWeight]) -> None:
+        added = [(row.bits - row.notes[UNMATCHED]) * row.numel for row in rows if UNMATCHED in row.notes]
+        self.drift = sum(added) / sum(row.numel for row in rows) if added else 0.0
 
 
 def finish_block(
-    block: Block, acts: Activations, choices: Sequence[Choice], options: QuantizeOptions, budget: Budget, run: Run[Any]
+    block: Block,
+    acts: Activations,
+    aims: Activations | None,
+    choices: Sequence[Choice],
+    options: QuantizeOptions,
+    budget: Budget,
+    run: Run[Any],
 ) -> BlockRecord:
     """Leave `block` as it will be computed with: quantized now, or read back from an interrupted run."""
 
     def make() -> Made[BlockRecord]:
-        return quantize_block(block, acts, choices, options, replace(budget), run.progress)
+        return quantize_block(block, acts, choices, options, replace(budget), run.progress, aims)
 
     made = run.block(block.name, BlockRecord, make)
     for choice in choices:
@@ -85,6 +108,7 @@ def finish_block(
     block.reload(sorted({choice.weight.key for choice in choices}))
     for row in made.record.rows:
         budget.spend(row)
+    budget.learn_drift(made.record.rows)
     return made.record
 
 
@@ -96,8 +120,10 @@ def quantize_block(
     options: QuantizeOptions,
     budget: Budget,
     progress: Progress,
+    aims: Activations | None = None,
 ) -> Made[BlockRecord]:
-    """Numbers and steps of the chosen weights of a dense block, as on-disk tensors of the shapes of theirs."""
+    """Numbers and steps of the chosen weights of a dense block, as on-disk tensors of the shapes of theirs; tuned until its
+    output is `aims`, if there are any."""
     started = time.perf_counter()
     choices = {choice.weight.name: choice for choice in chosen}
     tensors: dict[str, Tensor] = {}
@@ -116,7 +142,7 @@ def quantize_block(
         for weight in entry.weights:
             begun = time.perf_counter()
             made, row = _quantize(block, choices[weight.name], entry, options, left)
-            left.spend(row)
+            left.spend(row, left.drift)
             found.append((made, row, time.perf_counter() - begun))
         entry.forget()
         return found
@@ -131,13 +157,64 @@ def quantize_block(
                 q, steps = _views(weight, tensors)
                 q.copy_(made.q)
                 steps.copy_(made.steps)
-                budget.spend(row)
+                budget.spend(row, budget.drift)
                 rows.append(row)
                 seconds[weight.name] = taken
+    result: Match | None = None
+    if aims is not None and block.name != HEAD:
+        result = _match(block, acts, options.loss_of(block.name, aims), tensors, chosen, options, progress)
+        rows = [_recounted(row, choices[row.name], tensors) for row in rows]
     order = list(choices)
     rows.sort(key=lambda row: order.index(row.name))
     seconds[block.name] = time.perf_counter() - started
-    return Made(tensors, BlockRecord(block.name, rows, seconds))
+    return Made(tensors, BlockRecord(block.name, rows, seconds, asdict(result) if result else None))
+
+
+def _match(
+    block: Block,
+    acts: Activations,
+    loss: Loss,
+    tensors: dict[str, Tensor],
+    chosen: Sequence[Choice],
+    options: QuantizeOptions,
+    progress: Progress,
+) -> Match:
+    """Tune numbers and steps in `tensors` so that the block's output comes back to what it was."""
+    keys = sorted({choice.weight.key for choice in chosen})
+    steps = block.in_module({key: tensors[key + STEPS] for key in keys})
+    numbers = {
+        name: Numbers(q, steps[name]) for name, q in block.in_module({key: tensors[key] for key in keys}).items()
+    }
+    count, largest = options.recipe.match_steps, chosen[0].largest
+    tuned, result = match_numbers(
+        block,
+        acts,
+        loss,
+        numbers,
+        rate=0.0 if largest else options.recipe.rate,
+        most=largest or LARGEST,
+        steps=count,
+        seed=options.recipe.seed,
+        autocast=autocast_dtype(options.model.dtype, options.device),
+        advance=progress.batches(f"matching {block.name}", count),
+    )
+    for key, q in block.on_disk({name: held.q for name, held in tuned.items()}).items():
+        tensors[key] = q.contiguous()
+    for key, held in block.on_disk({name: held.steps for name, held in tuned.items()}).items():
+        tensors[key + STEPS] = held.contiguous()
+    return result
+
+
+def _recounted(row: QuantizedWeight, choice: Choice, tensors: dict[str, Tensor]) -> QuantizedWeight:
+    """The row of a weight whose numbers have moved; its error stays that of before."""
+    q, steps = _views(choice.weight, tensors)
+    return replace(
+        row,
+        bits=bits_of(q, steps),
+        entropy=entropy_of(q),
+        zeros=1 - int(q.count_nonzero()) / q.numel(),
+        notes=row.notes | {UNMATCHED: row.bits},
+    )
 
 
 def _quantize(
@@ -163,7 +240,7 @@ def _quantize(
     row = QuantizedWeight(
         name=weight.name,
         shape=weight.shape,
-        bits=problem.bits_of(made.q, made.steps),
+        bits=bits_of(made.q, made.steps),
         entropy=entropy_of(made.q),
         zeros=1 - int(made.q.count_nonzero()) / made.q.numel(),
         step=made.step,

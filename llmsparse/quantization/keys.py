@@ -18,6 +18,7 @@ KEYS = {  # of every key but model, by group
         "group": Key("What shares a step: row, or so many columns of it.", "row", "N"),
         "rate": Key("How much rounding gives way to save bits, in squared steps a bit.", "0.1", "R"),
         "damp": Key("Share of the Hessian's mean diagonal added to it.", "0.01", "D"),
+        "match_steps": Key("Steps of tuning each block to what it computed before; 0 for none.", "0", "N"),
         "head_bits": Key("Quantize an output head of its own, too, to 4 to 8 bits.", None, "N"),
         "only": Key("Quantize only weights whose name matches (repeatable).", None, "GLOB", list),
         "include": Key("Quantize these too (repeatable).", None, "GLOB", list),

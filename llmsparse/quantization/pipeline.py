@@ -34,12 +34,14 @@ def quantize(
     with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
         run.copy_the_rest()
         to_head = bool(plan.choices[HEAD])
-        streams = plan.streams(to_head=to_head)
+        streams = plan.streams(to_head=to_head, aims=plan.recipe.match_steps > 0)
         report, budget = QuantizeReport(**plan.described()), Budget(plan.recipe.bits)
         for block in run.blocks(head=to_head):
             streams.through_source(block)
             choices = plan.choices[block.name]
-            report.blocks.append(finish_block(block, streams.calibration, choices, plan.options, budget, run))
+            report.blocks.append(
+                finish_block(block, streams.calibration, streams.aims, choices, plan.options, budget, run)
+            )
             streams.through_made(block)
         report.perplexity = streams.perplexity()
         return run.publish(report, packing(plan, report, run.progress))

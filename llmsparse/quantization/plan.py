@@ -18,7 +18,7 @@ from llmsparse.models.streamed import HEAD, StreamedModel, Weight
 from llmsparse.packing.values import LARGEST
 from llmsparse.quantization.block import STEPS, Choice, QuantizeOptions, dense_for_values, steps_shape
 from llmsparse.quantization.recipe import QuantizeRecipe
-from llmsparse.quantization.weight import Problem
+from llmsparse.quantization.weight import Problem, bits_of
 from llmsparse.runs.joint import joint
 from llmsparse.runs.memory import available_bytes, freed_bytes
 from llmsparse.runs.opening import OpenedModel, fetched, open_model, read_windows
@@ -29,6 +29,8 @@ from llmsparse.storage.disk import check_room
 
 LEAST_CODE = 0.4  # bits a number, where next to all are 0
 STATISTICS_SHARE = 0.4  # of the memory that is free, for statistics held together
+TUNED = 9  # copies of a block's weights in fp32 while they are matched: behind the rounding, rounded, gradient, Adam's two, the best
+BACKWARD = 4  # of what running a block takes, with all that is kept for the way back
 COPIES = 8  # of a weight in fp32 while its step is searched: itself, lost, what is now, numbers, quotients, thresholds
 
 
@@ -76,7 +78,7 @@ class QuantizePlan(RunPlan[QuantizeRecipe]):
     def options(self) -> QuantizeOptions:
         """What the solver of a block is told; the budget is that of the moment when it is first asked for."""
         budget = int(STATISTICS_SHARE * available_bytes(self.device, self.ranks.local_size))
-        return QuantizeOptions(self.recipe, self.device, self.windows.ids.numel(), budget)
+        return QuantizeOptions(self.recipe, self.device, self.windows.ids.numel(), budget, self.model)
 
     def memory_bytes(self) -> int:
         """The process, activations, three blocks, statistics of one, and the search for the step of its largest weight."""
@@ -90,6 +92,10 @@ class QuantizePlan(RunPlan[QuantizeRecipe]):
         statistics = max(min(sum(squares), self.options.statistics_budget), max(squares)) + 3 * max(squares)
         running = 4 * self.batches[0].numel() * 4 * max(max(c.weight.shape) for c in self.selected.values())
         work = max(4 * COPIES * largest, running)
+        if self.recipe.match_steps:
+            matched = max(sum(math.prod(c.weight.shape) for c in some) for some in self.choices.values())
+            acts += acts // 2  # what the block gave before
+            work = max(work, 4 * TUNED * matched + BACKWARD * running)
         return self.footprint + acts + 4 * max(blocks) + freed_bytes(self.device, max(blocks)) + statistics + work
 
     def to_json(self) -> dict[str, Any]:
@@ -209,5 +215,5 @@ def _bits_of_values(
             raise RecipeError(dense_for_values(recipe, choice.weight.name, problem.zeros))
         assert choice.largest is not None
         made, count = problem.to_values(choice.largest), problem.weight.numel()
-        bits, numel = bits + problem.bits_of(made.q, made.steps) * count, numel + count
+        bits, numel = bits + bits_of(made.q, made.steps) * count, numel + count
     return bits / numel

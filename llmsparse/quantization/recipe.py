@@ -71,6 +71,7 @@ class QuantizeRecipe(RunRecipe):
     rate: Number = 0.1
     damp: Annotated[Number, Field(gt=0)] = 0.01
     head_bits: Annotated[int, Field(ge=4, le=8)] | None = None
+    match_steps: Annotated[int, Field(ge=0)] = 0
     only: Globs = ()
     include: Globs = ()
     exclude: Globs = ()

@@ -47,6 +47,7 @@ class BlockRecord:
     name: str
     rows: list[QuantizedWeight]
     seconds: dict[str, float]  # by name: for each weight of the block, and for the block as a whole
+    match: dict[str, Any] | None = None  # as of `calibration.matching.Match`
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,7 +55,7 @@ class BlockRecord:
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> BlockRecord:
         rows = [QuantizedWeight(**(row | {"shape": tuple(row["shape"])})) for row in entry["rows"]]
-        return cls(entry["name"], rows, entry["seconds"])
+        return cls(entry["name"], rows, entry["seconds"], entry["match"])
 
 
 @dataclass(kw_only=True)

@@ -79,11 +79,6 @@ class Problem:
         rounding = partial(round_by, above=thresholds(self.weight, 0.0), most=largest)
         return self._finished(self._solve(steps, rounding), steps, None)
 
-    def bits_of(self, q: Tensor, steps: Tensor) -> float:
-        """Bits a weight that are stored, but for what fills up bytes."""
-        beside = 8 * steps.nbytes + 32
-        return (shortest_code(q.cpu().numpy())[1] + beside) / max(1, q.numel())
-
     def _attempt(self, step: float) -> tuple[float, tuple[Tensor, Tensor]]:
         """Bits of a step that is so many root mean squares of what is not 0 in a row, or a group of it; q and steps."""
         places = self.weight.new_ones(self.weight.shape) if self.keep is None else self.keep.float()
@@ -97,7 +92,7 @@ class Problem:
             quotients = quotients[self.keep]
         rounding = partial(round_by, above=thresholds(quotients, self.rate), most=LARGEST)
         q = self._solve(steps, rounding)
-        return self.bits_of(q, steps), (q, steps)
+        return bits_of(q, steps), (q, steps)
 
     def _solve(self, steps: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
         each = steps.float()
@@ -128,6 +123,12 @@ class Problem:
     def _grouped(self, values: Tensor, reduced: Callable[[Tensor], Tensor]) -> Tensor:
         """(out, in) → (out, groups)."""
         return reduced(values.view(len(values), -1, self.group))
+
+
+def bits_of(q: Tensor, steps: Tensor) -> float:
+    """Bits a weight that are stored, but for what fills up bytes."""
+    beside = 8 * steps.nbytes + 32
+    return (shortest_code(q.cpu().numpy())[1] + beside) / max(1, q.numel())
 
 
 def _as_steps(steps: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "allocation + matching": MATCHED | {"allocation": "owl"},
 }
 BY_EFFORT = ("default", "best")  # whose mask is not the method's: measured with SparseGPT alone
-METHODS = ("sparsegpt", "alps", "wanda", "dsnot", "magnitude")
+METHODS = ("sparsegpt", "alps", "swaps", "wanda", "dsnot", "magnitude")
 TARGETS = ("0.7", "2:4", "0.5", "0.6", "0.8")
 
 

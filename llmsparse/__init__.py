@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from llmsparse.benchmark.doctor import Diagnosis as Diagnosis
     from llmsparse.benchmark.doctor import diagnose as diagnose
     from llmsparse.cutting.pipeline import activations as activations
+    from llmsparse.cutting.profile import Profile as Profile
+    from llmsparse.cutting.profile import profile as profile
     from llmsparse.cutting.recipe import ActivationsRecipe as ActivationsRecipe
     from llmsparse.cutting.report import ActivationsReport as ActivationsReport
     from llmsparse.evaluation.perplexity import Perplexity as Perplexity
@@ -83,6 +85,7 @@ _LAZY = {  # name → the module it stands in
     "Inspection": "packing.inspect",
     "Packing": "packing.report",
     "Perplexity": "evaluation.perplexity",
+    "Profile": "cutting.profile",
     "PrunePlan": "pruning.plan",
     "PruneRecipe": "pruning.recipe",
     "PruneReport": "pruning.report",
@@ -107,6 +110,7 @@ _LAZY = {  # name → the module it stands in
     "pack": "packing.pack",
     "perplexity": "evaluation.perplexity",
     "plan": "runs.plan",
+    "profile": "cutting.profile",
     "prune": "pruning.pipeline",
     "quantize": "quantization.pipeline",
     "scores": "scoring.pipeline",

@@ -120,6 +120,39 @@ def evaluate(
 
 
 @verb(app)
+def profile(
+    terminal: Terminal,
+    model: Model,
+    calibration: Annotated[
+        str, typer.Option(metavar="TEXT", help="builtin, wikitext2, c4, a file, or ORG/NAME:SPLIT.")
+    ] = "builtin",
+    calibration_samples: Annotated[int, typer.Option(min=1, metavar="N", help="Windows to look at.")] = 16,
+    seq_len: Annotated[int | None, typer.Option(min=2, metavar="N", help=f"{WINDOW}.", show_default=False)] = None,
+    text_field: Annotated[str | None, typer.Option(metavar="COLUMN", help=f"{COLUMN}.", show_default=False)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, metavar="N", help=f"{BATCH}.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the windows that are drawn.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Show how sparse the activations of MODEL are: lazy hidden units, and what the larger half of inputs holds.
+
+    llmsparse profile meta-llama/Llama-3.2-1B --calibration wikitext2
+    """
+    terminal.calm_libraries()
+    from llmsparse.cutting import profile as profiling
+
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "device": device, "dtype": dtype}
+    options |= {"text_field": text_field, "revision": revision, "trust_remote_code": trust_remote_code}
+    found = profiling.profile(
+        model, calibration, samples=calibration_samples, seq_len=seq_len, progress=terminal.progress(), **options
+    )
+    terminal.show(found, json)
+
+
+@verb(app)
 def inspect(
     terminal: Terminal,
     model: Model,

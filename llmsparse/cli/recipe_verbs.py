@@ -57,6 +57,15 @@ DryRun = Annotated[
 ]
 
 
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Of each of so many processes that torchrun would start.", rich_help_panel="Output",
+        show_default=False,
+    ),
+]  # fmt: skip
+
+
 def add_recipe_verb(
     app: typer.Typer, name: str, command: str | None = None, *, help: str | None = None, plan_only: bool = False
 ) -> None:
@@ -74,19 +83,20 @@ def add_recipe_verb(
         option("recipe", RecipeName, None),
         option("resume", Resume, False),
         option("overwrite", Restart, False),
-        *([] if plan_only else [option("dry_run", DryRun, False)]),
+        option("processes", Processes, None) if plan_only else option("dry_run", DryRun, False),
         option("json", Json, False),
         *recipe_flags(described.keys),
     ]
 
     def run(terminal: Terminal, **given: Any) -> None:
         how = {switch: given.pop(switch) for switch in ("resume", "overwrite")}
-        json, dry_run = given.pop("json"), given.pop("dry_run", plan_only)
+        json, dry_run, processes = given.pop("json"), given.pop("dry_run", plan_only), given.pop("processes", None)
         terminal.calm_libraries()
         with joined().together():
             chosen = recipe_from(described.load_recipe(), given, **how)
         if dry_run:
-            return terminal.show(described.load_make_plan()(chosen, **how, download=False), json)
+            plan = described.load_make_plan()(chosen, **how, download=False)
+            return terminal.show(plan if processes is None else plan.of_processes(processes), json)
         terminal.will_write(chosen.output_folder)
         return terminal.show(described.load_run()(chosen, **how, progress=terminal.progress()), json)
 

@@ -49,7 +49,7 @@ class CutBlock:
     )  # layer → (in,) fp32, what stands for what is left out
 
     def to_json(self) -> dict[str, Any]:
-        means = {name: mean.tolist() for name, mean in self.means.items()}
+        means: dict[str, list[float]] = {name: mean.tolist() for name, mean in self.means.items()}
         return {"name": self.name, "layers": list(map(asdict, self.layers)), "error": self.error, "means": means}
 
     @classmethod

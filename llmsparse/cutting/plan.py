@@ -21,6 +21,7 @@ from llmsparse.models.prunable import refuse_shared_blocks
 from llmsparse.models.streamed import StreamedModel, Weight
 from llmsparse.models.thresholds import can_be_cut
 from llmsparse.packing.packed_reader import PackedReader
+from llmsparse.runs.joint import alone
 from llmsparse.runs.memory import freed_bytes
 from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
@@ -73,6 +74,7 @@ class ActivationsPlan(RunPlan[ActivationsRecipe]):
         }
 
 
+@alone
 def make_plan(
     recipe: ActivationsRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True
 ) -> ActivationsPlan:

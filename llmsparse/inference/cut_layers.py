@@ -19,7 +19,7 @@ from transformers import Conv1D
 
 from llmsparse.backends.cpu import columns
 from llmsparse.backends.cpu.columns import Columns
-from llmsparse.backends.cpu_columns import COLUMNS, TOKENS
+from llmsparse.backends.cpu_columns import COLUMNS, TOKENS, CpuColumns
 from llmsparse.errors import CheckpointError
 from llmsparse.inference.cut_product import by_columns, moved
 from llmsparse.inference.decode_attention import mark_attention
@@ -127,7 +127,7 @@ def cut_layers(model: nn.Module) -> Iterator[LeanLayer]:
             matrix = module.matrix if isinstance(module, PackedLayer) else None
             if isinstance(module, CutLinear) and module.columns is not None:
                 yield LeanLayer(name, COLUMNS.name, columns.MOST, READ)
-            elif matrix is not None and matrix.backend is COLUMNS:
+            elif matrix is not None and isinstance(matrix.backend, CpuColumns):
                 yield LeanLayer(name, COLUMNS.name, TOKENS, READ)
             else:
                 runs = matrix.choice.backend if matrix is not None else "torch"

@@ -19,7 +19,7 @@ from llmsparse.models.model_class import auto_class
 from llmsparse.models.origin import is_packed, load_config, read_config, read_json
 from llmsparse.packing.folder import PackedCheckpoint
 from llmsparse.runs.device import DTYPES
-from llmsparse.storage.checkpoint import CheckpointReader
+from llmsparse.storage.pickled import open_stored
 
 GENERATION = "generation_config.json"
 
@@ -45,7 +45,7 @@ def load_model(
         raise RecipeError(f"dtype {dtype!r} is not known{did_you_mean(dtype, ['auto', *DTYPES])}")
     packed = is_packed(read_config(folder))
     # refuse, in a line, what is truncated or lacks a shard, packed weights that nobody can read, and what is no model
-    reader = PackedCheckpoint(folder).reader if packed else CheckpointReader(folder)
+    reader = PackedCheckpoint(folder).reader if packed else open_stored(folder)
     config = load_config(folder, trust_remote_code, packed=packed)
     check_depth(config, reader)
     if (folder / GENERATION).is_file():

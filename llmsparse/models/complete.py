@@ -4,16 +4,27 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from llmsparse.encodings.reader import DecodedReader
 from llmsparse.errors import CheckpointError
 from llmsparse.models.naming import Naming
+from llmsparse.models.origin import load_config
 from llmsparse.storage.checkpoint import CheckpointReader
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 FEW_BLOCKS = 1000  # which are built in seconds, whatever is on disk
+
+
+def config_of(reader: CheckpointReader, trust_remote_code: bool) -> Any:
+    """The config of the model that `reader` reads, whose weights come as they stand for, whatever they are stored as."""
+    encoded = isinstance(reader, DecodedReader)
+    config: Any = load_config(reader.folder, trust_remote_code, packed=reader.packed, encoded=encoded)
+    if reader.packed:
+        vars(config).pop("quantization_config", None)
+    return config
 
 
 def check_depth(config: PretrainedConfig, reader: CheckpointReader) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,3 +154,23 @@ class _LargeOnMeta(TorchFunctionMode):
             if shape.numel() > self.LARGE:
                 return shape
         return func(*args, **kwargs)
+
+
+class Recorded(Exception):
+    """Ends a forward whose rest is not wanted."""
+
+
+def caught(module: nn.Module, run: Callable[[], object]) -> Tensor:
+    """The first argument that `module` is called with while `run` runs, which ends there."""
+    found: list[Tensor] = []
+
+    def catch(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(entering: Tensor) -> Any:
+            found.append(entering)
+            raise Recorded
+
+        return call
+
+    with replaced([module], catch), suppress(Recorded):
+        run()
+    return found[0]

@@ -10,7 +10,7 @@ language model, and what text does not run is never read.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmsparse.encodings.reader import DecodedReader
-from llmsparse.errors import CheckpointError
 from llmsparse.models.activations import Activations, Recorder
 from llmsparse.models.block import Block, Head
-from llmsparse.models.complete import check_complete, check_depth, refuse_integers
-from llmsparse.models.empty_model import assign, build_empty, drop, find_blocks, quiet, replaced, returning, stand_in
+from llmsparse.models.complete import check_complete, check_depth, config_of, refuse_integers
+from llmsparse.models.empty_model import (
+    Recorded,
+    build_empty,
+    caught,
+    drop,
+    find_blocks,
+    quiet,
+    replaced,
+    returning,
+    stand_in,
+)
+from llmsparse.models.filling import Filler
 from llmsparse.models.meta_run import run_on_meta
 from llmsparse.models.naming import Group, Naming, find_embedding, in_block
-from llmsparse.models.origin import load_config
 from llmsparse.models.prunable import refuse_shared_blocks
 from llmsparse.models.read_ahead import ReadAhead
 from llmsparse.models.weight import Slot, Weight, list_weights
@@ -34,7 +42,6 @@ from llmsparse.ranks.group import ALONE, Ranks
 from llmsparse.ranks.share import Share
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.heap import release_freed
-from llmsparse.storage.shard import is_finite
 
 __all__ = ["Activations", "Block", "Head", "Slot", "StreamedModel", "Weight"]
 
@@ -58,21 +65,14 @@ class StreamedModel:
         trust_remote_code: bool = False,
         config: Any = None,
     ) -> None:
-        encoded = isinstance(reader, DecodedReader)
-        self.config: Any = config or load_config(
-            reader.folder, trust_remote_code, packed=reader.packed, encoded=encoded
-        )
-        if reader.packed:
-            vars(self.config).pop("quantization_config", None)
+        self.config: Any = config or config_of(reader, trust_remote_code)
         check_depth(self.config, reader)
         refuse_integers(reader)
         self._reader = reader
-        self._device = device
+        self.device = device
         self.dtype = dtype
         with quiet():
             self._model = build_empty(self.config, device, dtype, trust_remote_code)
-        self._dtypes = {name: tensor.dtype for name, tensor in self._model.state_dict().items()}
-        self._parameters = dict(self._model.named_parameters(remove_duplicate=False)).keys()
         self.blocks_path, self._blocks = find_blocks(self._model)
         self.block_names = [f"{self.blocks_path}.{index}" for index in range(len(self._blocks))]
 
@@ -86,7 +86,7 @@ class StreamedModel:
         self._input, self._embedding = find_embedding(self._model, self._model.get_input_embeddings(), reader.folder)
         self._output, self._head = find_embedding(self._model, self._model.get_output_embeddings(), reader.folder)
         self.tied = check_complete(self._model, self.naming, reader)  # what is not on disk → what it is tied to
-        self._loaded = False  # what lies outside the blocks and embeddings
+        self._filler = Filler(self._model, reader, self.naming, self.tied, device)
         self._outline = run_on_meta(self._model, self._blocks, device)
         for part in self._outline.idle:
             stand_in(self._model, part, device)
@@ -101,10 +101,6 @@ class StreamedModel:
         """Name of the language model inside the model, without its head."""
         decoder = self._model.get_decoder()
         return next(name for name, module in self._model.named_modules() if module is decoder)
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
 
     def bytes_of(self, key: str) -> int:
         """What an on-disk tensor takes once it is read."""
@@ -189,14 +185,14 @@ class StreamedModel:
         Runs no block. The input embedding is read for it, and dropped afterwards.
         """
         share = Share(ranks, tuple((ids.shape[0], ids.shape[1]) for ids in batches))
-        self._load(self._input)
+        self._filler.load(self._input, self._beside)
         recorder = Recorder(len(self._blocks))
 
         def record(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
                 hidden = recorder.record(index, args, kwargs)
                 if index == len(self._blocks) - 1:
-                    raise _Recorded  # final norm and head have nothing to do yet
+                    raise Recorded  # final norm and head have nothing to do yet
                 return self._outline.wrap(hidden)
 
             return run
@@ -204,16 +200,16 @@ class StreamedModel:
         with quiet(), replaced(self._blocks, record):
             for ids in share.take(batches):
                 recorder.next_batch()
-                with suppress(_Recorded):
-                    self._model(ids.to(self._device), use_cache=False)
-        self._drop(self._input)
+                with suppress(Recorded):
+                    self._model(ids.to(self.device), use_cache=False)
+        self._filler.drop(self._input)
         return Activations(recorder.hidden, recorder.calls, share)
 
     def blocks(self, names: Container[str] | None = None) -> Generator[Block]:
         """Every block, or those named, one after the other: loaded here, and evicted when the next one is asked for,
         which is read meanwhile by a thread."""
         wanted = [index for index, name in enumerate(self.block_names) if names is None or name in names]
-        with ReadAhead(lambda index: self._read(self._block_keys[index]), wanted) as read:
+        with ReadAhead(lambda index: self._filler.read(self._block_keys[index]), wanted) as read:
             for index in wanted:
                 block = self.block(index, read.take(index))
                 try:
@@ -224,18 +220,18 @@ class StreamedModel:
 
     def block(self, index: int, stored: dict[str, Tensor] | None = None) -> Block:
         """Load a block, of the tensors given or from disk. Evict it before the next one is loaded."""
-        self._drop(self._output)
+        self._filler.drop(self._output)
         name = self.block_names[index]
         return Block(
             name,
             index,
             self._blocks[index],
             self.weights(index),
-            self._read(self._block_keys[index]) if stored is None else stored,
+            self._filler.read(self._block_keys[index]) if stored is None else stored,
             naming=self.naming,
             prefix=name + ".",
-            device=self._device,
-            fill=self._fill,
+            device=self.device,
+            fill=self._filler.fill,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -244,17 +240,22 @@ class StreamedModel:
         Final norm, head, scaling and caps are the model's own code; each token stands for itself, so any part of a
         sequence will do. Hidden states that want a gradient get it; nothing else does.
         """
-        self._load(self._output)
-        return self._finish(hidden.to(self._device)).logits
+        self._filler.load(self._output, self._beside)
+        return self._finish(hidden.to(self.device)).logits
 
     def head(self) -> Head | None:
         """The untied output head as a last pseudo-block, or None."""
         weights = self.head_weights()
         if not weights:
             return None
-        self._load(self._output)
-        stored, prefix = self._read([weights[0].key]), self._output.removesuffix("weight")
-        known: dict[str, Any] = {"naming": self.naming, "prefix": prefix, "device": self._device, "fill": self._fill}
+        self._filler.load(self._output, self._beside)
+        stored, prefix = self._filler.read([weights[0].key]), self._output.removesuffix("weight")
+        known: dict[str, Any] = {
+            "naming": self.naming,
+            "prefix": prefix,
+            "device": self.device,
+            "fill": self._filler.fill,
+        }
         head = Head(HEAD, len(self._blocks), self._head, weights, stored, **known)
         head.entering = self._entering_head
         return head
@@ -262,91 +263,35 @@ class StreamedModel:
     @contextmanager
     def whole(self) -> Generator[Any]:
         """The model with all its weights, as transformers runs it; afterwards they are gone again."""
-        self._load(self._input)
-        self._load(self._output)
+        self._filler.load(self._input, self._beside)
+        self._filler.load(self._output, self._beside)
         for keys in self._block_keys:
-            self._fill(self._read(keys))
+            self._filler.fill(self._filler.read(keys))
         try:
             yield self._model
         finally:
             drop(self._model)
-            self._loaded = False
+            self._filler.forget()
+
+    @property
+    def _beside(self) -> list[str]:
+        """Keys of what lies outside the blocks, embeddings aside, and is run on text."""
+        large = {self.tied.get(name, name) for name in (self._input, self._output)}
+        idle = tuple(f"{part}." for part in self._outline.idle)
+        targets = {key: self.naming.target(key) for key in self.outside_keys}
+        return [
+            key for key, target in targets.items() if target and target not in large and not target.startswith(idle)
+        ]
 
     def _finish(self, hidden: Tensor) -> Any:
         """Run the model with every block giving back `hidden`, and nothing for an embedding."""
         width = self._model.get_parameter(self._input).shape[1]
-        blank = torch.zeros(*hidden.shape[:2], width, dtype=hidden.dtype, device=self._device)
+        blank = torch.zeros(*hidden.shape[:2], width, dtype=hidden.dtype, device=self.device)
         final = self._outline.wrap(hidden)
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self._device)
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
         with quiet(), replaced([self._embedding], returning(blank)), replaced(self._blocks, returning(final)):
             return self._model(ids, use_cache=False)
 
     def _entering_head(self, hidden: Tensor) -> Tensor:
         """What the head is called with for hidden states after the last block."""
-        caught: list[Tensor] = []
-
-        def catch(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-            def run(entering: Tensor) -> Any:
-                caught.append(entering)
-                raise _Recorded
-
-            return run
-
-        with replaced([self._head], catch), suppress(_Recorded):
-            self._finish(hidden)
-        return caught[0]
-
-    def _load(self, part: str) -> None:
-        """Load an embedding, and what else lies outside the blocks, unless they are there."""
-        large = {self.tied.get(name, name) for name in (self._input, self._output)}
-        rest = [
-            key
-            for key in self.outside_keys
-            if (target := self.naming.target(key))
-            and target not in large
-            and not self._loaded
-            and not self._idle(target)
-        ]
-        if rest:
-            self._fill(self._read(rest))
-        self._loaded = True
-        if self._model.get_parameter(part).is_meta:
-            self._fill(self._read(self.naming.groups[self.tied.get(part, part)].keys))
-
-    def _idle(self, name: str) -> bool:
-        """Whether a module tensor belongs to a part that text does not run."""
-        return any(name.startswith(part + ".") for part in self._outline.idle)
-
-    def _read(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        """Tensors from disk. CheckpointError for a parameter that holds NaN or Inf."""
-        for key, tensor in (tensors := self._reader.read(keys)).items():
-            if self.naming.target(key) in self._parameters and not is_finite(tensor):
-                what = f"{key.removesuffix('.weight')} in {self._reader.folder}"
-                raise CheckpointError(f"{what} holds NaN or Inf; repair the checkpoint")
-        return tensors
-
-    def _drop(self, part: str) -> None:
-        """Let go of an embedding, and of what is tied to it."""
-        stored = self.tied.get(part, part)
-        for name in (stored, *(name for name, origin in self.tied.items() if origin == stored)):
-            assign(self._model, name, torch.empty_like(self._model.get_parameter(name), device="meta"))
-
-    def _fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put on-disk tensors into the model, cast to the dtype that each has there; always copies."""
-
-        def prepare(target: str, tensor: Tensor) -> Tensor:
-            return tensor.to(self._device, self._dtypes[target], copy=True)
-
-        for name, tensor in self.naming.to_module(tensors, prepare):
-            wanted = self._model.get_parameter_or_buffer(name).shape
-            if tensor.shape != wanted:
-                raise CheckpointError(
-                    f"{self._reader.folder}: {name} has shape {list(tensor.shape)} on disk, config.json asks for "
-                    f"{list(wanted)}; they do not belong together"
-                )
-            for same in (name, *(tied for tied, origin in self.tied.items() if origin == name)):
-                assign(self._model, same, tensor)
-
-
-class _Recorded(Exception):
-    """Ends a forward whose rest is not wanted."""
+        return caught(self._head, lambda: self._finish(hidden))

@@ -21,6 +21,7 @@ from llmsparse.packing.folder import PackedCheckpoint
 from llmsparse.packing.report import NARROW, WIDE, compared
 from llmsparse.sparsity.patterns import PATTERNS, SPARSE
 from llmsparse.storage.checkpoint import CheckpointReader
+from llmsparse.storage.pickled import open_stored
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -155,7 +156,7 @@ def inspect(model: str, *, revision: str | None = None, verify: bool = False) ->
         raise CheckpointError(f"{folder}: not packed, so it holds no checksums to verify")
     if packed is not None and verify:
         packed.verify()
-    reader = packed.reader if packed is not None else CheckpointReader(folder)
+    reader = packed.reader if packed is not None else open_stored(folder)
     layout = _Layout(reader)
     weights: list[WeightInfo] = []
     parameters = zeros = embedding_parameters = embedding_zeros = dense_bytes = 0

@@ -32,6 +32,7 @@ from llmsparse.storage.checkpoint import CheckpointReader, CheckpointWriter
 from llmsparse.storage.disk import disk_error, parse_size
 from llmsparse.storage.heap import release_freed
 from llmsparse.storage.home_folder import expand_home
+from llmsparse.storage.pickled import open_stored
 from llmsparse.storage.shard import DTYPE_NAMES
 from llmsparse.version import __version__
 
@@ -192,7 +193,7 @@ def select_packable(
     folder: Path, trust_remote_code: bool, progress: Progress, drop_negative_zeros: bool = False
 ) -> Selection:
     """Measure every weight that could be packed. CheckpointError where none would become smaller."""
-    reader = CheckpointReader(folder)
+    reader = open_stored(folder)
     model = StreamedModel(reader, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=trust_remote_code)
     packables: list[Packable] = []
     footprints: list[PackedSize] = []

@@ -8,6 +8,7 @@ from llmsparse.pruners.magnitude import Magnitude
 from llmsparse.pruners.protocol import Pruned, Pruner, workspace_of
 from llmsparse.pruners.random import Random
 from llmsparse.pruners.sparsegpt import SparseGPT
+from llmsparse.pruners.swaps import Swaps
 from llmsparse.pruners.wanda import Wanda
 
 PRUNERS: dict[str, type[Pruner]] = {
@@ -16,7 +17,20 @@ PRUNERS: dict[str, type[Pruner]] = {
     "sparsegpt": SparseGPT,
     "dsnot": DSnoT,
     "alps": ALPS,
+    "swaps": Swaps,
     "random": Random,
 }
 
-__all__ = ["ALPS", "PRUNERS", "DSnoT", "Magnitude", "Pruned", "Pruner", "Random", "SparseGPT", "Wanda", "workspace_of"]
+__all__ = [
+    "ALPS",
+    "PRUNERS",
+    "DSnoT",
+    "Magnitude",
+    "Pruned",
+    "Pruner",
+    "Random",
+    "SparseGPT",
+    "Swaps",
+    "Wanda",
+    "workspace_of",
+]

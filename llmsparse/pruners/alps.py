@@ -24,13 +24,13 @@ from torch import Tensor
 
 from llmsparse.errors import NumericalError, RecipeError
 from llmsparse.pruners.protocol import Pruned
+from llmsparse.pruners.support import solve_on_support
 from llmsparse.sparsity.patterns import Pattern, Scope
 from llmsparse.sparsity.stats import Gram, Statistic
 
 SHARED_WIDTH = 4096  # up to here inverses are kept for the next weight of this input: about a dozen of 64 MiB
 INVERSES = 12  # that dozen
 SOFTEST = 1e-4  # ρ at which a support that has not moved never will
-TOLERANCE = 1e-5  # of a row's residual, relative to its right-hand side
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class ALPS:
         target = dense @ h
         b, iterations, settled = self._admm(dense, target, h, stat, pattern)
         keep = pattern.keep(b.abs(), slice(0, weight.shape[1]), weight.shape[1])
-        b, residual = _solve(target, h, b.masked_fill(~keep, 0.0), keep, self.solve_iterations)
+        b, residual = solve_on_support(target, h, b.masked_fill(~keep, 0.0), keep, self.solve_iterations)
         pruned = torch.where(dead, weight, b / scale)
         return Pruned.of(pruned, keep, iterations=iterations, settled=settled, residual=residual)
 
@@ -133,22 +133,3 @@ def _inverse(h: Tensor, rho: float, stat: Gram, damp: float) -> Tensor:
         return torch.cholesky_inverse(factor[0], out=shifted)
 
     return stat.factor(("alps", damp, rho), make) if len(h) <= SHARED_WIDTH else make()
-
-
-def _solve(target: Tensor, h: Tensor, b: Tensor, keep: Tensor, iterations: int) -> tuple[Tensor, float]:
-    """Rows moved to the minimum on their support, (B H)_S = target_S, by conjugate gradients that start from `b`; and the
-    largest residual of a row, relative to its right-hand side, that is left."""
-    tiny = torch.finfo(b.dtype).tiny
-    r = (target - b @ h).masked_fill_(~keep, 0.0)
-    p, size = r, r.square().sum(dim=1, keepdim=True)
-    enough = TOLERANCE**2 * target.square().sum(dim=1, keepdim=True)
-    for _ in range(iterations):
-        if bool((size <= enough).all()):
-            break
-        hp = (p @ h).masked_fill_(~keep, 0.0)
-        step = size / (p * hp).sum(dim=1, keepdim=True).clamp_min(tiny)
-        b, r = torch.addcmul(b, step, p), torch.addcmul(r, step, hp, value=-1)
-        before, size = size, r.square().sum(dim=1, keepdim=True)
-        p = torch.addcmul(r, size / before.clamp_min(tiny), p)
-    left = size / target.square().sum(dim=1, keepdim=True).clamp_min(tiny)
-    return b, left.max().sqrt().item()

@@ -13,7 +13,7 @@ EXAMPLE = "method.damp=0.1"
 KEYS = {  # of every key but model and rules, by group
     "What is pruned, and how": {
         "effort": Key("fast, default or best: how long it may take for how little loss.", "default", "EFFORT"),
-        "method": Key("sparsegpt, alps, dsnot, wanda, magnitude or random.", "sparsegpt", "NAME"),
+        "method": Key("sparsegpt, alps, swaps, dsnot, wanda, magnitude or random.", "sparsegpt", "NAME"),
         "sparsity": Key("Fraction of zeros: 0.7 or 70%.", None, "S"),
         "pattern": Key("unstructured, or N:M such as 2:4: keep 2 of every 4.", "unstructured", "N:M"),
         "scope": Key(
@@ -36,7 +36,8 @@ KEYS = {  # of every key but model and rules, by group
             "Leave what is 0 already at 0, whatever the method: to prune a sparse model further.", kind=bool
         ),
         "refine": Key(
-            "none: the method's mask stays; fading: weights go one by one while a block is matched; auto: as the effort has it.",
+            "none: the method's mask stays; swaps: the best swaps in it; fading: weights go one by one while a block is matched; "
+            "auto: as the effort has it.",
             "auto",
             "HOW",
         ),

@@ -15,6 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from llmsparse.calibration.inputs import EXPERT_ROWS, sample_rows
 from llmsparse.calibration.matching import batches_per_step
@@ -23,7 +24,8 @@ from llmsparse.models.likelihood import LOGIT_ELEMENTS
 from llmsparse.models.weight import Slot
 from llmsparse.pruners import workspace_of
 from llmsparse.pruning.selection import HEAD, Choice
-from llmsparse.ranks.tree import held_at_once
+from llmsparse.ranks.share import Share
+from llmsparse.ranks.tree import LEAVES, held_at_once
 from llmsparse.runs.memory import freed_bytes
 from llmsparse.sparsity.stats import Gram, Statistic, combine
 
@@ -55,9 +57,15 @@ def peak_bytes(plan: PrunePlan, statistics_budget: int) -> int:
 def _activations(plan: PrunePlan) -> int:
     """Hidden states of the calibration windows, and of the held-out ones through the source and through what is made; where
     blocks are matched, of the calibration windows through the source, too."""
-    tokens = (2 if plan.match_steps else 1) * plan.windows.ids.numel() + 2 * plan.windows.held_out.numel()
+    tokens = (2 if plan.match_steps else 1) * _held_here(plan, plan.batches) + 2 * _held_here(plan, plan.held_out)
     rotary = 2 * plan.windows.ids.shape[1] * plan.model.hidden_size  # call arguments: cos and sin, at most so wide
     return (tokens * plan.model.hidden_size + rotary) * plan.dtype.itemsize
+
+
+def _held_here(plan: PrunePlan, batches: Sequence[Tensor]) -> int:
+    """Tokens of those batches that the first process holds, which has no fewer than others; all of them if it is alone."""
+    share = Share(plan.ranks, tuple((ids.shape[0], ids.shape[1]) for ids in batches))
+    return sum(ids.numel() for ids in share.take(batches))
 
 
 def _embedding(plan: PrunePlan) -> int:
@@ -154,7 +162,12 @@ class _Block:
     @property
     def _held(self) -> int:
         """Partial sums at once."""
-        return held_at_once(len(self.plan.batches))
+        return self._sums(len(self.plan.batches))
+
+    def _sums(self, batches: int) -> int:
+        """Partial sums at once over so many batches of all processes: a process's own, and one that comes from another."""
+        size = self.plan.ranks.size
+        return held_at_once(-(-min(LEAVES, batches) // size)) + (size > 1)
 
     @property
     def _summed(self) -> int:
@@ -202,7 +215,7 @@ class _Block:
         count, (windows, tokens) = len(self.plan.batches), self.plan.batches[0].shape
         together = batches_per_step(windows, tokens, self.plan.model.hidden_size, most=count)
         fading = FADING if self.plan.fading else 0
-        tuned = (MATCHED + 4 * held_at_once(together) + 1 + fading) * self._chosen
+        tuned = (MATCHED + 4 * self._sums(together) + 1 + fading) * self._chosen
         return tuned + max(step + self._judging, update)
 
     @property

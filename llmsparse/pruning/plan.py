@@ -58,7 +58,7 @@ class PrunePlan(RunPlan[PruneRecipe]):
         assert name is not None
         decided = {
             "match_steps": self.match_steps,
-            "refine": "fading" if self.fading else "none",
+            "refine": self.refinement,
             "allocation": methods.described(name, self.allocation),
         }
         return super().resolved.replace(**decided)
@@ -76,6 +76,11 @@ class PrunePlan(RunPlan[PruneRecipe]):
         """As many at least as matching needs to hold some out."""
         size, width = self.recipe.batch_size, self.model.hidden_size
         return split_batches(self.windows.ids, size, self.device, width, least=HELD_OUT_SHARE)
+
+    @property
+    def refinement(self) -> str:
+        """What becomes of a method's mask."""
+        return self.recipe.refine if self.recipe.refine != "auto" else "fading" if self.fading else "none"
 
     @cached_property
     def allocation(self) -> Allocation:
@@ -172,7 +177,7 @@ class PrunePlan(RunPlan[PruneRecipe]):
             "bytes_to_write": self.bytes_to_write if self.recipe.format == "dense" else self.packed_bytes,
             "format": self.recipe.format,
             "match_steps": self.match_steps,
-            "refine": "fading" if self.fading else "none",
+            "refine": self.refinement,
             "seconds": seconds_by_effort(self),
         }
 

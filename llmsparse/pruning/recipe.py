@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, model_validator
 
 from llmsparse.errors import KeyPath, OptionError, RecipeError, did_you_mean
-from llmsparse.pruners import Pruner
+from llmsparse.pruners import Pruner, Swaps
 from llmsparse.pruners import spec as methods
 from llmsparse.pruners.spec import MethodSpec
 from llmsparse.pruning.allocation import ALLOCATIONS, Allocation, Uniform
@@ -113,7 +113,7 @@ class PruneRecipe(RunRecipe):
     sparsity: Sparsity | None = None
     pattern: str = "unstructured"
     scope: Literal["auto", "row", "matrix"] = "auto"
-    refine: Literal["auto", "none", "fading"] = "auto"
+    refine: Literal["auto", "none", "swaps", "fading"] = "auto"
     allocation: Allocating = "auto"
     allocation_level: Literal["block", "projection", "weight"] = "block"
     allocation_bounds: Annotated[Sequence[float] | None, PlainValidator(_bounds)] = None
@@ -151,7 +151,11 @@ class PruneRecipe(RunRecipe):
     @cached_property
     def pruner(self) -> Pruner:
         """The method with its options, rules aside."""
-        return methods.build(self.method)
+        return self._refined(methods.build(self.method))
+
+    def _refined(self, pruner: Pruner) -> Pruner:
+        """A method followed by swaps where the recipe says so, and it does not end in them anyway."""
+        return Swaps(pruner) if self.refine == "swaps" and not isinstance(pruner, Swaps) else pruner
 
     @cached_property
     def allocator(self) -> Allocation:
@@ -197,7 +201,7 @@ class PruneRecipe(RunRecipe):
 
     def pruner_for(self, name: str) -> Pruner:
         rule = self.rule_for(name)
-        return rule.pruner if rule and rule.pruner is not None else self.pruner
+        return self._refined(rule.pruner) if rule and rule.pruner is not None else self.pruner
 
     def method_for(self, name: str) -> str:
         rule = self.rule_for(name)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any, cast
 
+import torch
+import transformers
+
+from llmsparse.version import __version__
+
 
 def spell_differences(one: dict[str, Any], other: dict[str, Any], when: tuple[str, str]) -> str:
     """The top-level keys in which two fingerprints differ, with the values where these are short; "" if in none. `when`
@@ -22,3 +27,13 @@ def spell_differences(one: dict[str, Any], other: dict[str, Any], when: tuple[st
 
 def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return [key for key in {**one, **other} if one.get(key) != other.get(key)]
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the last bits of a result depend on, beside the versions."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"threads": torch.get_num_threads(), "device": name}
+
+
+def versions() -> dict[str, str]:
+    return {"llmsparse": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

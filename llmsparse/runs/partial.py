@@ -9,7 +9,6 @@ and a folder to resume from. A lock that the system drops when the process dies,
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -17,8 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from llmsparse.errors import CheckpointError, MachineError, RecipeError
+from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.runs.fingerprint import spell_differences
+from llmsparse.runs.lock import Lock
 from llmsparse.runs.recipe import refuse_both
 from llmsparse.storage.disk import disk_error, fsync, replace_file
 from llmsparse.storage.home_folder import expand_home
@@ -56,7 +56,7 @@ class PartialOutput:
         self.finished: dict[str, Any] = {}
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _Lock(place.lock, self.out)
+            self._lock = Lock(place.lock, self.out)
             try:
                 place.recover()
                 run = place.decide(resume, overwrite)
@@ -133,7 +133,7 @@ def check_output(
     try:
         place.decide(resume, overwrite)
         if place.lock.exists():
-            _Lock(place.lock, place.out).release()
+            Lock(place.lock, place.out).release()
         parent = next(path for path in place.out.parents if path.exists())
         if not parent.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -258,41 +258,6 @@ def is_written_by_us(file: Path) -> bool:
         return str(header["__metadata__"]["format"]).startswith("llmsparse ")
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-class _Lock:
-    """An flock on a file beside OUT that names the process; the file goes when the run ends in any orderly way."""
-
-    def __init__(self, file: Path, out: Path) -> None:
-        self._file = file
-        while True:
-            self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(self._descriptor), os.stat(file)):
-                    break  # otherwise its last holder removed the file between our two calls
-            except FileNotFoundError:
-                pass
-            except BlockingIOError as error:
-                holder = os.pread(self._descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-                os.close(self._descriptor)
-                raise MachineError(
-                    f"{out}: another run (process {holder}) is writing there; wait for it, or choose another output"
-                ) from error
-            os.close(self._descriptor)
-        try:
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
-        except OSError:  # a full disk
-            self.release()
-            raise
-
-    def release(self) -> None:
-        """Let go; safe to call again."""
-        if self._descriptor >= 0:
-            self._file.unlink(missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = -1
 
 
 def _check_fingerprint(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

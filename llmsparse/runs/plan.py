@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -22,57 +21,22 @@ from llmsparse.models.streamed import StreamedModel
 from llmsparse.ranks.group import Ranks
 from llmsparse.ranks.launch import joined
 from llmsparse.runs.device import split_batches
+from llmsparse.runs.fingerprint import machine, versions
 from llmsparse.runs.memory import footprint_bytes
 from llmsparse.runs.own_windows import Writing, noted, plan_writing
+from llmsparse.runs.planned_recipe import PlannedRecipe
 from llmsparse.runs.recipe import RunRecipe, from_arguments
 from llmsparse.runs.report import spell_protocol
 from llmsparse.runs.streams import Streams
 from llmsparse.runs.verbs import VERBS, verb_of
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.disk import spell_size
-from llmsparse.text.bos import Bos
 from llmsparse.text.mix import held_out_parts, names
-from llmsparse.text.shares import Sources, split_shares
+from llmsparse.text.shares import split_shares
 from llmsparse.text.windows import Windows
-from llmsparse.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-
-class PlannedRecipe(Protocol):
-    """Keys that the recipes of all verbs have."""
-
-    single_file: ClassVar[bool]
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def text_source(self) -> Sources: ...
-    @property
-    def text_field(self) -> str | None: ...
-    @property
-    def bos(self) -> Bos | None: ...
-    @property
-    def seq_len(self) -> int | None: ...
-    @property
-    def batch_size(self) -> int | None: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def revision(self) -> str | None: ...
-    @property
-    def max_shard_size(self) -> str: ...
-    @property
-    def output_folder(self) -> Path: ...
-
-    def replace(self, **changes: Any) -> Self: ...
-    def resolved(self) -> dict[str, Any]: ...
-    def check_text(self, key: str, fingerprint: str) -> None: ...
 
 
 Chosen = TypeVar("Chosen", bound=PlannedRecipe)
@@ -284,6 +248,14 @@ class RunPlan(ABC, Generic[Chosen]):
     def rows(self, plan: dict[str, Any]) -> dict[str, str]:
         """What will be done, label by label, of what `to_json` says."""
 
+    def of_processes(self, size: int) -> Self:
+        """The same plan for so many processes on this machine, as the first of them would make it."""
+        return replace(self, ranks=Ranks(0, size, size))
+
+    @property
+    def _each(self) -> str:
+        return f" in each of {self.ranks.size} processes" if self.ranks.size > 1 else ""
+
     def table(self) -> RenderableType:
         from rich.table import Table
         from rich.text import Text
@@ -295,7 +267,7 @@ class RunPlan(ABC, Generic[Chosen]):
             self.text_key: spell_protocol(self.protocol),
             "compute": f"{plan['device']}, {plan['dtype']}, {plan['batch_size']} windows a batch",
             "read, write": f"{spell_size(plan['bytes_to_read'])}, {spell_size(plan['bytes_to_write'])}",
-            "memory": f"about {spell_size(plan['memory_bytes'])}",
+            "memory": f"about {spell_size(plan['memory_bytes'])}{self._each}",
         }
         if self.writing:
             rows["writing"] = self.writing.spell(self.reader.nbytes)
@@ -319,13 +291,3 @@ def plan(
 def spoken_name(model: str) -> str:
     """A model as the user named it, without the path."""
     return Path(model).resolve().name if Path(model).exists() else model
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the last bits of a result depend on, beside the versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"threads": torch.get_num_threads(), "device": name}
-
-
-def versions() -> dict[str, str]:
-    return {"llmsparse": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

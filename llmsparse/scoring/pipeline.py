@@ -18,7 +18,7 @@ from llmsparse.scoring.plan import ScoresPlan, make_plan
 from llmsparse.scoring.recipe import ScoresRecipe
 from llmsparse.scoring.report import ScoredBlock, ScoresReport
 from llmsparse.scoring.scores import super_experts
-from llmsparse.scoring.statistics import blend
+from llmsparse.scoring.statistics import ExpertStatistics, blend, of_both
 from llmsparse.scoring.watcher import Watcher
 
 
@@ -39,7 +39,7 @@ def scores(
     with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
         plan = run.plan
         run.copy_the_rest()
-        acts = plan.model.embed(plan.batches)
+        acts = plan.model.embed(plan.batches, plan.ranks)
         report = ScoresReport(**plan.described(), texts=plan.texts)
         last = max(plan.mixtures)
         for block in run.blocks():
@@ -57,16 +57,23 @@ def scores(
 def measure(plan: ScoresPlan, block: Block, acts: Activations, progress: Progress) -> Made[ScoredBlock]:
     """Sums of the block's experts; takes `acts` through the block."""
     started = time.perf_counter()
-    watcher = Watcher(block, plan.mixtures[block.index], plan.texts_of_batches)
+    share, mixture = acts.share, plan.mixtures[block.index]
     advance = progress.batches(f"measuring {block.name}", len(acts.hidden))
-    for batch, hidden in enumerate(acts.hidden):
-        with watcher.watching(batch):
-            acts.hidden[batch] = block.call(acts, batch).to(hidden.device)
-        advance()
-    statistics = {text: sums.cpu() for text, sums in watcher.statistics.items()}
+
+    def leaf(number: int) -> list[dict[str, ExpertStatistics]]:
+        watcher = Watcher(block, mixture, plan.texts_of_batches)
+        for batch in share.leaves[number]:
+            place = share.place(batch)
+            with watcher.watching(batch):
+                acts.hidden[place] = block.call(acts, place).to(acts.hidden[place].device)
+            advance()
+        return [watcher.statistics]
+
+    [summed] = share.summed_for_all(leaf, of_both, [1])
+    statistics = {text: sums.cpu() for text, sums in summed.items()}
     record = ScoredBlock(
         block.name,
-        plan.mixtures[block.index].experts,
+        mixture.experts,
         {text: int((sums.tokens == 0).sum()) for text, sums in statistics.items()},
         super_experts(blend(statistics, plan.texts)),
         time.perf_counter() - started,

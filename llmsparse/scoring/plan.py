@@ -13,7 +13,7 @@ import torch
 from llmsparse.errors import CheckpointError
 from llmsparse.models.prunable import refuse_flat_experts
 from llmsparse.models.streamed import StreamedModel
-from llmsparse.runs.joint import alone
+from llmsparse.runs.joint import joint
 from llmsparse.runs.memory import freed_bytes
 from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
@@ -94,7 +94,7 @@ class ScoresPlan(RunPlan[ScoresRecipe]):
         }
 
 
-@alone
+@joint
 def make_plan(
     recipe: ScoresRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True
 ) -> ScoresPlan:

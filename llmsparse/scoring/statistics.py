@@ -72,6 +72,11 @@ class ExpertStatistics:
         return ExpertStatistics(self.seen, **{name: getattr(self, name).cpu() for name in (*SUMS, "peak")})
 
 
+def of_both(one: Mapping[str, ExpertStatistics], other: Mapping[str, ExpertStatistics]) -> dict[str, ExpertStatistics]:
+    """Text by text, the sums of earlier and of later batches."""
+    return {**other, **one, **{text: one[text].plus(other[text]) for text in one.keys() & other.keys()}}
+
+
 def blend(domains: Mapping[str, ExpertStatistics], weights: Mapping[str, float] | None = None) -> ExpertStatistics:
     """Of a text that holds the domains in the proportion of `weights` (all alike if not given), however long each was."""
     parts: Sequence[ExpertStatistics] = [

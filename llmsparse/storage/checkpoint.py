@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,10 +21,9 @@ from torch import Tensor
 
 from llmsparse.errors import CheckpointError
 from llmsparse.storage.disk import disk_error, fsync, replace_file, reserve, write_all
+from llmsparse.storage.index import INDEX, SINGLE, weight_map_of
 from llmsparse.storage.shard import PLAIN, Header, TensorSpec, bytes_of, lay_out, read_header, read_into
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 CHUNK_BYTES = 8 << 20
 Planned = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name → shape, dtype
 
@@ -42,7 +41,7 @@ class CheckpointReader:
     def __init__(self, folder: Path, absent: Mapping[str, Header] | None = None) -> None:
         self.folder = Path(folder)
         absent = absent or {}
-        weight_map = _weight_map(self.folder, absent)
+        weight_map = weight_map_of(self.folder, absent)
         self._headers: list[Header] = []
         self._specs: dict[str, TensorSpec] = {}
         for file in sorted({self.folder / name for name in weight_map.values()}) or [self.folder / SINGLE]:
@@ -247,49 +246,6 @@ def read_tensor(spec: TensorSpec) -> Tensor:
     tensor = torch.empty(spec.shape, dtype=spec.dtype)
     read_into(spec, 0, bytes_of(tensor))
     return tensor
-
-
-def _weight_map(folder: Path, absent: Collection[str]) -> dict[str, str]:
-    """Tensor -> shard from the index; empty for a single file. Precedence as in transformers: the single file first."""
-    index = folder / INDEX
-    try:
-        if (folder / SINGLE).is_file() or SINGLE in absent:
-            return {}
-        if not index.is_file():
-            raise CheckpointError(f"{folder}: {_no_weights(folder)}")
-        weight_map: Any = json.loads(index.read_bytes())["weight_map"]
-        bare = all(Path(name).name == name for name in weight_map.values())
-        missing = sorted({name for name in weight_map.values() if name not in absent and not (folder / name).is_file()})
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not a checkpoint index (no weight_map of names); download it again") from error
-    if not bare or not weight_map:
-        raise CheckpointError(f"{index}: weight_map is empty or names files outside of its folder")
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(
-            f"{index}: names shard {missing[0]}{more}, which is missing; download the checkpoint again"
-        )
-    return weight_map
-
-
-def _no_weights(folder: Path) -> str:
-    """What to say about a folder with neither a single safetensors file nor an index."""
-    if not folder.is_dir():
-        return "no such folder"
-    names = sorted(path.name for path in folder.iterdir())
-    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth")) and name != "training_args.bin"]
-    others = [name for name in names if name.endswith(".safetensors")]
-    if others:
-        return f"has {others[0]} but neither {SINGLE} nor {INDEX}; save the whole model with save_pretrained"
-    if pickled:
-        return (
-            f"has only pickled weights ({pickled[0]}), which are not read; load and save_pretrained them as safetensors"
-        )
-    return f"holds no weights: wanted {SINGLE} or {INDEX}"
 
 
 def _nbytes(spec: tuple[tuple[int, ...], torch.dtype]) -> int:

@@ -31,6 +31,11 @@ def is_pickled(folder: Path) -> bool:
     return bool(there) and not there & {SINGLE, INDEX}
 
 
+def open_stored(folder: Path) -> CheckpointReader:
+    """The checkpoint in a folder as it is stored, in safetensors or pickled."""
+    return PickledReader(folder) if is_pickled(folder) else CheckpointReader(folder)
+
+
 class PickledReader(CheckpointReader):
     """`pytorch_model.bin` or the shards of its index, by the names that safetensors would have.
 

@@ -38,7 +38,8 @@ def special_with(tokenizer: PreTrainedTokenizerBase, bos: bool) -> Special:
 
     CalibrationError for a tokenizer that has none, or that does not show what it does.
     """
-    special, mark = special_tokens(tokenizer), getattr(tokenizer, "bos_token_id", None)
+    special = special_tokens(tokenizer)
+    mark: Any = getattr(tokenizer, "bos_token_id", None)
     if special is None or (bos and mark is None):
         why = "has no BOS token" if special else "does not show which tokens it puts around a text"
         raise CalibrationError(f"--bos: tokenizer {tokenizer.name_or_path} {why}; leave --bos out, or give none")

@@ -204,6 +204,7 @@ def test_every_method_needs_what_its_paper_says() -> None:
         "sparsegpt": Gram,
         "dsnot": InputMoments,
         "alps": Gram,
+        "swaps": Gram,
         "random": None,
     }
     assert DSnoT(SparseGPT()).needs is Gram
@@ -217,6 +218,7 @@ def test_native_scopes() -> None:
         "sparsegpt": "matrix",
         "dsnot": "row",
         "alps": "row",
+        "swaps": "matrix",
         "random": "matrix",
     }
     assert DSnoT(Magnitude()).scope == "matrix"

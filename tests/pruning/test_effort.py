@@ -11,9 +11,11 @@ import pytest
 import llmsparse
 from llmsparse.cli.app import main
 from llmsparse.errors import RecipeError
+from llmsparse.pruners import ALPS, Swaps, Wanda
 from llmsparse.pruning import duration
 from llmsparse.pruning.effort import EFFORTS
 from llmsparse.pruning.plan import PrunePlan
+from llmsparse.pruning.recipe import PruneRecipe
 
 SMALL: dict[str, Any] = {"calibration": "notes.txt", "calibration_samples": 4, "seq_len": 32, "device": "cpu"}
 
@@ -56,6 +58,16 @@ def test_keys_that_the_user_set_win(plan: Callable[..., Any]) -> None:
     assert settings(plan(effort="fast", match_steps=5, refine="fading")) == (5, True, "uniform")
 
 
+def test_swaps_follow_every_method_and_the_written_recipe_gives_them_once(plan: Callable[..., Any]) -> None:
+    made = plan(refine="swaps", method="wanda", match_steps=3, rules=[{"match": "*down_proj", "method": "alps"}])
+    assert settings(made) == (3, False, "uniform") and made.to_json()["refine"] == "swaps"
+    pruners = {choice.weight.name: choice.pruner for members in made.choices.values() for choice in members}
+    assert all(isinstance(pruner, Swaps) for pruner in pruners.values())
+    assert isinstance(pruners["model.layers.0.mlp.down_proj"].initial, ALPS)
+    again = PruneRecipe(**made.resolved.resolved())
+    assert again.refine == "swaps" and again.pruner == made.recipe.pruner == Swaps(Wanda())
+
+
 @pytest.mark.parametrize("method", ["magnitude", "random"])
 def test_weights_do_not_fade_by_a_text_that_their_method_does_not_look_at(
     method: str, plan: Callable[..., Any]
@@ -84,7 +96,7 @@ def test_a_run_whose_methods_look_at_no_text_fades_all_the_same(plan: Callable[.
     ("flags", "said"),
     [
         (["--effort", "bests"], "wanted fast, default or best"),
-        (["--refine", "swap"], "wanted auto, none or fading"),
+        (["--refine", "swap"], "wanted auto, none, swaps or fading"),
         (["--refine", "fading", "--match-steps", "0"], "weights fade while blocks are matched"),
     ],
 )

@@ -10,10 +10,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import llmsparse
 from llmsparse.pruners import ALPS, PRUNERS, DSnoT, Magnitude, Pruned, Pruner, SparseGPT, Wanda, workspace_of
 from llmsparse.sparsity.patterns import Pattern, Scope
 from llmsparse.sparsity.stats import Gram, Statistic
@@ -105,3 +107,16 @@ def test_alps_keeps_inverses_only_where_they_are_shared() -> None:
 def test_swapping_composes_with_the_method_it_starts_from() -> None:
     assert DSnoT(SparseGPT()).workspace(10, 1000) == SparseGPT().workspace(10, 1000)
     assert DSnoT(Wanda()).workspace(10, 1000) == DSnoT(Magnitude()).workspace(10, 1000) > Wanda().workspace(10, 1000)
+
+
+def test_a_plan_of_several_processes_holds_less_in_each(wide_llama: Path, tokens: Path, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {
+        "model": str(wide_llama),
+        "calibration": str(tokens),
+        "method": "sparsegpt",
+        "device": "cpu",
+    }
+    plan = llmsparse.plan(**keys, sparsity=0.5, match_steps=0, output=str(tmp_path / "out"), calibration_samples=6)
+    one, two, four = (plan.of_processes(size).memory_bytes() for size in (1, 2, 4))
+    assert one == plan.memory_bytes() >= two >= four
+    assert one > four, "fewer windows, and fewer partial sums of a statistic"

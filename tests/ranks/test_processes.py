@@ -8,7 +8,10 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
+import torch
+from architectures import save_random, tiny_config
 from forked import Forked
+from safetensors.torch import load_file, save_file
 
 from llmsparse.cli.app import main
 from tests.result_files import files
@@ -70,6 +73,21 @@ def test_a_measurement_and_few_bits_are_shared_too(
         perplexity = json.loads(ended[0].out[ended[0].out.index("{") :])
         said[size] = perplexity["perplexity"], perplexity["tokens"], tensors(out)
     assert said[1] == said[2]
+
+
+@pytest.mark.slow
+def test_the_sums_of_experts_are_those_of_one_process(forked: Forked, tmp_path: Path) -> None:
+    model = save_random(tiny_config("mixtral"), tmp_path / "mixture")
+    ids = torch.randint(0, 64, (20, 16), generator=torch.Generator().manual_seed(0))
+    save_file({"input_ids": ids}, tmp_path / "tokens.safetensors")
+    made: list[bytes] = []
+    for size in (1, 2, 3):
+        out = tmp_path / f"{size}.safetensors"
+        asked = ["scores", str(model), "-o", str(out), "--calibration", str(tmp_path / "tokens.safetensors")]
+        ended = forked.run(size, [*asked, "--calibration-samples", "18", "--batch-size", "1"])
+        assert [one.code for one in ended] == [0] * size, ended
+        made.append(b"".join(tensor.numpy().tobytes() for _, tensor in sorted(load_file(out).items())))
+    assert made[0] == made[1] == made[2] != b""
 
 
 def tensors(folder: Path) -> dict[str, bytes]:

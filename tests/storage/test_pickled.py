@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import llmsparse
+from llmsparse.cli.app import main
 from llmsparse.encodings.reader import open_checkpoint
 from llmsparse.errors import CheckpointError
 from llmsparse.storage.pickled import PickledReader
@@ -53,6 +54,26 @@ def test_pruning_it_gives_the_bytes_that_pruning_safetensors_gives(
         llmsparse.prune(model=str(source), output=str(tmp_path / f"out{number}"), **keys)
     one, other = (load_file(tmp_path / f"out{number}" / "model.safetensors") for number in range(2))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_inspect_generate_and_pack_read_it_too(
+    pickled: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pickled[1]
+    inspected = [llmsparse.inspect(str(source)).to_json()["weights"] for source in pickled]
+    one, other = ({row["name"]: row for row in rows} for rows in inspected)
+    assert one == other != {}
+    said = [llmsparse.generate(str(source), "a text", max_new_tokens=4, device="cpu").text for source in pickled]
+    assert said[0] == said[1]
+    for file in folder.glob("*.bin"):
+        tensors = torch.load(file, weights_only=True)
+        torch.save({key: tensor * (torch.rand(tensor.shape) < 0.3) for key, tensor in tensors.items()}, file)
+    assert main(["pack", str(folder), "-o", str(tmp_path / "packed"), "-q"]) == 0
+    assert main(["unpack", str(tmp_path / "packed"), "-o", str(tmp_path / "back"), "-q"]) == 0
+    back, stored = load_file(tmp_path / "back" / "model.safetensors"), open_checkpoint(folder)
+    assert set(stored.keys()) == back.keys() != set()
+    assert all(torch.equal(tensor, back[key]) for key, tensor in stored.read(stored.keys()).items())
+    assert capsys.readouterr().err == ""
 
 
 class Trap:

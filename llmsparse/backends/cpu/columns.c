@@ -32,7 +32,7 @@ struct rule {
 /* Columns that are added to the sums of a pass: four of them, and what each is multiplied by for every row of x. */
 struct columns {
     const char *values[FOUR], *next[FOUR]; /* of the first row of the pass; those of the four after these */
-    const uint32_t *masks[FOUR];
+    const uint32_t *masks[FOUR], *next_masks[FOUR];
     const float *x[FOUR];
 };
 #define PASS const struct columns *c, int64_t groups, float *sums, int64_t stride
@@ -167,10 +167,13 @@ static void add_up(const struct product *p, int64_t row, int64_t rows, float *su
             c.x[i] = p->x + (n + i) * MOST;
             if (w->masks) {
                 c.masks[i] = w->masks + column * groups_of(w->rows) + row / GROUP;
+                c.next_masks[i] = w->masks + after * groups_of(w->rows) + row / GROUP;
+                if (n + 3 * FOUR <= p->count) /* else the place of the next would be waited for */
+                    __builtin_prefetch(w->starts + p->counted[n + 2 * FOUR + i] * tiles + row / TILE);
                 c.values[i] = w->values + w->starts[column * tiles + row / TILE] * dtype;
                 c.next[i] = w->values + w->starts[after * tiles + row / TILE] * dtype;
             } else {
-                c.masks[i] = NULL;
+                c.masks[i] = c.next_masks[i] = NULL;
                 c.values[i] = w->values + (column * w->rows + row) * dtype;
                 c.next[i] = w->values + (after * w->rows + row) * dtype;
             }
@@ -190,6 +193,13 @@ static void add_up(const struct product *p, int64_t row, int64_t rows, float *su
     }
 }
 
+INLINE void write_out(const struct product *p, const float *sums, int64_t row, int64_t taken, int j, int pair, int dtype) {
+    for (int64_t r = 0; r < taken; r++) {
+        int64_t q = pair ? r & (2 * pair - 1) : 0, at = pair ? r - q + (q & 1) * pair + q / 2 : r;
+        put(p->y, j * p->w->rows + row + r, dtype, sums[at] + (p->bias ? get(p->bias, row + r, dtype) : 0));
+    }
+}
+
 static void multiply(const void *job, int64_t first, int64_t last) {
     const struct product *p = job;
     int64_t rows = p->w->rows, end = last * TILE < rows ? last * TILE : rows, pair = p->kernel->pair;
@@ -199,12 +209,11 @@ static void multiply(const void *job, int64_t first, int64_t last) {
         taken = end - row < most ? end - row : most;
         memset(sums, 0, sizeof sums);
         add_up(p, row, taken, sums, most);
-        for (int j = 0; j < p->m; j++)
-            for (int64_t r = 0; r < taken; r++) {
-                int64_t q = pair ? r % (2 * pair) : 0, at = pair ? r - q + (q & 1) * pair + q / 2 : r;
-                float bias = p->bias ? get(p->bias, row + r, p->w->dtype) : 0;
-                put(p->y, j * rows + row + r, p->w->dtype, sums[j * most + at] + bias);
-            }
+        for (int j = 0; j < p->m; j++) {
+            if (pair == 16) write_out(p, sums + j * most, row, taken, j, 16, BF16);
+            else if (pair) write_out(p, sums + j * most, row, taken, j, 8, BF16);
+            else write_out(p, sums + j * most, row, taken, j, 0, p->w->dtype);
+        }
     }
 }
 
@@ -224,24 +233,35 @@ static void share_out(void (*run)(const void *, int64_t, int64_t), const void *j
     else run(job, 0, tiles);
 }
 
-/* Which of the columns count for one row of x: bit j of `who`, and what they are multiplied by in `x` (columns, MOST). */
-static void count_in(const struct matrix *w, const struct rule *r, const void *row, int j, float *scores, float *x, uint8_t *who) {
-    for (int64_t i = 0; i < w->columns; i++) {
-        float moved = get(row, i, w->dtype);
-        if (r->centre) moved -= r->centre[i], moved = w->dtype == FP32 ? moved : widen(narrow(moved));
-        float size = moved < 0 ? -moved : moved;
-        x[i * MOST + j] = moved;
-        scores[i] = r->norms ? size * r->norms[i] : size;
-    }
-    float least = r->threshold;
-    if (r->keep > 0) {
-        for (int64_t i = 0; i < w->columns; i++) scores[i] += 0.0f; /* -0 would be the largest */
-        least = kth_largest(scores, w->columns, r->keep);
-    }
-    for (int64_t i = 0; i < w->columns; i++) {
-        int counts = r->keep < 0 ? !(scores[i] <= least) : r->keep > 0 && !(scores[i] < least);
-        who[i] |= (uint8_t)(counts << j);
-    }
+INLINE void score(const struct matrix *w, const struct rule *r, const void *row, float *restrict scores, float *restrict moved,
+                  int dtype) {
+    const float *norms = r->norms, *centre = r->centre;
+    int64_t columns = w->columns;
+    if (centre)
+        for (int64_t i = 0; i < columns; i++) {
+            float off = get(row, i, dtype) - centre[i];
+            moved[i] = dtype == FP32 ? off : widen(narrow(off));
+        }
+    else
+        for (int64_t i = 0; i < columns; i++) moved[i] = get(row, i, dtype);
+    if (norms)
+        for (int64_t i = 0; i < columns; i++) scores[i] = __builtin_fabsf(moved[i]) * norms[i];
+    else
+        for (int64_t i = 0; i < columns; i++) scores[i] = __builtin_fabsf(moved[i]);
+}
+
+/* Which of the columns count for row j of x: bit j of `who`, and in `moved` what they are multiplied by. */
+static void count_in(const struct matrix *w, const struct rule *r, const void *row, int j, float *scores, float *moved,
+                     uint8_t *restrict who) {
+    if (w->dtype == BF16) score(w, r, row, scores, moved, BF16);
+    else score(w, r, row, scores, moved, FP32);
+    float least = r->keep > 0 ? kth_largest(scores, w->columns, r->keep) : r->threshold;
+    uint8_t bit = (uint8_t)(1 << j);
+    int64_t columns = w->columns;
+    if (r->keep < 0)
+        for (int64_t i = 0; i < columns; i++) who[i] |= scores[i] <= least ? 0 : bit;
+    else if (r->keep)
+        for (int64_t i = 0; i < columns; i++) who[i] |= scores[i] < least ? 0 : bit;
 }
 
 /* y (m, rows) = Cut(x) (m, columns) · Wᵀ + bias (rows) or NULL, all of W's dtype; m at most MOST. How many columns were read, or
@@ -249,19 +269,18 @@ static void count_in(const struct matrix *w, const struct rule *r, const void *r
 int64_t columns_product(const struct matrix *w, const struct rule *r, int32_t k, const void *x, int32_t m, const void *bias,
                         void *y, int32_t threads) {
     size_t columns = (size_t)w->columns;
-    float *scores = malloc((2 * columns + FOUR) * MOST * sizeof *scores + columns * sizeof *scores + 64);
+    float *scores = malloc(((1 + (size_t)m) * columns + (columns + FOUR) * MOST) * sizeof *scores);
     int32_t *counted = malloc((columns + FOUR) * sizeof *counted);
     uint8_t *who = calloc(columns + 1, 1);
     int64_t count = 0, read = -1;
     if (scores && counted && who) {
-        float *moved = scores + columns, *ready = moved + columns * MOST;
+        float *moved = scores + columns, *ready = moved + (size_t)m * columns;
         for (int j = 0; j < m; j++)
-            count_in(w, r, (const char *)x + (int64_t)j * w->columns * w->dtype, j, scores, moved, who);
-        for (int64_t i = 0; i < w->columns; i++)
-            if (who[i]) {
-                for (int j = 0; j < MOST; j++) ready[count * MOST + j] = j < m && who[i] >> j & 1 ? moved[i * MOST + j] : 0;
-                counted[count++] = (int32_t)i;
-            }
+            count_in(w, r, (const char *)x + (int64_t)j * w->columns * w->dtype, j, scores, moved + (size_t)j * columns, who);
+        for (int64_t i = 0; i < w->columns; i++) counted[count] = (int32_t)i, count += who[i] != 0;
+        for (int64_t n = 0; n < count; n++)
+            for (int j = 0; j < m; j++)
+                ready[n * MOST + j] = who[counted[n]] >> j & 1 ? moved[(size_t)j * columns + (size_t)counted[n]] : 0;
         read = count;
         for (; count % FOUR; count++) {
             counted[count] = counted[read - 1];

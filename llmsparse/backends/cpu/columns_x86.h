@@ -7,25 +7,29 @@
 
 #define WITH_VBMI2 __attribute__((target("avx512f,avx512bw,avx512vbmi2,popcnt")))
 
-#define AVX512_PASS(name, target, BYTES, PACKED, ...)                                                              \
+#define AVX512_PASS(name, target, BYTES, EVERY, ...)                                                               \
     target INLINE void name(PASS, int m) {                                                                         \
         const char *p[FOUR];                                                                                       \
+        const uint32_t *masks[FOUR];                                                                               \
+        int64_t ahead[FOUR], next_masks[FOUR]; /* all of it copied: what is written to sums could be any of these to the compiler */ \
         __m512 x[MOST][FOUR];                                                                                      \
-        for (int i = 0; i < FOUR; i++) {                                                                           \
-            p[i] = c->values[i];                                                                                   \
+        UNROLL for (int i = 0; i < FOUR; i++) {                                                                    \
+            p[i] = c->values[i], masks[i] = c->masks[i], ahead[i] = c->next[i] - c->values[i];                     \
+            next_masks[i] = c->next_masks[i] - c->masks[i];                                                        \
             for (int j = 0; j < m; j++) x[j][i] = _mm512_set1_ps(c->x[i][j]);                                      \
         }                                                                                                          \
         for (int64_t g = 0; g < groups; g++) {                                                                     \
             float *to = sums + g * GROUP;                                                                          \
             __m512 low[MOST], high[MOST];                                                                          \
+            if ((EVERY) > 1 && g % 16 == 0)                                                                        \
+                UNROLL for (int i = 0; i < FOUR; i++) _mm_prefetch((const char *)(masks[i] + next_masks[i] + g), _MM_HINT_T0); \
+            if (g % (EVERY) == 0)                                                                                  \
+                UNROLL for (int i = 0; i < FOUR; i++)                                                              \
+                    UNROLL for (int l = 0; l < (BYTES) / 2; l++) _mm_prefetch(p[i] + ahead[i] + 64 * l, _MM_HINT_T0); \
             UNROLL for (int j = 0; j < m; j++)                                                                     \
                 low[j] = _mm512_load_ps(to + j * stride), high[j] = _mm512_load_ps(to + j * stride + 16);          \
             UNROLL for (int i = 0; i < FOUR; i++) {                                                                \
                 __m512 one, other;                                                                                 \
-                const char *ahead = c->next[i] + (p[i] - c->values[i]);                                            \
-                for (int l = 0; l < (BYTES) / 2; l++) _mm_prefetch(ahead + 64 * l, _MM_HINT_T0);                   \
-                uint32_t mask = PACKED ? c->masks[i][g] : 0;                                                       \
-                (void)mask;                                                                                        \
                 __VA_ARGS__                                                                                        \
                 UNROLL for (int j = 0; j < m; j++)                                                                 \
                     low[j] = _mm512_fmadd_ps(one, x[j][i], low[j]), high[j] = _mm512_fmadd_ps(other, x[j][i], high[j]); \
@@ -33,6 +37,7 @@
             UNROLL for (int j = 0; j < m; j++)                                                                     \
                 _mm512_store_ps(to + j * stride, low[j]), _mm512_store_ps(to + j * stride + 16, high[j]);          \
         }                                                                                                          \
+        (void)masks, (void)next_masks;                                                                                               \
     }                                                                                                              \
     FOR_EACH_M(name, target)
 
@@ -52,21 +57,23 @@ WITH_AVX512F INLINE __m512 expand_fp32(const void *p, uint32_t mask) {
     one = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));                           \
     other = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32((int)0xffff0000)));
 
-AVX512_PASS(avx512_bf16, WITH_AVX512F, BF16, 0, {
+AVX512_PASS(avx512_bf16, WITH_AVX512F, BF16, 1, {
     __m512i v = _mm512_loadu_si512(p[i]);
     WIDEN(v)
     p[i] += GROUP * BF16;
 })
-AVX512_PASS(avx512_fp32, WITH_AVX512F, FP32, 0, {
+AVX512_PASS(avx512_fp32, WITH_AVX512F, FP32, 1, {
     one = _mm512_loadu_ps(p[i]), other = _mm512_loadu_ps(p[i] + 64);
     p[i] += GROUP * FP32;
 })
-AVX512_PASS(vbmi2_bf16, WITH_VBMI2, BF16, 1, {
+AVX512_PASS(vbmi2_bf16, WITH_VBMI2, BF16, 2, {
+    uint32_t mask = masks[i][g];
     __m512i v = expand_bf16(p[i], mask);
     WIDEN(v)
     p[i] += __builtin_popcount(mask) * BF16;
 })
 AVX512_PASS(avx512_packed_fp32, WITH_AVX512F, FP32, 1, {
+    uint32_t mask = masks[i][g];
     int first = __builtin_popcount(mask & 0xffff);
     one = expand_fp32(p[i], mask & 0xffff), other = expand_fp32(p[i] + first * FP32, mask >> 16);
     p[i] += (first + __builtin_popcount(mask >> 16)) * FP32;

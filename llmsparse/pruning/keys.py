@@ -36,8 +36,7 @@ KEYS = {  # of every key but model and rules, by group
             "Leave what is 0 already at 0, whatever the method: to prune a sparse model further.", kind=bool
         ),
         "refine": Key(
-            "none: the method's mask stays; swaps: the best swaps in it; fading: weights go one by one while a block is matched; "
-            "auto: as the effort has it.",
+            "What betters the mask: none, swaps or fading (weights go a few at a time); auto: as the effort has it.",
             "auto",
             "HOW",
         ),

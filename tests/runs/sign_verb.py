@@ -21,6 +21,7 @@ class SignRecipe(RunRecipe):
     output: PathText = "signs"
     calibration: Texts = "builtin"
     text_field: str | None = None
+    bos: None = None
     calibration_samples: Count = 8
     seq_len: Count | None = None
     batch_size: Count | None = None
@@ -37,7 +38,7 @@ class SignRecipe(RunRecipe):
 class SignPlan(RunPlan[SignRecipe]):
     tensors = cached_property(lambda self: {k: (s.shape, s.dtype) for k in self.reader for s in [self.reader.spec(k)]})
     weights = cached_property(
-        lambda self: [w for n in range(len(self.model.block_names)) for w in self.model.weights(n)]
+        lambda self: [w for n, _ in enumerate(self.model.block_names) for w in self.model.weights(n)]
     )
     copied = cached_property(lambda self: [k for k in self.reader if k not in {w.key for w in self.weights}])
     memory_bytes = lambda self: 2 * self.reader.nbytes  # noqa: E731

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 from llmsparse.runs.keys import CALIBRATION, MACHINE, MAX_SHARD_SIZE, Key
@@ -37,9 +38,7 @@ class SignRecipe(RunRecipe):
 
 class SignPlan(RunPlan[SignRecipe]):
     tensors = cached_property(lambda self: {k: (s.shape, s.dtype) for k in self.reader for s in [self.reader.spec(k)]})
-    weights = cached_property(
-        lambda self: [w for n, _ in enumerate(self.model.block_names) for w in self.model.weights(n)]
-    )
+    weights = cached_property(lambda self: list(chain(*map(self.model.weights, range(len(self.model.block_names))))))
     copied = cached_property(lambda self: [k for k in self.reader if k not in {w.key for w in self.weights}])
     memory_bytes = lambda self: 2 * self.reader.nbytes  # noqa: E731
     rows = lambda self, plan: {"model": plan["model"], "signs": f"{len(self.weights)} weights"}  # noqa: E731

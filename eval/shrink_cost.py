@@ -83,16 +83,13 @@ def main() -> None:
         ids = torch.randint(0, 1024, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
         save_file({"input_ids": ids}, room / "tokens.safetensors")
         common: dict[str, Any] = {"calibration": str(room / "tokens.safetensors"), "calibration_samples": SAMPLES}
-        common |= {
-            "device": "cpu",
-            "dtype": "bfloat16",
-            "overwrite": True,
-            "output": str(room / "out"),
-        }
+        common |= {"device": "cpu", "dtype": "bfloat16", "overwrite": True}
+        halved = common | {"experts": "50%", "output": str(room / "half")}
+        scored = common | {"output": str(room / "scores.safetensors")}
         runs: dict[str, Callable[[str], object]] = {
-            "scores": lambda model: llmsparse.scores(model=model, **common),
-            "shrink": lambda model: llmsparse.shrink(model=model, experts="50%", refit=False, **common),
-            "shrink, refit": lambda model: llmsparse.shrink(model=model, experts="50%", refit=True, **common),
+            "scores": lambda model: llmsparse.scores(model=model, **scored),
+            "shrink": lambda model: llmsparse.shrink(model=model, refit=False, **halved),
+            "shrink, refit": lambda model: llmsparse.shrink(model=model, refit=True, **halved),
         }
         for _ in range(args.repeats):
             seconds["forward"].append(forward(few, ids) / args.blocks)

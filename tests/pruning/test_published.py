@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from eval.reference import OFFICIAL, TARGETS, measure
+from llmsparse.pruning.effort import EffortName
 
 pytestmark = [
     pytest.mark.slow,
@@ -44,7 +45,7 @@ def test_dsnot_improves_on_the_wanda_mask_it_starts_from(target: str, ratio: flo
 
 
 @pytest.mark.parametrize(
-    ("method", "target", "bound"), [("sparsegpt", "0.7", 25.0), ("sparsegpt", "2:4", 11.0), ("alps", "0.7", 21.0)]
+    ("effort", "target", "bound"), [("default", "0.7", 12.5), ("default", "2:4", 9.5), ("best", "0.7", 11.5)]
 )
-def test_block_matching_gives_most_of_the_loss_back(method: str, target: str, bound: float, data: Path) -> None:
-    assert measure(data, method, target, match_steps=300).perplexity <= bound
+def test_block_matching_gives_most_of_the_loss_back(effort: EffortName, target: str, bound: float, data: Path) -> None:
+    assert measure(data, "sparsegpt", target, effort).perplexity <= bound

@@ -17,9 +17,7 @@ from llmsparse.text.shares import Sources, holds_tokens
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 LEAST_TOKENS = 512  # enough for products at full speed on a CPU ...
-BATCH_NUMBERS_ON_CPU = (
-    1 << 20
-)  # ... so wide models get small batches: a block's first one is run once more than the others
+BATCH_NUMBERS_ON_CPU = 1 << 20  # ... so wide models get small batches: a block's first one is run once more
 DEFAULT_WINDOW = 2048
 
 

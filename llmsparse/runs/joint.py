@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 from llmsparse.errors import RecipeError
 from llmsparse.ranks.group import Ranks
 from llmsparse.ranks.launch import joined
-from llmsparse.runs.fingerprint import spell_differences
+from llmsparse.runs.differences import spell_differences
 from llmsparse.runs.plan import RunPlan
 
 Asked = TypeVar("Asked", contravariant=True)

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from llmsparse.errors import CheckpointError, RecipeError
-from llmsparse.runs.fingerprint import spell_differences
+from llmsparse.runs.differences import spell_differences
 from llmsparse.runs.lock import Lock
 from llmsparse.runs.recipe import refuse_both
 from llmsparse.storage.disk import disk_error, fsync, replace_file

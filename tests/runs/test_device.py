@@ -49,7 +49,8 @@ def test_a_window_is_2048_tokens_or_the_models_maximum() -> None:
 
 def test_batches_hold_a_few_thousand_tokens_and_keep_every_window() -> None:
     ids = torch.arange(10 * 512).view(10, 512)
-    assert [len(batch) for batch in split_batches(ids, None, CPU, 64)] == [4, 4, 2]
+    assert [len(batch) for batch in split_batches(ids, None, CPU, 64)] == [2] * 5
+    assert [len(batch) for batch in split_batches(ids, None, torch.device("cuda"), 64)] == [10]
     assert [len(batch) for batch in split_batches(ids, 3, CPU, 64)] == [3, 3, 3, 1]
     assert torch.equal(torch.cat(split_batches(ids, None, CPU, 64)), ids)
     assert split_batches(ids[:0], None, CPU, 64) == []

@@ -31,7 +31,8 @@ def pickled(tmp_path: Path, tiny_llama: Callable[..., Path]) -> tuple[Path, Path
     weight_map = {key: f"pytorch_model-{number % 2}.bin" for number, key in enumerate(tensors)}
     for name in set(weight_map.values()):
         torch.save({key: tensors[key] for key in tensors if weight_map[key] == name}, folder / name)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    index = {"metadata": {}, "weight_map": weight_map}  # transformers reads both
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     return plain, folder
 
 

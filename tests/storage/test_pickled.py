@@ -69,6 +69,7 @@ def test_inspect_generate_and_pack_read_it_too(
     for file in folder.glob("*.bin"):
         tensors = torch.load(file, weights_only=True)
         torch.save({key: tensor * (torch.rand(tensor.shape) < 0.3) for key, tensor in tensors.items()}, file)
+    capsys.readouterr()
     assert main(["pack", str(folder), "-o", str(tmp_path / "packed"), "-q"]) == 0
     assert main(["unpack", str(tmp_path / "packed"), "-o", str(tmp_path / "back"), "-q"]) == 0
     back, stored = load_file(tmp_path / "back" / "model.safetensors"), open_checkpoint(folder)

@@ -29,6 +29,8 @@ RUNS: dict[str, list[Kill]] = {
     "prune to packed": JOURNAL,
     "factorize": JOURNAL,
     "shrink": JOURNAL,
+    "quantize": JOURNAL,
+    "activations": JOURNAL,
     "tune": [("tuning.pt", 2), ("tuning.pt", 2)],
     "pack": [("llmsparse_packed.json", 1)],
 }
@@ -103,6 +105,10 @@ def case_of(
             return {"model": str(sparse), "max_shard_size": "40KB"}
         if name == "shrink":
             return {"model": dense, "ffn": "75%", "heads": "50%", **windows}
+        if name == "quantize":
+            return {"model": dense, "bits": 2.5, "match_steps": 4, **windows}
+        if name == "activations":
+            return {"model": dense, "sparsity": 0.5, **windows}
         prune = {"model": dense, "format": "packed" if "packed" in name else "dense", **PRUNE, **windows}
         return factorize if name == "factorize" else prune
 

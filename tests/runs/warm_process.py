@@ -66,7 +66,8 @@ def main() -> None:
 
     import llmsparse
 
-    verbs = {name: getattr(llmsparse, name) for name in ("prune", "factorize", "shrink", "tune", "pack")}
+    names = ("prune", "factorize", "shrink", "quantize", "activations", "tune", "pack")
+    verbs = {name: getattr(llmsparse, name) for name in names}
     torch.set_num_threads(1)
     torch.autograd.set_multithreading_enabled(False)
     answers = os.dup(1)

@@ -32,7 +32,10 @@ for number, keys in enumerate(json.loads(runs)):
     release_freed()
     print(json.dumps([estimate, peak]))
 """
-QUICK = {"alps": {"name": "alps", "max_iterations": 3, "solve_iterations": 2}}  # what takes time takes no memory
+QUICK = {  # what takes time takes no memory
+    "alps": {"name": "alps", "max_iterations": 3, "solve_iterations": 2},
+    "swaps": {"name": "swaps", "swaps": 2, "solve_iterations": 2},
+}
 HALF = {"sparsity": 0.5}
 RUNS = {
     name: [HALF | {"method": QUICK.get(name, name), "match_steps": steps} for steps in (0, 1)] for name in PRUNERS

@@ -1,6 +1,6 @@
 """What accelerate remembers for the whole process, put aside while a run uses accelerate itself."""
 
-# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false, reportPrivateUsage=false
 from __future__ import annotations
 
 from collections.abc import Generator

@@ -28,7 +28,7 @@ def activations(
     """Choose what a model leaves out of its activations, as an ActivationsRecipe says, or a model and keys of one:
     `activations("…", sparsity=0.5)`. The new folder holds the same weights.
 
-    The run writes `<output>.partial`, renamed when all is done; `resume` takes up one that was interrupted and gives
+    The run writes `<output>.partial`, renamed when all is done; `resume` takes up one that was interrupted, on a CPU to
     the same bytes. Raises a LlmsparseError of one line.
     """
     plan = make_plan(from_arguments(ActivationsRecipe, recipe, keys), resume=resume, overwrite=overwrite)

@@ -32,7 +32,7 @@ def factorize(
     """Write a dense model as a mixture of experts, as a FactorizeRecipe says, or a model and keys of one:
     `factorize("…", experts=16)`.
 
-    The run writes `<output>.partial`, renamed when all is done; `resume` takes up one that was interrupted and gives
+    The run writes `<output>.partial`, renamed when all is done; `resume` takes up one that was interrupted, on a CPU to
     the same bytes. Raises a LlmsparseError of one line.
     """
     plan = make_plan(from_arguments(FactorizeRecipe, recipe, keys), resume=resume, overwrite=overwrite)

@@ -31,7 +31,7 @@ def prune(
 ) -> PruneReport:
     """Prune a checkpoint into a new folder, as a PruneRecipe says, or a model and keys of one: `prune("…", sparsity=0.7)`.
 
-    The run writes `<output>.partial`, renamed when all is done; `resume` takes up one that was interrupted and gives
+    The run writes `<output>.partial`, renamed when all is done; `resume` takes up one that was interrupted, on a CPU to
     the same bytes. Format packed is made from the dense checkpoint, which lies in the run's state until then. Raises a
     LlmsparseError of one line.
     """

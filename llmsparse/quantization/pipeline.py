@@ -27,7 +27,7 @@ def quantize(
     """Quantize a checkpoint into a new packed folder, as a QuantizeRecipe says, or a model and keys of one:
     `quantize("…", bits=2.5)`.
 
-    The run writes `<output>.partial`, renamed when all is done; `resume` takes up one that was interrupted and gives
+    The run writes `<output>.partial`, renamed when all is done; `resume` takes up one that was interrupted, on a CPU to
     the same bytes. The numbers, a byte a weight, lie in the run's state until then. Raises a LlmsparseError of one line.
     """
     plan = make_plan(from_arguments(QuantizeRecipe, recipe, keys), resume=resume, overwrite=overwrite)

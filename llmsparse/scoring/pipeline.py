@@ -33,7 +33,7 @@ def scores(
     """Measure a mixture's experts, as a ScoresRecipe says, or a model and keys of one: `scores("…", output="s.safetensors")`.
 
     The run writes `<output>.partial/`, whose one file gets its name when all is done; `resume` takes up one that was
-    interrupted and gives the same bytes. Raises a LlmsparseError of one line.
+    interrupted, on a CPU to the same bytes. Raises a LlmsparseError of one line.
     """
     plan = make_plan(from_arguments(ScoresRecipe, recipe, keys), resume=resume, overwrite=overwrite)
     with Run(plan, progress, resume=resume, overwrite=overwrite) as run:

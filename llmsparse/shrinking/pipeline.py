@@ -35,7 +35,7 @@ def shrink(
     """Write a smaller model of the same kind, as a ShrinkRecipe says, or a model and keys of one:
     `shrink("…", experts="75%")`.
 
-    The run writes `<output>.partial`, renamed when all is done; `resume` takes up one that was interrupted and gives
+    The run writes `<output>.partial`, renamed when all is done; `resume` takes up one that was interrupted, on a CPU to
     the same bytes. Raises a LlmsparseError of one line.
     """
     planned = make_plan(from_arguments(ShrinkRecipe, recipe, keys), resume=resume, overwrite=overwrite)

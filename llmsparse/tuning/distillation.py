@@ -3,7 +3,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,17 +28,22 @@ class ForwardOfBoth(NamedTuple):
 
 
 class Recording:
-    """Inputs and outputs of some modules in their last forward."""
+    """What `keep` makes of the input and output of some modules in their last forward, until it is taken."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.inputs: list[Any] = [None] * len(modules)
-        self.outputs: list[Any] = [None] * len(modules)
+    def __init__(self, modules: Sequence[nn.Module], keep: Callable[[Tensor, Any], Any]) -> None:
+        self.kept: list[Any] = [None] * len(modules)
+        self._keep = keep
         for index, module in enumerate(modules):
             module.register_forward_hook(self._note(index))
 
+    def take(self) -> list[Any]:
+        """Of each module; held here no longer, so that a graph lives no longer than the losses made of it."""
+        taken, self.kept = self.kept, [None] * len(self.kept)
+        return taken
+
     def _note(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.inputs[index], self.outputs[index] = args[0], output
+            self.kept[index] = self._keep(args[0], output)
 
         return hook
 
@@ -49,9 +54,13 @@ class Distillation:
     def __init__(self, student: Any, teacher: Any, mixtures: list[Mixture], numbers: list[int]) -> None:
         self.student, self.teacher, self.mixtures = student, teacher, mixtures
         blocks = find_blocks(teacher)[1]
-        self._dense = Recording([blocks[number].get_submodule("mlp") for number in numbers])
-        self._mixed = Recording([mixture.module for mixture in mixtures])
-        self._gates = Recording([mixture.gate for mixture in mixtures])
+        gates = [mixture.gate for mixture in mixtures]
+        self._dense = Recording(
+            [blocks[number].get_submodule("mlp") for number in numbers], lambda x, y: (_flat(x), _flat(y))
+        )
+        self._mixed = Recording([mixture.module for mixture in mixtures], lambda x, y: _flat(y))
+        self._logits = Recording(gates, lambda x, scored: scored[0])
+        self._chosen = Recording(gates, lambda x, scored: scored[2])  # numbers of experts, no part of a graph
 
     def teach(self, ids: Tensor) -> Tensor:
         """The teacher's logits for ids (batch, tokens)."""
@@ -61,24 +70,23 @@ class Distillation:
     def sharpen(self, ids: Tensor) -> None:
         """Set the scale of all routers' scores by what enters the teacher's FFNs for ids (batch, tokens)."""
         self.teach(ids)
-        for mixture, x in zip(self.mixtures, self._dense.inputs, strict=True):
-            mixture.sharpen(_flat(x))
+        for mixture, (x, _) in zip(self.mixtures, self._dense.take(), strict=True):
+            mixture.sharpen(x)
 
     def see(self, ids: Tensor) -> ForwardOfBoth:
         """Both models on ids (batch, tokens); gradients reach the student alone."""
         taught = self.teach(ids)
         said = self.student(input_ids=ids, use_cache=False).logits
-        entered, wanted = ([_flat(one) for one in seen] for seen in (self._dense.inputs, self._dense.outputs))
-        logits, _, chosen = zip(*self._gates.outputs, strict=True)
+        entered, wanted = zip(*self._dense.take(), strict=True)
         return ForwardOfBoth(
-            said, taught, entered, wanted, [_flat(one) for one in self._mixed.outputs], [*logits], [*chosen]
+            said, taught, [*entered], [*wanted], self._mixed.take(), self._logits.take(), self._chosen.kept
         )
 
     def loads(self) -> list[Tensor]:
         """Of the student's last forward, how many tokens each routed expert ran for: (routed,) int64 a mixture."""
         return [
-            output[2].flatten().bincount(minlength=mixture.routed).cpu()
-            for mixture, output in zip(self.mixtures, self._gates.outputs, strict=True)
+            chosen.flatten().bincount(minlength=mixture.routed).cpu()
+            for mixture, chosen in zip(self.mixtures, self._chosen.kept, strict=True)
         ]
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.nn.utils import parametrize
 
@@ -49,8 +48,7 @@ class History:
 
 
 def engine(plan: TunePlan) -> Accelerator:
-    """accelerate for this run; as transformers' own Trainer does, whatever an earlier one of this process left goes."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    """accelerate for this run, which nothing else of this process uses meanwhile (accelerate_set_aside)."""
     if plan.device.type == "cuda":
         torch.cuda.set_device(plan.device)
     accelerator = Accelerator(

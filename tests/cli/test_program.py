@@ -52,7 +52,7 @@ def test_a_program_that_never_imports_llmsparse_loads_a_packed_folder(way: str, 
 
 
 @pytest.mark.slow
-def test_without_it_no_program_gets_random_weights_and_the_config_names_the_way(packed: Path, tmp_path: Path) -> None:
+def test_without_it_a_program_ends_in_an_error_and_the_folder_names_the_way(packed: Path, tmp_path: Path) -> None:
     (tmp_path / "loads.py").write_text(LOADS)
     done = run(sys.executable, str(tmp_path / "loads.py"), str(packed))
     assert done.returncode == 1 and "Unknown quantization type, got llmsparse" in done.stderr

@@ -189,3 +189,26 @@ def test_what_was_looked_at_is_what_is_fetched_whatever_is_pushed_in_between(
     for file in hub.folder.glob("*.safetensors"):
         assert (Path(fetched) / file.name).read_bytes() == file.read_bytes()
         assert (Path(newest) / file.name).read_bytes() != file.read_bytes()
+
+
+def test_a_plan_of_tuning_fetches_headers_of_both_models(hub: Hub, tmp_path: Path, text: str) -> None:
+    (tmp_path / "notes.txt").write_text(text[:20_000], encoding="utf-8")
+    small = {"calibration_samples": 16, "seq_len": 32, "router_steps": 2, "experts": 4, "shared": 1, "active": 1}
+    llmsparse.factorize(
+        model=str(hub.folder),
+        output=str(tmp_path / "moe"),
+        calibration=str(tmp_path / "notes.txt"),
+        device="cpu",
+        **small,
+    )
+    tune = ["tune", "moe", "-o", "out", "--text", "notes.txt", "--steps", "2", "--seq-len", "32", "--device", "cpu"]
+    planned, unlike = hub.llmsparse(
+        [*tune, "--teacher", MODEL, "--dry-run", "--json"],
+        ["tune", MODEL, *tune[2:], "--teacher", MODEL],
+    )
+    assert planned[0] == 0, planned[2]
+    plan: dict[str, Any] = json.loads(planned[1])
+    assert plan["memory_bytes"] > 0
+    assert unlike[0] == 2, unlike
+    assert hub.weight_bytes < sum(file.stat().st_size for file in hub.folder.glob("*.safetensors")) / 2
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

@@ -17,6 +17,9 @@ import torch
 
 import llmsparse
 from llmsparse.pruners import ALPS, PRUNERS, DSnoT, Magnitude, Pruned, Pruner, SparseGPT, Wanda, workspace_of
+from llmsparse.pruning.recipe import PruneRecipe
+from llmsparse.quantization.recipe import QuantizeRecipe
+from llmsparse.runs.recipe import RunRecipe
 from llmsparse.sparsity.patterns import Pattern, Scope
 from llmsparse.sparsity.stats import Gram, Statistic
 
@@ -123,3 +126,17 @@ def test_a_plan_of_several_processes_holds_less_in_each(wide_llama: Path, tokens
     one, two, four = (plan.of_processes(size).memory_bytes() for size in (1, 2, 4))
     assert one == plan.memory_bytes() >= two >= four
     assert one > four, "fewer windows, and fewer partial sums of a statistic"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "keys"), [(PruneRecipe, {"method": "sparsegpt", "sparsity": 0.5}), (QuantizeRecipe, {"bits": 3})]
+)
+def test_what_statistics_may_take_is_decided_once_a_run(
+    recipe: type[RunRecipe], keys: dict[str, Any], tiny_llama: Callable[..., Path], tokens: Path, tmp_path: Path
+) -> None:
+    """Asked anew for every input it would shrink by what the run itself holds, and more passes would be made."""
+    keys = keys | {"calibration": str(tokens), "calibration_samples": 4, "device": "cpu"}
+    plan: Any = llmsparse.plan(recipe(model=str(tiny_llama(tmp_path / "model")), output=str(tmp_path / "out"), **keys))
+    budget = plan.options.statistics_budget
+    held = torch.ones(2**26)
+    assert plan.options.statistics_budget == budget > 0, held.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,3 +139,19 @@ def test_the_router_is_judged_on_what_enters_the_teachers_ffn(ready: SimpleNames
     handle.remove()
     assert torch.equal(seen.entered[1], entered[0].flatten(0, 1))
     assert torch.equal(seen.wanted[1], block.mlp(entered[0]).flatten(0, 1))
+
+
+def test_no_graph_lives_longer_than_the_losses_made_of_it(ready: SimpleNamespace) -> None:
+    """Held-out text is measured right behind a step: what the hooks still held of it would lie beside that."""
+
+    def parts_of_graphs() -> int:
+        gc.collect()
+        return sum(type(one) is Tensor and one.grad_fn is not None for one in gc.get_objects())
+
+    before = parts_of_graphs()
+    terms = losses(ready.distillation, ready.ids, ready.plan)
+    assert parts_of_graphs() > before
+    del terms
+    assert parts_of_graphs() == before
+    ran = [int(load.sum()) for load in ready.distillation.loads()]
+    assert ran == [ready.ids.numel() * mixture.active for mixture in ready.distillation.mixtures]

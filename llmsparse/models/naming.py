@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+MATRIX_NAMES = {"weight", "bias"}  # of a module that is one matrix: what owns it is the module around
+
+
 @dataclass
 class Group:
     """Tensors of the checkpoint that become module tensors together."""
@@ -180,3 +183,9 @@ def in_block(name: str, blocks: str) -> int | None:
     """The number of the block that a module tensor belongs to, `blocks` being the name of their list."""
     match = re.match(rf"{re.escape(blocks)}\.(\d+)\.", name)
     return int(match[1]) if match else None
+
+
+def owner(name: str) -> str:
+    """The module that a parameter is a part of: `mlp` for mlp.down_proj.weight, mlp.experts for mlp.experts.down_proj."""
+    path = name.split(".")
+    return ".".join(path[: -2 if path[-1] in MATRIX_NAMES else -1])

@@ -10,7 +10,7 @@ language model, and what text does not run is never read.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,20 @@ class StreamedModel:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every parameter and saved buffer of the module, by name."""
         return {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
+
+    @property
+    def laid_out(self) -> dict[str, bool]:
+        """Every parameter that activations are multiplied with → laid out (in, out); in the order of a block's calls."""
+        return dict(self._outline.transposed)
+
+    def keys_of(self, names: Collection[str]) -> list[str]:
+        """On-disk keys of all that is read and written together with these module tensors."""
+        return [
+            key
+            for group in self.naming.groups.values()
+            if not set(names).isdisjoint(group.targets)
+            for key in group.keys
+        ]
 
     @property
     def parts(self) -> list[str]:

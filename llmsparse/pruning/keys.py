@@ -19,6 +19,7 @@ KEYS = {  # of every key but model and rules, by group
         "scope": Key(
             "row or matrix: what an unstructured sparsity counts over; auto: as the method has it.", "auto", "SCOPE"
         ),
+        "permute": Key("auto: at N:M, reorder inputs where the order folds away; off: leave them.", "off", "HOW"),
         "allocation": Key(
             "auto, uniform, owl, dlp, lsa, alphapruning, er, erk or search: which share of the zeros each unit gets.",
             "auto",

@@ -28,6 +28,7 @@ from llmsparse.pruning.duration import default_match_steps, seconds_by_effort, s
 from llmsparse.pruning.effort import EFFORTS, UNIFORM_UP_TO
 from llmsparse.pruning.memory import peak_bytes
 from llmsparse.pruning.options import PruneOptions
+from llmsparse.pruning.permutation.fold import Fold, folds_of
 from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.pruning.selection import Choice, choose_weights
 from llmsparse.runs.device import split_batches
@@ -121,8 +122,15 @@ class PrunePlan(RunPlan[PruneRecipe]):
         return levels_of(self.units[0].choices[0].pattern, mixed)
 
     @cached_property
+    def folds(self) -> dict[str, list[Fold]]:
+        """Block → matrices whose inputs may be reordered; nothing where they are left as they are."""
+        return folds_of(self.model, self.choices) if self.recipe.permute == "auto" else {}
+
+    @cached_property
     def selected_keys(self) -> set[str]:
-        return {choice.weight.key for choices in self.choices.values() for choice in choices}
+        """Of what is made, and not copied."""
+        moved = {key for folds in self.folds.values() for fold in folds for key in fold.keys}
+        return moved | {choice.weight.key for choices in self.choices.values() for choice in choices}
 
     @cached_property
     def copied(self) -> list[str]:
@@ -147,6 +155,7 @@ class PrunePlan(RunPlan[PruneRecipe]):
             match_steps=self.match_steps,
             fading=self.fading,
             model=self.model,
+            folds=self.folds,
             true_sequential=self.recipe.true_sequential,
             keep_zeros=self.recipe.keep_zeros,
             calibration_tokens=self.windows.ids.numel(),
@@ -179,6 +188,7 @@ class PrunePlan(RunPlan[PruneRecipe]):
             "match_steps": self.match_steps,
             "refine": self.refinement,
             "seconds": seconds_by_effort(self),
+            **({"permute": self._may_fold} if self.folds else {}),
         }
 
     def rows(self, plan: dict[str, Any]) -> dict[str, str]:
@@ -192,9 +202,18 @@ class PrunePlan(RunPlan[PruneRecipe]):
             if self.match_steps
             else "off",
             **({"takes": spell_seconds(plan["seconds"])} if plan["seconds"] else {}),
+            **(
+                {"permute": f"inputs of {len(self._may_fold)} matrices, {self._may_fold[0]} first, where that folds"}
+                if self.folds
+                else {}
+            ),
             **({"allocation": self._spell_allocation()} if self.allocates else {}),
             "format": f"{plan['format']}{PACKED_LAST if plan['format'] == 'packed' else ''}",
         }
+
+    @property
+    def _may_fold(self) -> list[str]:
+        return [fold.name for folds in self.folds.values() for fold in folds]
 
     def _spell_allocation(self) -> str:
         name, level = type(self.allocation).__name__, self.recipe.allocation_level
@@ -228,6 +247,7 @@ def make_plan(
     windows = read_windows(opened, recipe.calibration_samples)
     own = opened.config if recipe.text_only else None
     draft = PrunePlan(**opened.fields, config=own, windows=windows, choices=choices, match_steps=0, packed_bytes=packed)
+    _ = draft.folds  # refused before anything is fetched
     if draft.allocates:
         refuse_bounds(draft.allocated_sparsity, draft.bounds)
     draft = fetched(draft, download)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 ROWS = 1024  # of a score that the search looks at; what counts in the end is all of them
-WORK = 2e10  # numbers compared in all: bounds the time, about 15 s of one CPU thread
-LEAST_GAIN = 1e-6  # of what a pair keeps: below that it is rounding
+WORK = 1e10  # numbers compared in all: bounds the time, about 15 s of one CPU thread
+LEAST_GAIN = 1e-4  # of what a pair keeps: less is not worth the time
 AT_ONCE = 2**18  # numbers of a score that are sorted at once
 
 

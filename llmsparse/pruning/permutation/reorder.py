@@ -120,10 +120,11 @@ def _search(
     work: float,
     options: PruneOptions,
 ) -> list[Order]:
-    """The order of every piece of a matrix, by |w| or, where its inputs were seen often enough, |w| ‖x‖."""
-    score = torch.cat([block.view(choice.weight).to(options.device, torch.float32).abs() for choice in choices])
+    """The order of every piece of a matrix, by the energy that is kept: w² or, where its inputs were seen often enough,
+    (w ‖x‖)²."""
+    score = torch.cat([block.view(choice.weight).to(options.device, torch.float32).square() for choice in choices])
     if isinstance(statistic, InputNorm) and statistic.tokens >= InputNorm.least_tokens(statistic.width):
-        score = score * statistic.norm.to(score.device)
+        score = score * statistic.norm.to(score.device).square()
     pattern = choices[0].pattern
     assert isinstance(pattern, NofM)
     pieces = (layout.score_of(piece, score) for piece in range(layout.pieces))

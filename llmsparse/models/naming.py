@@ -115,6 +115,11 @@ class Naming:
         group = self._group_of.get(key)
         return group.target if group else None
 
+    def keys_of(self, names: Iterable[str]) -> list[str]:
+        """On-disk keys of all that is read and written together with these module tensors."""
+        wanted = set(names)
+        return [key for group in self.groups.values() if not wanted.isdisjoint(group.targets) for key in group.keys]
+
     def is_own(self, name: str) -> bool:
         """Whether loading leaves `name` as it is, as it should a name of the module's."""
         return self._place(name)[0] == name

@@ -10,7 +10,7 @@ language model, and what text does not run is never read.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -120,15 +120,6 @@ class StreamedModel:
     def laid_out(self) -> dict[str, bool]:
         """Every parameter that activations are multiplied with → laid out (in, out); in the order of a block's calls."""
         return dict(self._outline.transposed)
-
-    def keys_of(self, names: Collection[str]) -> list[str]:
-        """On-disk keys of all that is read and written together with these module tensors."""
-        return [
-            key
-            for group in self.naming.groups.values()
-            if not set(names).isdisjoint(group.targets)
-            for key in group.keys
-        ]
 
     @property
     def parts(self) -> list[str]:

@@ -89,7 +89,7 @@ def _in_block(model: StreamedModel, index: int, choices: Sequence[Choice]) -> It
         ]
         if ways:
             names = {prefix + axis.name for way in ways for axis in (way.into, *way.out)}
-            yield Fold(members[0].weight.name, name, shape, tuple(model.keys_of(names)), tuple(ways))
+            yield Fold(members[0].weight.name, name, shape, tuple(model.naming.keys_of(names)), tuple(ways))
 
 
 def _goes_with(shape: Shape, into: Shape, matrix: bool) -> bool:

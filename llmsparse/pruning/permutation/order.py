@@ -5,7 +5,7 @@ What a group keeps with another channel in the place of one follows from what it
 all pairs take two distances in L1. Scores are of (rows, channels); the order is the same for all rows.
 """
 
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -51,8 +51,8 @@ def better_order(score: Tensor, n: int, m: int, work: float = WORK) -> Order:
 def retained(score: Tensor, n: int, m: int) -> float:
     """What n of every m consecutive columns keep of `score` (rows, width), added up in fp64."""
     step = max(1, AT_ONCE // score.shape[1])
-    parts = (part.reshape(-1, m).topk(n, dim=1).values.sum(dtype=torch.float64) for part in score.split(step))
-    return sum(part.item() for part in parts)
+    parts: list[Tensor] = list(score.split(step))
+    return sum(float(part.reshape(-1, m).topk(n, dim=1).values.sum(dtype=torch.float64)) for part in parts)
 
 
 def dealt_out(loudness: Tensor, m: int) -> Tensor:

@@ -43,7 +43,7 @@ def folding_layout(block: Block, acts: Activations, fold: Fold) -> int | None:
 
 def difference(one: Tensor, other: Tensor) -> float:
     """‖one − other‖ / ‖other‖."""
-    return ((one.float() - other.float()).norm() / other.float().norm().clamp_min(1e-30)).item()
+    return float((one.float() - other.float()).norm() / other.float().norm().clamp_min(1e-30))
 
 
 def _same(met: Tensor, wanted: Tensor) -> bool:

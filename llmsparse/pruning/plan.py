@@ -28,7 +28,7 @@ from llmsparse.pruning.duration import default_match_steps, seconds_by_effort, s
 from llmsparse.pruning.effort import EFFORTS, UNIFORM_UP_TO
 from llmsparse.pruning.memory import peak_bytes
 from llmsparse.pruning.options import PruneOptions
-from llmsparse.pruning.permutation.fold import Fold, folds_of
+from llmsparse.pruning.permutation.fold import Fold, folds_of, why_nothing_folds
 from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.pruning.selection import Choice, choose_weights
 from llmsparse.runs.device import split_batches
@@ -52,6 +52,7 @@ class PrunePlan(RunPlan[PruneRecipe]):
     choices: dict[str, list[Choice]]  # block name → what is pruned in it
     match_steps: int
     packed_bytes: int  # what will be written in that format, as far as patterns alone can tell
+    folding: bool = True  # inputs of some matrix fold, as far as is known
 
     @property
     def resolved(self) -> PruneRecipe:
@@ -60,6 +61,7 @@ class PrunePlan(RunPlan[PruneRecipe]):
         decided = {
             "match_steps": self.match_steps,
             "refine": self.refinement,
+            "permute": "auto" if self.folds else self.recipe.permute,
             "allocation": methods.described(name, self.allocation),
         }
         return super().resolved.replace(**decided)
@@ -124,7 +126,14 @@ class PrunePlan(RunPlan[PruneRecipe]):
     @cached_property
     def folds(self) -> dict[str, list[Fold]]:
         """Block → matrices whose inputs may be reordered; nothing where they are left as they are."""
-        return folds_of(self.model, self.choices) if self.recipe.permute == "auto" else {}
+        asked = self.recipe.permute
+        wanted = asked == "auto" or (asked is None and EFFORTS[self.recipe.effort].permutes)
+        if not wanted or not self.folding:
+            return {}
+        found = folds_of(self.model, self.choices)
+        if asked == "auto" and not any(found.values()):
+            raise RecipeError(f"--permute auto: nothing folds: {why_nothing_folds(self.choices)}")
+        return found if any(found.values()) else {}
 
     @cached_property
     def selected_keys(self) -> set[str]:

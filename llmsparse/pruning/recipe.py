@@ -114,7 +114,7 @@ class PruneRecipe(RunRecipe):
     pattern: str = "unstructured"
     scope: Literal["auto", "row", "matrix"] = "auto"
     refine: Literal["auto", "none", "swaps", "fading"] = "auto"
-    permute: Literal["auto", "off"] = "off"
+    permute: Literal["auto", "off"] | None = None
     allocation: Allocating = "auto"
     allocation_level: Literal["block", "projection", "weight"] = "block"
     allocation_bounds: Annotated[Sequence[float] | None, PlainValidator(_bounds)] = None
@@ -144,8 +144,6 @@ class PruneRecipe(RunRecipe):
     def resolved(self) -> dict[str, Any]:
         """The mapping that `dump` writes: every default and method option spelled out, what is not set left out."""
         data = {key: value for key, value in self.model_dump(mode="json", exclude_none=True).items() if value != []}
-        if self.permute == "off":
-            del data["permute"]
         name = methods.name_in(ALLOCATIONS, self.allocator)
         assert name is not None
         allocation = methods.described(name, self.allocator) if len(fields(cast(Any, self.allocator))) else name

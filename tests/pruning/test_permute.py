@@ -76,12 +76,21 @@ def test_less_is_lost_of_what_enters_reordered_matrices() -> None:
     assert errors["auto"] < errors["off"]
 
 
-def test_off_is_what_a_run_without_the_key_is() -> None:
+def test_off_is_what_a_run_by_effort_fast_is() -> None:
     prune("one", permute="off")
+    prune("two", permute=None, effort="fast")
+    assert weights("one") == weights("two")
+    assert "permute" not in Path("two/llmsparse_recipe.yaml").read_text()
+    assert "permuted" not in json.loads(Path("two/llmsparse_report.json").read_text())
+    prune("three", permute=None, effort="default", pattern="unstructured", sparsity=0.5)
+    assert "permute" not in Path("three/llmsparse_recipe.yaml").read_text()
+
+
+def test_left_open_it_is_on_by_default_where_it_folds() -> None:
+    prune("one")
     llmsparse.prune(model="model", output="two", **KEYS)
     assert weights("one") == weights("two")
-    assert "permute" not in Path("one/llmsparse_recipe.yaml").read_text()
-    assert "permuted" not in json.loads(Path("one/llmsparse_report.json").read_text())
+    assert "permute: auto" in Path("two/llmsparse_recipe.yaml").read_text()
 
 
 class StopAt(Silent):
@@ -109,7 +118,7 @@ def test_an_interrupted_run_gives_the_same_bytes(blocks: int, steps: int) -> Non
 def test_the_recipe_beside_the_result_repeats_it() -> None:
     prune("one")
     assert "permute: auto" in Path("one/llmsparse_recipe.yaml").read_text()
-    llmsparse.prune("one/llmsparse_recipe.yaml", output="two")
+    assert main(["prune", "--recipe", "one/llmsparse_recipe.yaml", "-o", "two"]) == 0
     assert weights("one") == weights("two")
 
 
@@ -185,6 +194,8 @@ def test_a_model_in_which_nothing_folds_is_refused_before_a_file_is_made(
     error = capsys.readouterr().err
     assert "nothing folds: what enters backbone.layers.0.mixer.out_proj" in error
     assert not Path("out").exists() and not Path("out.partial/model.safetensors").exists()
+    report = prune("open", model="mamba", permute=None)  # by default it is no error
+    assert not report.permuted and "permute" not in Path("open/llmsparse_recipe.yaml").read_text()
 
 
 def test_what_does_not_fold_in_a_model_that_folds_elsewhere_is_named(tmp_path: Path) -> None:

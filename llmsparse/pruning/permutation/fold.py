@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from llmsparse.errors import RecipeError
 from llmsparse.models.naming import owner
 from llmsparse.models.streamed import HEAD, StreamedModel
 from llmsparse.pruning.permutation.layout import Axis, Layout, Shape, layouts
@@ -32,6 +31,12 @@ class Fold:
     layouts: tuple[Layout, ...]
 
     @property
+    def matrix(self) -> tuple[int, int]:
+        """Of one expert, or the one there is: how many numbers it gives and takes in."""
+        width = self.layouts[0].into.size
+        return self.shape[-2] * self.shape[-1] // width, width
+
+    @property
     def experts(self) -> int | None:
         return self.shape[0] if len(self.shape) == 3 else None
 
@@ -46,14 +51,11 @@ def patterned(choices: Sequence[Choice]) -> dict[str, list[Choice]]:
 
 
 def folds_of(model: StreamedModel, choices: Mapping[str, list[Choice]]) -> dict[str, list[Fold]]:
-    """Of every block the matrices with a pattern N:M that may take in their inputs in another order. RecipeError where there is none."""
-    found = {name: list(_in_block(model, index, choices[name])) for index, name in enumerate(model.block_names)}
-    if not any(found.values()):
-        raise RecipeError(f"--permute auto: nothing folds: {_why(choices)}")
-    return found
+    """Of every block the matrices with a pattern N:M that may take in their inputs in another order."""
+    return {name: list(_in_block(model, index, choices[name])) for index, name in enumerate(model.block_names)}
 
 
-def _why(choices: Mapping[str, list[Choice]]) -> str:
+def why_nothing_folds(choices: Mapping[str, list[Choice]]) -> str:
     """What stands against the first weight."""
     members = [choice for block, inside in choices.items() if block != HEAD for choice in inside]
     some = [choice for choice in members if isinstance(choice.pattern, NofM)]

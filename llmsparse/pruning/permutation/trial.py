@@ -1,6 +1,6 @@
 """Whether the inputs of a matrix fold: what computes them is reordered in the module, and they must come in that order."""
 
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
@@ -43,7 +43,7 @@ def folding_layout(block: Block, acts: Activations, fold: Fold) -> int | None:
 
 def difference(one: Tensor, other: Tensor) -> float:
     """‖one − other‖ / ‖other‖."""
-    return float((one.float() - other.float()).norm() / other.float().norm().clamp_min(1e-30))
+    return float((one.float() - other.float()).norm()) / max(float(other.float().norm()), 1e-30)
 
 
 def _same(met: Tensor, wanted: Tensor) -> bool:

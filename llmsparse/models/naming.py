@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+MATRIX_NAMES = {"weight", "bias"}  # of a module that is one matrix: what owns it is the module around
+
+
 @dataclass
 class Group:
     """Tensors of the checkpoint that become module tensors together."""
@@ -112,6 +115,11 @@ class Naming:
         group = self._group_of.get(key)
         return group.target if group else None
 
+    def keys_of(self, names: Iterable[str]) -> list[str]:
+        """On-disk keys of all that is read and written together with these module tensors."""
+        wanted = set(names)
+        return [key for group in self.groups.values() if not wanted.isdisjoint(group.targets) for key in group.keys]
+
     def is_own(self, name: str) -> bool:
         """Whether loading leaves `name` as it is, as it should a name of the module's."""
         return self._place(name)[0] == name
@@ -180,3 +188,9 @@ def in_block(name: str, blocks: str) -> int | None:
     """The number of the block that a module tensor belongs to, `blocks` being the name of their list."""
     match = re.match(rf"{re.escape(blocks)}\.(\d+)\.", name)
     return int(match[1]) if match else None
+
+
+def owner(name: str) -> str:
+    """The module that a parameter is a part of: `mlp` for mlp.down_proj.weight, mlp.experts for mlp.experts.down_proj."""
+    path = name.split(".")
+    return ".".join(path[: -2 if path[-1] in MATRIX_NAMES else -1])

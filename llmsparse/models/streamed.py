@@ -117,6 +117,11 @@ class StreamedModel:
         return {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
 
     @property
+    def laid_out(self) -> dict[str, bool]:
+        """Every parameter that activations are multiplied with → laid out (in, out); in the order of a block's calls."""
+        return dict(self._outline.transposed)
+
+    @property
     def parts(self) -> list[str]:
         """Parameters of two dimensions that are multiplied with part by part, as experts of a flat tensor are."""
         return sorted(name for name in self._outline.parts if in_block(name, self.blocks_path) is not None)

@@ -23,6 +23,7 @@ from llmsparse.models.streamed import HEAD, Activations, Block
 from llmsparse.pruners import Pruned
 from llmsparse.pruning.matched import fading_of, match_block
 from llmsparse.pruning.options import PruneOptions
+from llmsparse.pruning.permutation.reorder import reorder_block
 from llmsparse.pruning.report import BlockRecord, PrunedWeight
 from llmsparse.pruning.selection import Choice
 from llmsparse.pruning.starved import pruner_that_fits
@@ -42,7 +43,8 @@ def finish_block(
     run: Run[Any],
 ) -> BlockRecord:
     """Leave `block` pruned, as it is on disk: pruned now, or read back from an interrupted run."""
-    keys = sorted({choice.weight.key for choice in choices})
+    moved = {key for fold in options.folds.get(block.name, ()) for key in fold.keys}
+    keys = sorted(moved | {choice.weight.key for choice in choices})
 
     def make() -> Made[BlockRecord]:
         record = prune_block(block, acts, choices, options, run.progress, aims)
@@ -68,6 +70,7 @@ def prune_block(
     choices = {choice.weight.name: choice for choice in chosen}
     if not choices:
         return BlockRecord(block.name, [], None, {})
+    permuted = reorder_block(block, acts, chosen, options.folds.get(block.name, ()), options, progress)
     rows: list[PrunedWeight] = []
     seconds: dict[str, float] = {}
     keep: dict[str, Tensor] = {}
@@ -124,7 +127,7 @@ def prune_block(
     order = list(choices)
     rows.sort(key=lambda row: order.index(row.name))
     seconds[block.name] = time.perf_counter() - started
-    return BlockRecord(block.name, rows, asdict(result) if result else None, seconds)
+    return BlockRecord(block.name, rows, asdict(result) if result else None, seconds, permuted)
 
 
 class Solved(NamedTuple):

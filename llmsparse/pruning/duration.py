@@ -43,7 +43,7 @@ def matching_seconds(plan: PrunePlan, steps: int) -> float:
 def seconds_of(plan: PrunePlan) -> float:
     """The whole run: passes over the text, Gram matrices, what methods solve, and matching."""
     tokens, seen = plan.windows.ids.numel(), 2 * plan.windows.held_out.numel()
-    passes = PASSES + (plan.match_steps > 0) + plan.allocates
+    passes = PASSES + (plan.match_steps > 0) + plan.allocates + bool(plan.folds)
     forward = 2 * _products(plan) * (passes * tokens + seen)
     forward += 2 * plan.model.hidden_size * plan.model.vocabulary * seen
     solving, inputs = 0.0, set[tuple[str, int]]()

@@ -15,16 +15,18 @@ UNIFORM_UP_TO = 0.55  # of the sparsities, all units get the same
 @dataclass(frozen=True)
 class Effort:
     """`match_steps` of a block: the first that a CPU does in `seconds` on its own estimate, or none. `refine` where blocks
-    are matched. `beyond`: the allocation above UNIFORM_UP_TO of a run without matching; with it all get the same."""
+    are matched. `permutes`: at N:M inputs are reordered where that folds. `beyond`: the allocation above UNIFORM_UP_TO of
+    a run without matching; with it all get the same."""
 
     match_steps: tuple[int, ...]
     seconds: float
     refine: Literal["none", "fading"]
     beyond: str
+    permutes: bool
 
 
 EFFORTS: dict[EffortName, Effort] = {
-    "fast": Effort((), 0.0, "none", "uniform"),
-    "default": Effort((200, 100, 50), 600.0, "fading", "owl"),
-    "best": Effort((600, 300, 200, 100), 3600.0, "fading", "owl"),
+    "fast": Effort((), 0.0, "none", "uniform", permutes=False),
+    "default": Effort((200, 100, 50), 600.0, "fading", "owl", permutes=True),
+    "best": Effort((600, 300, 200, 100), 3600.0, "fading", "owl", permutes=True),
 }

@@ -19,6 +19,11 @@ KEYS = {  # of every key but model and rules, by group
         "scope": Key(
             "row or matrix: what an unstructured sparsity counts over; auto: as the method has it.", "auto", "SCOPE"
         ),
+        "permute": Key(
+            "auto or off: whether inputs are reordered at N:M where that folds away; if not given, as the effort has it.",
+            None,
+            "HOW",
+        ),
         "allocation": Key(
             "auto, uniform, owl, dlp, lsa, alphapruning, er, erk or search: which share of the zeros each unit gets.",
             "auto",

@@ -23,6 +23,7 @@ from llmsparse.calibration.matching_loss import HELD_LOGITS, LOGITS_AT_ONCE
 from llmsparse.models.likelihood import LOGIT_ELEMENTS
 from llmsparse.models.weight import Slot
 from llmsparse.pruners import workspace_of
+from llmsparse.pruning.permutation.order import ROWS
 from llmsparse.pruning.selection import HEAD, Choice
 from llmsparse.ranks.share import Share
 from llmsparse.ranks.tree import LEAVES, held_at_once
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 HELD_FORWARD = 4  # numbers of a token in a block's forward at once, in widest products (the FFN's): measured
 HELD_BACKWARD = 12  # the same of a forward whose backward is to come
+SEARCHED = 12  # bytes a weight whose inputs are reordered: as it was squared, by norms, and by pieces
 FADING = 3  # bytes a weight that fades: its mask, the next one, and what may not fade
 MATCHED = (
     16  # bytes a tuned weight: fp32 master, two moments, and the best so far; gradients are held besides, in a tree
@@ -118,7 +120,18 @@ class _Block:
             return self._loaded
         solving = self._summed + max(self._whole + self._solving(choice) for choice in self.choices)
         measuring = self._samples + max(self._statistics + self._calibrating, solving)
-        return self._loaded + self._masks + self._dense + max(measuring, self._matching)
+        return self._loaded + max(self._masks + self._dense + max(measuring, self._matching), self._reordering)
+
+    @property
+    def _reordering(self) -> int:
+        """The energy of one matrix, by channels and sorted too, and what the search keeps of some of its rows; then what
+        moves, as it was and as it becomes."""
+        folds = [fold for folds in self.plan.folds.values() for fold in folds if set(fold.keys) <= set(self.keys)]
+        searched = [
+            SEARCHED * out * width + 12 * min(out, ROWS) * width for out, width in (fold.matrix for fold in folds)
+        ]
+        moved = [2 * _stored_bytes(self.plan, fold.keys) for fold in folds]
+        return max(max(searched, default=0) + self._calibrating if folds else 0, *moved, 0)
 
     @property
     def _loaded(self) -> int:

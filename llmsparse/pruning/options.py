@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from llmsparse.calibration.matching_loss import LogitDivergence, Loss, OutputError
 from llmsparse.models.streamed import Activations, StreamedModel
+from llmsparse.pruning.permutation.fold import Fold
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class PruneOptions:
     calibration_tokens: int
     statistics_budget: int  # bytes of statistics that may be held at once
     model: StreamedModel
+    folds: Mapping[str, Sequence[Fold]]  # block → matrices whose inputs may be reordered
 
     def loss_of(self, block: str, aims: Activations) -> Loss:
         """What matching makes small: behind the last block the distance of logits, elsewhere that of the output."""

@@ -13,6 +13,7 @@ from llmsparse.models.streamed import HEAD
 from llmsparse.pruning.allocation.survey import allocate, with_patterns
 from llmsparse.pruning.block import finish_block
 from llmsparse.pruning.packed import packing
+from llmsparse.pruning.permutation.confirm import confirmed
 from llmsparse.pruning.plan import make_plan
 from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.pruning.report import PruneReport
@@ -36,7 +37,7 @@ def prune(
     LlmsparseError of one line.
     """
     plan = make_plan(from_arguments(PruneRecipe, recipe, keys), resume=resume, overwrite=overwrite)
-    with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
+    with Run(plan, progress, resume=resume, overwrite=overwrite, survey=confirmed) as run:
         plan = run.plan
         run.copy_the_rest()
         to_head = bool(plan.choices[HEAD])

@@ -28,6 +28,7 @@ from llmsparse.pruning.duration import default_match_steps, seconds_by_effort, s
 from llmsparse.pruning.effort import EFFORTS, UNIFORM_UP_TO
 from llmsparse.pruning.memory import peak_bytes
 from llmsparse.pruning.options import PruneOptions
+from llmsparse.pruning.permutation.fold import Fold, folds_of, why_nothing_folds
 from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.pruning.selection import Choice, choose_weights
 from llmsparse.runs.device import split_batches
@@ -51,6 +52,7 @@ class PrunePlan(RunPlan[PruneRecipe]):
     choices: dict[str, list[Choice]]  # block name → what is pruned in it
     match_steps: int
     packed_bytes: int  # what will be written in that format, as far as patterns alone can tell
+    folding: bool = True  # inputs of some matrix fold, as far as is known
 
     @property
     def resolved(self) -> PruneRecipe:
@@ -59,6 +61,7 @@ class PrunePlan(RunPlan[PruneRecipe]):
         decided = {
             "match_steps": self.match_steps,
             "refine": self.refinement,
+            "permute": "auto" if self.folds else self.recipe.permute,
             "allocation": methods.described(name, self.allocation),
         }
         return super().resolved.replace(**decided)
@@ -121,8 +124,22 @@ class PrunePlan(RunPlan[PruneRecipe]):
         return levels_of(self.units[0].choices[0].pattern, mixed)
 
     @cached_property
+    def folds(self) -> dict[str, list[Fold]]:
+        """Block → matrices whose inputs may be reordered; nothing where they are left as they are."""
+        asked = self.recipe.permute
+        wanted = asked == "auto" or (asked is None and EFFORTS[self.recipe.effort].permutes)
+        if not wanted or not self.folding:
+            return {}
+        found = folds_of(self.model, self.choices)
+        if asked == "auto" and not any(found.values()):
+            raise RecipeError(f"--permute auto: nothing folds: {why_nothing_folds(self.choices)}")
+        return found if any(found.values()) else {}
+
+    @cached_property
     def selected_keys(self) -> set[str]:
-        return {choice.weight.key for choices in self.choices.values() for choice in choices}
+        """Of what is made, and not copied."""
+        moved = {key for folds in self.folds.values() for fold in folds for key in fold.keys}
+        return moved | {choice.weight.key for choices in self.choices.values() for choice in choices}
 
     @cached_property
     def copied(self) -> list[str]:
@@ -147,6 +164,7 @@ class PrunePlan(RunPlan[PruneRecipe]):
             match_steps=self.match_steps,
             fading=self.fading,
             model=self.model,
+            folds=self.folds,
             true_sequential=self.recipe.true_sequential,
             keep_zeros=self.recipe.keep_zeros,
             calibration_tokens=self.windows.ids.numel(),
@@ -179,6 +197,7 @@ class PrunePlan(RunPlan[PruneRecipe]):
             "match_steps": self.match_steps,
             "refine": self.refinement,
             "seconds": seconds_by_effort(self),
+            **({"permute": self._may_fold} if self.folds else {}),
         }
 
     def rows(self, plan: dict[str, Any]) -> dict[str, str]:
@@ -192,9 +211,18 @@ class PrunePlan(RunPlan[PruneRecipe]):
             if self.match_steps
             else "off",
             **({"takes": spell_seconds(plan["seconds"])} if plan["seconds"] else {}),
+            **(
+                {"permute": f"inputs of {len(self._may_fold)} matrices, {self._may_fold[0]} first, where that folds"}
+                if self.folds
+                else {}
+            ),
             **({"allocation": self._spell_allocation()} if self.allocates else {}),
             "format": f"{plan['format']}{PACKED_LAST if plan['format'] == 'packed' else ''}",
         }
+
+    @property
+    def _may_fold(self) -> list[str]:
+        return [fold.name for folds in self.folds.values() for fold in folds]
 
     def _spell_allocation(self) -> str:
         name, level = type(self.allocation).__name__, self.recipe.allocation_level
@@ -228,6 +256,7 @@ def make_plan(
     windows = read_windows(opened, recipe.calibration_samples)
     own = opened.config if recipe.text_only else None
     draft = PrunePlan(**opened.fields, config=own, windows=windows, choices=choices, match_steps=0, packed_bytes=packed)
+    _ = draft.folds  # refused before anything is fetched
     if draft.allocates:
         refuse_bounds(draft.allocated_sparsity, draft.bounds)
     draft = fetched(draft, download)

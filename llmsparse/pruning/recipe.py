@@ -114,6 +114,7 @@ class PruneRecipe(RunRecipe):
     pattern: str = "unstructured"
     scope: Literal["auto", "row", "matrix"] = "auto"
     refine: Literal["auto", "none", "swaps", "fading"] = "auto"
+    permute: Literal["auto", "off"] | None = None
     allocation: Allocating = "auto"
     allocation_level: Literal["block", "projection", "weight"] = "block"
     allocation_bounds: Annotated[Sequence[float] | None, PlainValidator(_bounds)] = None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmsparse.pruners import PRUNERS
 from llmsparse.pruning.allocation.allocated import Allocated
+from llmsparse.pruning.permutation.permuted import Permuted, spell_permuted, unfolded
 from llmsparse.runs.report import (
     SCHEMA_VERSION,
     RunReport,
@@ -60,6 +61,7 @@ class BlockRecord:
     rows: list[PrunedWeight]
     match: dict[str, Any] | None  # relative output error before and after block matching
     seconds: dict[str, float]  # by name: for each weight of the block, and for the block as a whole
+    permuted: list[Permuted] = field(default_factory=list[Permuted])  # matrices whose inputs might be reordered
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,7 +69,8 @@ class BlockRecord:
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> BlockRecord:
         rows = [PrunedWeight(**(row | {"shape": tuple(row["shape"])})) for row in entry["rows"]]
-        return cls(entry["name"], rows, entry["match"], entry["seconds"])
+        permuted = [Permuted(**row) for row in entry["permuted"]]
+        return cls(entry["name"], rows, entry["match"], entry["seconds"], permuted)
 
 
 @dataclass(kw_only=True)
@@ -83,6 +86,10 @@ class PruneReport(RunReport):
     @property
     def rows(self) -> list[PrunedWeight]:
         return [row for block in self.blocks for row in block.rows]
+
+    @property
+    def permuted(self) -> list[Permuted]:
+        return [row for block in self.blocks for row in block.permuted]
 
     @property
     def sparsity(self) -> float:
@@ -110,6 +117,7 @@ class PruneReport(RunReport):
             "perplexity": self.perplexity,
             "calibration": self.protocol,
             **({"allocation": self.allocated.to_json()} if self.allocated else {}),
+            **({"permuted": [asdict(row) for row in self.permuted]} if self.permuted else {}),
             "weights": [asdict(row) for row in self.rows],
             "matching": [{"block": block.name, **block.match} for block in self.blocks if block.match],
             "warnings": self.warnings,
@@ -127,6 +135,7 @@ class PruneReport(RunReport):
             ("pruned", f"{len(self.rows)} weights, {sum(row.numel for row in self.rows):,} parameters"),
             ("sparsity", f"{self.sparsity:.4f} of these, {self.zeros / self.total_parameters:.4f} of all parameters"),
             *([("allocation", self.allocated.spell())] if self.allocated else []),
+            *([("permuted", spell_permuted(self.permuted))] if self.permuted else []),
             ("matching", self._matching()),
         ]
         if self.perplexity:
@@ -146,7 +155,13 @@ class PruneReport(RunReport):
 
     def warn(self) -> None:
         """Say plainly what a user should know: weights that fell back, text that ran short, a large loss."""
-        self.warnings += [*self._starved(), *self._unsettled(), *self._unmatched(), *self._sparse_before()]
+        self.warnings += [
+            *self._starved(),
+            *self._unsettled(),
+            *self._unmatched(),
+            *self._sparse_before(),
+            *unfolded(self.permuted),
+        ]
         if "note" in self.protocol:
             self.warnings.append(f"calibration: {self.protocol['note']}")
         self.warnings += loss_warning(self.perplexity, "the pruned model", self._advice())

@@ -7,7 +7,8 @@ and the outputs of its neighbours get shorter, and nothing else.
 from __future__ import annotations
 
 from llmsparse.errors import CheckpointError, RecipeError
-from llmsparse.shrinking.narrowing import Axis, UnfitError, Unit, owner, reader
+from llmsparse.models.naming import owner
+from llmsparse.shrinking.narrowing import Axis, UnfitError, Unit, reader
 from llmsparse.shrinking.recipe import ShrinkRecipe, amount_of, refuse_amount
 from llmsparse.shrinking.reduction import Reduction, Source
 from llmsparse.shrinking.shapes import block_shapes, narrower_blocks

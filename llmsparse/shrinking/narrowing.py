@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
-MATRIX_NAMES = {"weight", "bias"}  # of a module that is one matrix: what owns it is the module around
 
 
 class UnfitError(Exception):
@@ -69,12 +68,6 @@ def shorter_axes(before: Mapping[str, Shape], after: Mapping[str, Shape]) -> lis
             raise UnfitError(f"{name} is {list(other)} then, not {list(shape)}")
         found += [Axis(name, dim, shape[dim], other[dim]) for dim in dims]
     return found
-
-
-def owner(name: str) -> str:
-    """The module that a parameter is a part of: `mlp` for mlp.down_proj.weight, mlp.experts for mlp.experts.down_proj."""
-    path = name.split(".")
-    return ".".join(path[: -2 if path[-1] in MATRIX_NAMES else -1])
 
 
 def reader(axes: Sequence[Axis], shapes: Mapping[str, Shape], laid_out: Mapping[str, bool], width: int) -> Axis:

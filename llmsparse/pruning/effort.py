@@ -14,9 +14,9 @@ UNIFORM_UP_TO = 0.55  # of the sparsities, all units get the same
 
 @dataclass(frozen=True)
 class Effort:
-    """`match_steps` of a block: the first that a CPU does in `seconds` on its own estimate, or none. `refine` where blocks
-    are matched. `permutes`: at N:M inputs are reordered where that folds. `beyond`: the allocation above UNIFORM_UP_TO of
-    a run without matching; with it all get the same."""
+    """`match_steps` of a block: the first that a CPU does in `seconds` on its own estimate, or none. Where blocks are matched,
+    masks are `refine`d, and at N:M inputs are reordered that fold if it `permutes`. `beyond`: the allocation above
+    UNIFORM_UP_TO of a run without matching; with it all get the same."""
 
     match_steps: tuple[int, ...]
     seconds: float

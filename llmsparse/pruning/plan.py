@@ -125,10 +125,13 @@ class PrunePlan(RunPlan[PruneRecipe]):
 
     @cached_property
     def folds(self) -> dict[str, list[Fold]]:
-        """Block → matrices whose inputs may be reordered; nothing where they are left as they are."""
+        """Block → matrices whose inputs may be reordered; nothing where they are left as they are.
+
+        Left open, they are where blocks are matched, which takes longer than to find an order, and no zeros are to stay.
+        """
         asked = self.recipe.permute
-        wanted = asked == "auto" or (asked is None and EFFORTS[self.recipe.effort].permutes)
-        if not wanted or not self.folding:
+        by_effort = EFFORTS[self.recipe.effort].permutes and self.match_steps > 0 and not self.recipe.keep_zeros
+        if not (asked == "auto" or (asked is None and by_effort)) or not self.folding:
             return {}
         found = folds_of(self.model, self.choices)
         if asked == "auto" and not any(found.values()):

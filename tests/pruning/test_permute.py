@@ -86,11 +86,15 @@ def test_off_is_what_a_run_by_effort_fast_is() -> None:
     assert "permute" not in Path("three/llmsparse_recipe.yaml").read_text()
 
 
-def test_left_open_it_is_on_by_default_where_it_folds() -> None:
-    prune("one")
-    llmsparse.prune(model="model", output="two", **KEYS)
+def test_left_open_it_is_on_where_blocks_are_matched_and_no_zeros_are_to_stay() -> None:
+    matched = KEYS | {"match_steps": 2}
+    prune("one", match_steps=2)
+    llmsparse.prune(model="model", output="two", **matched)
     assert weights("one") == weights("two")
     assert "permute: auto" in Path("two/llmsparse_recipe.yaml").read_text()
+    for output, keys in (("three", KEYS), ("four", matched | {"keep_zeros": True})):
+        llmsparse.prune(model="model", output=output, **keys)
+        assert "permute" not in Path(f"{output}/llmsparse_recipe.yaml").read_text()
 
 
 class StopAt(Silent):

@@ -1,0 +1,160 @@
+"""vLLM says after a packed folder what it says after the dense one, and what our own `generate` says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from continue_by_vllm import PROMPTS, TOKENS
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import llmsparse
+from llmsparse.inference.load import load_model
+from llmsparse.models.origin import BUILTIN_FOLDER
+from llmsparse.sparsity.patterns import NofM
+
+VLLM = find_spec("vllm")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(VLLM is None or VLLM.origin is None, reason="vllm is not installed; make test-vllm"),
+]
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+
+
+def run_vllm(folder: Path, backend: str = "auto", **options: Any) -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).with_name("continue_by_vllm.py")
+    given = [f"{key}={json.dumps(value)}" for key, value in ({"dtype": "float32"} | options).items()]
+    environment = os.environ | ENVIRONMENT | {"LLMSPARSE_BACKEND": backend}
+    return subprocess.run(
+        [sys.executable, str(script), str(folder), *given], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def said_by_vllm(folder: Path, backend: str = "auto", **options: Any) -> list[list[int]]:
+    """The ids after each of PROMPTS."""
+    done = run_vllm(folder, backend, **options)
+    found = [line for line in done.stdout.splitlines() if line.startswith("[[")]
+    assert found, done.stderr[-2000:] + done.stdout[-2000:]
+    return json.loads(found[-1])
+
+
+def said_by_us(folder: Path) -> list[list[int]]:
+    """The same by our greedy decoding of the packed model."""
+    model = load_model(folder, backend="cpu-bitmask", device=torch.device("cpu"), dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    said: list[list[int]] = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        new = model.generate(ids, do_sample=False, min_new_tokens=TOKENS, max_new_tokens=TOKENS, pad_token_id=0)
+        said.append(new[0, ids.shape[1] :].tolist())
+    return said
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, unstructured in its first half and 2:4 in the other, with a sparse head of its own; q and up of
+    a block are left dense beside what they are merged with."""
+    model: Any = AutoModelForCausalLM.from_pretrained(BUILTIN_FOLDER, dtype=torch.bfloat16)
+    head = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = head
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() < 2 or "embed" in name or "layers.1.self_attn.q" in name or "layers.1.mlp.up" in name:
+                continue
+            half = any(f"layers.{block}." in name for block in range(4, 8))
+            score, rows = weight.abs().float(), len(weight)
+            if half:
+                keep = NofM(2, 4).keep(score, slice(0, score.shape[1]), score.shape[1]).view(rows, -1)
+            else:
+                keep = score > score.flatten().kthvalue(score.numel() // 2).values
+            weight.masked_fill_(~keep, 0.0)
+    folder = tmp_path_factory.mktemp("vllm") / "dense"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BUILTIN_FOLDER).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(dense: Path) -> Path:
+    folder = dense.with_name("packed")
+    llmsparse.pack(str(dense), folder)
+    layers = json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]
+    assert "lm_head.weight" in layers and "model.layers.1.mlp.gate_proj.weight" in layers
+    assert "model.layers.1.mlp.up_proj.weight" not in layers
+    assert {described["pattern"] for described in layers.values()} == {"unstructured", "2:4"}
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(dense: Path) -> list[list[int]]:
+    """What vLLM says after the dense folder."""
+    return said_by_vllm(dense)
+
+
+def test_a_packed_folder_is_continued_as_the_dense_one(packed: Path, said: list[list[int]]) -> None:
+    assert said_by_vllm(packed) == said
+
+
+def test_it_is_by_our_kernels_too(packed: Path, said: list[list[int]]) -> None:
+    assert said_by_vllm(packed, "cpu-bitmask") == said
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # as the quantizer does when it is imported
+def test_our_own_generate_says_the_same(packed: Path, said: list[list[int]]) -> None:
+    assert said_by_us(packed) == said
+
+
+def test_compiled_graphs_do_too(packed: Path, said: list[list[int]]) -> None:
+    assert said_by_vllm(packed, "cpu-bitmask", enforce_eager=False) == said
+
+
+def test_two_processes_share_the_rows_and_columns(packed: Path, said: list[list[int]]) -> None:
+    assert said_by_vllm(packed, "cpu-bitmask", tensor_parallel_size=2) == said
+
+
+def test_numbers_in_few_bits_are_continued_as_what_they_unpack_to(tmp_path: Path) -> None:
+    small: dict[str, Any] = {"calibration": "builtin", "calibration_samples": 4, "seq_len": 64, "device": "cpu"}
+    small |= {"bits": 4, "method": "nearest", "rate": 0}
+    llmsparse.quantize(model="builtin", output=str(tmp_path / "few"), **small)
+    llmsparse.unpack(str(tmp_path / "few"), tmp_path / "dense")
+    expected = said_by_vllm(tmp_path / "dense")
+    assert said_by_vllm(tmp_path / "few", "cpu-nested") == expected
+
+
+def changed(packed: Path, folder: Path, **keys: Any) -> Path:
+    """A copy of a packed folder that says something else of itself."""
+    folder.mkdir()
+    for file in packed.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] |= keys
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_folder_of_a_later_version_is_refused_in_a_line(packed: Path, tmp_path: Path) -> None:
+    done = run_vllm(changed(packed, tmp_path / "later", format_version=9))
+    line = "packed in format version 9, this llmsparse reads up to 2; install a newer llmsparse"
+    assert done.returncode and any(line in found for found in done.stderr.splitlines())
+
+
+def test_packed_experts_are_refused_in_a_line(packed: Path, tmp_path: Path) -> None:
+    described = {"shape": [2, 4, 8], "dtype": "bfloat16", "nnz": 3, "pattern": "unstructured"}
+    done = run_vllm(changed(packed, tmp_path / "experts", layers={"model.layers.0.mlp.experts.down_proj": described}))
+    line = "model.layers.0.mlp.experts.down_proj: packed weights of experts are not run in vLLM; run the folder by"
+    assert done.returncode and any(line in found for found in done.stderr.splitlines())

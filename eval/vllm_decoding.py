@@ -1,10 +1,10 @@
 """Decode tokens a second at batch 1: vLLM with a dense model, vLLM with the same one packed, and llmsparse's own decoding of it.
 
-`.venv-vllm/bin/python -m eval.vllm_decoding [--threads 1] [--prompt 16] [--tokens 32] [--repeats 3] [--folder DIR] [--eager]`
-builds the model of `eval.end_to_end` (a Llama-3.2-1B shape, 70 % zeros by magnitude) and appends to eval/results/vllm.csv. Each
-run is a process of its own, by turns; vLLM runs its engine inside it, with compiled graphs unless told `--eager`. cpu_ms is time
-of the CPU by all threads, which others on the machine disturb least; same_tokens counts how many first tokens of an answer are those
-of vLLM with the dense model.
+`.venv-vllm/bin/python -m eval.vllm_decoding [--threads 1] [--prompt 16] [--tokens 32] [--repeats 3] [--folder DIR] [--eager]
+[--blocks 16]` builds a random model of Llama-3.2-1B's shape, with 70 % zeros at random and a vocabulary of 32000, and
+appends to eval/results/vllm.csv. Each run is a process of its own, by turns; vLLM runs its engine inside it, with compiled
+graphs unless told `--eager`. cpu_ms is time of the CPU by all threads, which others on the machine disturb least;
+same_tokens counts how many first tokens of an answer are those of vLLM with the dense model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from eval.cpu_speed import cpu_name
-from eval.end_to_end import build, pss_bytes
+from eval.end_to_end import pss_bytes
 
 RESULTS = Path(__file__).parent / "results" / "vllm.csv"
 DENSE, PACKED, OURS = "vllm dense", "vllm packed", "llmsparse packed"
@@ -37,7 +37,28 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
+SPARSITY = 0.7
 Stamp = tuple[list[int], float, float]  # the tokens so far, the clock, the CPU's time
+
+
+def build(folder: Path, blocks: int) -> None:
+    """`folder`/pruned and `folder`/packed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import llmsparse
+
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64, "vocab_size": 32000}
+    heads: dict[str, Any] = {"num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": blocks}
+    torch.set_default_dtype(torch.bfloat16)
+    model: Any = LlamaForCausalLM(LlamaConfig(**shape, **heads, tie_word_embeddings=True, dtype="bfloat16"))
+    torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "_proj" in name:
+                weight.masked_fill_(torch.rand(weight.shape) < SPARSITY, 0.0)
+    model.save_pretrained(folder / "pruned")
+    llmsparse.pack(str(folder / "pruned"), str(folder / "packed"))
 
 
 def by_vllm(folder: Path, prompt: list[int], tokens: int, eager: bool) -> list[Stamp]:
@@ -93,6 +114,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="keep the models here, and use them again")
+    parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--eager", action="store_true", help="no compiled graphs in vLLM")
     parser.add_argument("--child", choices=FOLDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -103,7 +125,7 @@ def main() -> None:
         folder: Path = options.folder or Path(scratch)
         folder.mkdir(exist_ok=True)
         if not (folder / "packed").is_dir():
-            build(folder)
+            build(folder, options.blocks)
         environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(options.threads)}
         results: dict[str, list[dict[str, Any]]] = {who: [] for who in FOLDERS}
         for _ in range(options.repeats):

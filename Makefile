@@ -23,7 +23,7 @@ slow: $(READY)        ## the tests that take longer: kills, memory, official fig
 test-triton36: $(OLDEST)/.ready  ## the kernels, interpreted and compiled, under the oldest Triton that is supported
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not gpu" tests/triton_ops
 
-test-vllm: $(VLLM)/.ready  ## packed folders and containers in vLLM, on the CPU: its installation takes 4 GB
+test-vllm: $(VLLM)/.ready  ## packed folders in vLLM, on the CPU: its installation takes 4 GB
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm
 
 test-gpu: $(READY)    ## the tests that need a CUDA device

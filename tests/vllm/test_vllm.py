@@ -1,4 +1,4 @@
-"""vLLM says after a packed folder what it says after the dense one, and what our own `generate` says."""
+"""vLLM says after a packed folder what it says after the dense one."""
 
 from __future__ import annotations
 
@@ -8,28 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from continue_by_vllm import PROMPTS, TOKENS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_process import needs_vllm, run_vllm, said_by_vllm
 
 import llmsparse
-from llmsparse.inference.load import load_model
 from llmsparse.models.origin import BUILTIN_FOLDER
 from llmsparse.sparsity.patterns import NofM
 
 pytestmark = [pytest.mark.slow, needs_vllm]
-
-
-def said_by_us(folder: Path) -> list[list[int]]:
-    """The same by our greedy decoding of the packed model."""
-    model = load_model(folder, backend="cpu-bitmask", device=torch.device("cpu"), dtype="float32")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    said: list[list[int]] = []
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        new = model.generate(ids, do_sample=False, min_new_tokens=TOKENS, max_new_tokens=TOKENS, pad_token_id=0)
-        said.append(new[0, ids.shape[1] :].tolist())
-    return said
 
 
 @pytest.fixture(scope="module")
@@ -82,26 +68,12 @@ def test_it_is_by_our_kernels_too(packed: Path, said: list[list[int]]) -> None:
     assert said_by_vllm(packed, "cpu-bitmask") == said
 
 
-@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # as the quantizer does when it is imported
-def test_our_own_generate_says_the_same(packed: Path, said: list[list[int]]) -> None:
-    assert said_by_us(packed) == said
-
-
 def test_compiled_graphs_do_too(packed: Path, said: list[list[int]]) -> None:
     assert said_by_vllm(packed, "cpu-bitmask", enforce_eager=False) == said
 
 
 def test_two_processes_share_the_rows_and_columns(packed: Path, said: list[list[int]]) -> None:
     assert said_by_vllm(packed, "cpu-bitmask", tensor_parallel_size=2) == said
-
-
-def test_numbers_in_few_bits_are_continued_as_what_they_unpack_to(tmp_path: Path) -> None:
-    small: dict[str, Any] = {"calibration": "builtin", "calibration_samples": 4, "seq_len": 64, "device": "cpu"}
-    small |= {"bits": 4, "method": "nearest", "rate": 0}
-    llmsparse.quantize(model="builtin", output=str(tmp_path / "few"), **small)
-    llmsparse.unpack(str(tmp_path / "few"), tmp_path / "dense")
-    expected = said_by_vllm(tmp_path / "dense")
-    assert said_by_vllm(tmp_path / "few", "cpu-nested") == expected
 
 
 def changed(packed: Path, folder: Path, **keys: Any) -> Path:

@@ -34,7 +34,7 @@ STOREYS = [  # a room may import what stands on a storey above it in this list, 
     "packing evaluation scoring",
     "pruning factorization shrinking quantization cutting inference",
     "tuning",
-    "serving benchmark",
+    "serving benchmark vllm",
     "demo",
     "cli",
 ]

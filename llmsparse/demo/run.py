@@ -39,7 +39,7 @@ RUNS = (  # label, method, block matching steps
     ("dsnot", "dsnot", 0),
     ("sparsegpt", "sparsegpt", 0),
     ("alps", "alps", 0),
-    ("sparsegpt + matching", "sparsegpt", 10),
+    ("sparsegpt + matching", "sparsegpt", 40),
 )
 
 

@@ -11,7 +11,7 @@
 #include <stdlib.h>
 
 #include "floats.h"
-#include "team.h"
+#include "share.h"
 
 enum { GROUP = 32, TILE = 512, FOUR = 4, MOST = 4, SUMS = 2048 }; /* SUMS: in fp32 of all rows of x that a pass makes */
 
@@ -215,22 +215,6 @@ static void multiply(const void *job, int64_t first, int64_t last) {
             else write_out(p, sums + j * most, row, taken, j, 0, p->w->dtype);
         }
     }
-}
-
-struct share {
-    void (*run)(const void *job, int64_t first, int64_t last);
-    const void *job;
-    int64_t tiles;
-};
-static void run_share(void *data) {
-    const struct share *s = data;
-    int64_t rank = team_rank(), size = team_size();
-    s->run(s->job, s->tiles * rank / size, s->tiles * (rank + 1) / size);
-}
-static void share_out(void (*run)(const void *, int64_t, int64_t), const void *job, int64_t tiles, int32_t threads) {
-    struct share s = {run, job, tiles};
-    if (threads > 1 && parallel && tiles > 1) parallel(run_share, &s, (unsigned)threads, 0);
-    else run(job, 0, tiles);
 }
 
 INLINE void score(const struct matrix *w, const struct rule *r, const void *row, float *restrict scores, float *restrict moved,

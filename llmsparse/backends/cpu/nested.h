@@ -16,7 +16,7 @@
 #include <stdlib.h>
 
 #include "floats.h"
-#include "team.h"
+#include "share.h"
 
 enum { ROWS = 4, RUN = 64, OFFSET = 8, LOWEST = -OFFSET, HIGHEST = 15 - OFFSET, SLACK = 64 };
 enum { INT8 = 1 };      /* beside BF16 and FP32 */
@@ -40,22 +40,6 @@ static int64_t runs_of(const struct nested *w) { return (w->columns + RUN - 1) /
 static int64_t rows_in(const struct nested *w, int64_t tile) {
     int64_t left = w->rows - tile * ROWS;
     return left < ROWS ? left : ROWS;
-}
-
-struct share {
-    void (*run)(const void *job, int64_t first, int64_t last);
-    const void *job;
-    int64_t tiles;
-};
-static void run_share(void *data) {
-    const struct share *s = data;
-    int64_t rank = team_rank(), size = team_size();
-    s->run(s->job, s->tiles * rank / size, s->tiles * (rank + 1) / size);
-}
-static void share_out(void (*run)(const void *, int64_t, int64_t), const void *job, int64_t tiles, int32_t threads) {
-    struct share s = {run, job, tiles};
-    if (threads > 1 && parallel && tiles > 1) parallel(run_share, &s, (unsigned)threads, 0);
-    else run(job, 0, tiles);
 }
 
 /* A nested stream (docs/packed-format.md) → numbers. */

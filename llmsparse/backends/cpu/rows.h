@@ -6,7 +6,7 @@
 #include <stdlib.h>
 
 #include "floats.h"
-#include "team.h"
+#include "share.h"
 
 enum { ROWS = 4, COLUMNS = 32, CHAINS = 4 };
 enum { MOST = 4 };     /* tokens in one pass over a tile */
@@ -135,18 +135,3 @@ static const char *as_read(const struct kernel *k, const char *x, int64_t m, int
     return copy;
 }
 
-struct share {
-    void (*run)(const void *job, int64_t first, int64_t last);
-    const void *job;
-    int64_t tiles;
-};
-static void run_share(void *data) {
-    const struct share *s = data;
-    int64_t rank = team_rank(), size = team_size();
-    s->run(s->job, s->tiles * rank / size, s->tiles * (rank + 1) / size);
-}
-static void share_out(void (*run)(const void *, int64_t, int64_t), const void *job, int64_t tiles, int32_t threads) {
-    struct share s = {run, job, tiles};
-    if (threads > 1 && parallel && tiles > 1) parallel(run_share, &s, (unsigned)threads, 0);
-    else run(job, 0, tiles);
-}

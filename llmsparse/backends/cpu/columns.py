@@ -54,7 +54,7 @@ SIGNATURES = {
     ),
 }
 LIBRARY = KernelLibrary(
-    "CPU kernel of columns", ("columns.c", "columns_x86.h", "avx.h", "floats.h", "team.h"), SIGNATURES
+    "CPU kernel of columns", ("columns.c", "columns_x86.h", "avx.h", "floats.h", "share.h", "team.h"), SIGNATURES
 )
 
 

@@ -26,7 +26,9 @@ SIGNATURES = {
     ),
 }
 LIBRARY = KernelLibrary(
-    "CPU kernel of dense weights", ("dense.c", "rows.h", "rows_x86.h", "avx.h", "floats.h", "team.h"), SIGNATURES
+    "CPU kernel of dense weights",
+    ("dense.c", "rows.h", "rows_x86.h", "avx.h", "floats.h", "share.h", "team.h"),
+    SIGNATURES,
 )
 BF16, FP32 = torch.bfloat16, torch.float32
 WIDTHS = (3072, 8192)  # the more columns, the sooner several rows of x push each other out of the L1 cache

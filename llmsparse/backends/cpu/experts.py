@@ -29,7 +29,7 @@ SIGNATURES = {
 
 
 LIBRARY = KernelLibrary(
-    "CPU kernel of experts", ("experts.c", "rows.h", "rows_x86.h", "avx.h", "floats.h", "team.h"), SIGNATURES
+    "CPU kernel of experts", ("experts.c", "rows.h", "rows_x86.h", "avx.h", "floats.h", "share.h", "team.h"), SIGNATURES
 )
 
 

@@ -48,7 +48,17 @@ class CodeOfC(ctypes.Structure):
 
 LIBRARY = KernelLibrary(
     "CPU kernels of nested weights",
-    ("nested.c", "nested.h", "nested_x86.h", "nested_int8.h", "nested_int8_x86.h", "avx.h", "floats.h", "team.h"),
+    (
+        "nested.c",
+        "nested.h",
+        "nested_x86.h",
+        "nested_int8.h",
+        "nested_int8_x86.h",
+        "avx.h",
+        "floats.h",
+        "share.h",
+        "team.h",
+    ),
     {
         "kernel_name": (c_char_p, (c_int32,)),
         "kernel_fits": (c_int32, (c_int32, c_int32, c_int32, c_int32, c_int32)),

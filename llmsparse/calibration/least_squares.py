@@ -32,14 +32,16 @@ class Fit(NamedTuple):
     solved: bool  # some damping made the equations solvable
 
 
-def fit(gram: Tensor, targets: Tensor, start: Tensor, judges: Sequence[tuple[Tensor, Tensor]]) -> Fit:
+def fit(gram: Tensor, targets: Tensor, start: Tensor, judges: Sequence[tuple[Tensor, Tensor]], share: int = 1) -> Fit:
     """`start` (out, in) fitted to HᵀH (in, in) and HᵀY (in, out), where that is better on `judges`.
 
-    Each judge is h (tokens, in) and y (tokens, out) of tokens that are not in the sums.
+    Each judge is h (tokens, in) and y (tokens, out) of tokens that are not in the sums. One in `share` of the outputs
+    decides how strong the damping is: a fraction of the work where outputs are many.
     """
-    best, least = Fit(start, None, False), error(start, judges)
+    some, judges = start[::share], [(h, y[:, ::share]) for h, y in judges]
+    best, least = Fit(some, None, False), error(some, judges)
     for damp in DAMPS:
-        weight = solve(gram, targets, start, damp)
+        weight = solve(gram, targets[:, ::share], some, damp)
         if weight is None:
             continue
         best = best._replace(solved=True)
@@ -48,7 +50,11 @@ def fit(gram: Tensor, targets: Tensor, start: Tensor, judges: Sequence[tuple[Ten
             best, least = Fit(weight, damp, True), found
         elif best.damp is not None:
             break
-    return best
+    if share == 1:
+        return best
+    whole = start if best.damp is None else solve(gram, targets, start, best.damp)
+    assert whole is not None
+    return best._replace(weight=whole)
 
 
 def solve(gram: Tensor, targets: Tensor, start: Tensor, damp: float) -> Tensor | None:

@@ -9,14 +9,16 @@ own code computes f, whatever it does with biases and clamps.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmsparse.errors import CheckpointError
@@ -55,24 +57,38 @@ class Routed:
 class Call(ABC):
     """One call of the experts of a block, not carried out yet."""
 
-    index: Tensor  # as of Routed
-    gates: Tensor
+    def __init__(self, own: Callable[..., Tensor], experts: int, hidden: Tensor, index: Tensor, gates: Tensor) -> None:
+        self._own, self._experts, self._hidden = own, experts, hidden
+        self.index, self.gates = index, gates  # as of Routed
 
     @abstractmethod
     def observe(self) -> Routed:
         """Carry it out, once, and see what each expert gives."""
 
     @abstractmethod
-    def alone(self, expert: int) -> Alone:
-        """Run one expert on the tokens that are sent to it, as often as is asked."""
+    def sent(self, expert: int) -> Sent:
+        """The tokens that are sent to one expert."""
+
+    @abstractmethod
+    def run(self, expert: int, tokens: Tensor) -> Tensor:
+        """What one expert gives, (some, width), for some of the tokens that are sent to it; as often as is asked."""
+
+    @classmethod
+    def joined(cls, calls: Sequence[Call]) -> Call:
+        """The tokens of all calls in one, in their order, to run single experts on."""
+        most = max(call.index.shape[1] for call in calls)
+        whole, last = copy.copy(calls[0]), calls[0]._experts
+        whole._hidden = torch.cat([call._hidden for call in calls])
+        whole.index = torch.cat([F.pad(call.index, (0, most - call.index.shape[1]), value=last) for call in calls])
+        whole.gates = torch.cat([F.pad(call.gates, (0, most - call.gates.shape[1])) for call in calls])
+        return whole
 
 
-class Alone(NamedTuple):
-    """One expert on its own tokens: it adds weights · output to them."""
+class Sent(NamedTuple):
+    """Tokens that are sent to one expert: it adds weights · output to them."""
 
     tokens: Tensor  # (some,)
     weights: Tensor  # (some,) gates, where these are on what comes out; else ones
-    output: Tensor  # (some, width)
 
 
 def find_mixture(model: StreamedModel, index: int) -> Mixture | None:
@@ -131,8 +147,7 @@ class _WeighedOutputs(Call):
     def __init__(self, own: Callable[..., Tensor], experts: int, hidden: Tensor, index: Tensor, gates: Tensor) -> None:
         if index.is_floating_point():
             index, gates = gates, index
-        self._own, self._experts, self._hidden = own, experts, hidden
-        self.index, self.gates = index, gates
+        super().__init__(own, experts, hidden, index, gates)
 
     def observe(self) -> Routed:
         output = torch.zeros_like(self._hidden)  # (tokens, width)
@@ -143,9 +158,12 @@ class _WeighedOutputs(Call):
             output.index_add_(0, token, (found * self.gates[token, place, None]).to(output.dtype))
         return Routed(self.index, self.gates, norms, output, output)
 
-    def alone(self, expert: int) -> Alone:
+    def sent(self, expert: int) -> Sent:
         place, token = torch.where((self.index == expert).T)
-        return Alone(token, self.gates[token, place], self._run(self._hidden[token], expert))
+        return Sent(token, self.gates[token, place])
+
+    def run(self, expert: int, tokens: Tensor) -> Tensor:
+        return self._run(self._hidden[tokens], expert)
 
     def _sent(self, index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Every expert that some token is sent to, which tokens these are, and in which place they have it."""
@@ -164,9 +182,8 @@ class _WeighedInputs(Call):
     """The tokens of every expert in turn, each times its gate, or zeros where it is not sent there."""
 
     def __init__(self, own: Callable[..., Tensor], experts: int, weighed: Tensor, hidden: Tensor) -> None:
-        self._own, self._experts, self._hidden = own, experts, hidden
+        super().__init__(own, experts, hidden, *weights_of(weighed.reshape(experts, len(hidden), -1), hidden))
         self._weighed: Tensor | None = weighed  # let go of once it was multiplied with: as large as all experts' tokens
-        self.index, self.gates = weights_of(weighed.reshape(experts, len(hidden), -1), hidden)
 
     def observe(self) -> Routed:
         assert self._weighed is not None
@@ -178,13 +195,15 @@ class _WeighedInputs(Call):
         norms = parts.float().norm(dim=-1) / self.gates.clamp_min(torch.finfo(torch.float32).tiny)
         return Routed(self.index, self.gates, norms.where(there, 0), parts.sum(1), returned)
 
-    def alone(self, expert: int) -> Alone:
-        place, token = torch.where((self.index == expert).T)
-        gates = self.gates[token, place, None].to(self._hidden.dtype)
-        weighed = self._hidden.new_zeros(self._experts, len(token), self._hidden.shape[-1])
-        weighed[expert] = gates * self._hidden[token]
-        output = self._own(weighed.flatten(0, 1)).reshape(weighed.shape)[expert]
-        return Alone(token, torch.ones_like(gates[:, 0]), output)
+    def sent(self, expert: int) -> Sent:
+        _, token = torch.where((self.index == expert).T)
+        return Sent(token, self.gates.new_ones(len(token), dtype=self._hidden.dtype))
+
+    def run(self, expert: int, tokens: Tensor) -> Tensor:
+        gates = (self.gates * (self.index == expert))[tokens].sum(1, keepdim=True).to(self._hidden.dtype)
+        weighed = self._hidden.new_zeros(self._experts, len(tokens), self._hidden.shape[-1])
+        weighed[expert] = gates * self._hidden[tokens]
+        return self._own(weighed.flatten(0, 1)).reshape(weighed.shape)[expert]
 
 
 def weights_of(weighed: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:

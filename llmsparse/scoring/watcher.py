@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Container, Generator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,14 +15,14 @@ from llmsparse.scoring.statistics import ExpertStatistics
 
 class Watcher:
     """`texts` names, batch by batch, the text of every window. `statistics` are summed up under these names, on the device
-    that computes; `outputs`, if kept, are (tokens, width) of every batch: what the experts gave together."""
+    that computes; `outputs` are (tokens, width) of every batch whose are `kept`: what the experts gave together."""
 
     def __init__(
-        self, block: Block, mixture: Mixture, texts: Sequence[Sequence[str]], keep_outputs: bool = False
+        self, block: Block, mixture: Mixture, texts: Sequence[Sequence[str]], kept: Container[int] = ()
     ) -> None:
-        self._block, self._mixture, self._texts, self._keep = block, mixture, texts, keep_outputs
+        self._block, self._mixture, self._texts, self._kept = block, mixture, texts, kept
         self.statistics: dict[str, ExpertStatistics] = {}
-        self.outputs: list[Tensor] = []
+        self.outputs: dict[int, Tensor] = {}
 
     @contextmanager
     def watching(self, batch: int) -> Generator[None]:
@@ -36,8 +36,8 @@ class Watcher:
                 own = torch.tensor([window == text for window in windows], device=device)[owner]  # (tokens,)
                 sums = self.statistics.setdefault(text, ExpertStatistics.empty(self._mixture.experts, device))
                 sums.add(seen.index[own], seen.gates[own], seen.norms[own])
-            if self._keep:
-                self.outputs.append(seen.output)
+            if batch in self._kept:
+                self.outputs[batch] = seen.output
             return seen.returned
 
         with intercepted(self._block, self._mixture, observe):

@@ -1,15 +1,14 @@
 """The last projection of every expert that stays, fitted so that together they come closest to what all of them gave.
 
 argmin_W̃ Σ ‖y − Σ_j g_j W̃_j h_j‖², where y is what all experts gave, g and h the gates and hidden units of the smaller
-mixture on the same tokens. One expert after the other takes what the others leave, r + g W h, with r = y − Σ_j g_j W_j h_j
-(block coordinate descent: the error never rises on what is fitted). Tokens of one batch in eight are not fitted on: they
-choose how strongly each W̃ is held to W, and judge whether all of it helps.
+mixture on the same tokens. One expert after the other takes what is left, r = y − Σ_j g_j W_j h_j (block coordinate
+descent: the error never rises on what is fitted): W̃ = W + Δ, Δ = argmin Σ ‖r − Δ g h‖² + λ‖Δ‖². Tokens of one batch in
+eight are not fitted on: they choose λ, and judge whether all of it helps.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -25,48 +24,55 @@ from llmsparse.sparsity.patterns import is_sparse
 
 LEAST_GAIN = 0.01  # of the error: less is not worth rounding weights anew
 NOISE = 1e-6  # an error that is nothing but rounding, in float32
+CHUNK = 2048  # tokens at a time, whatever an expert is sent
+DECIDING = 256  # outputs, about, that decide how strongly an expert is held to what it was
+TOKENS_PER_INPUT, LEAST_TOKENS = 32, 2**15  # twice as many take another 5 % of the loss away, half as many add 30 %
 
 
-class Sent(NamedTuple):
-    """Tokens of one batch that are sent to one expert."""
-
-    batch: int
-    tokens: Tensor  # (some,)
-    h: Tensor  # (some, in) g h: what enters its last projection, times the gate; float32
+def one_in(tokens: int, inner: int, kept: int, active: int) -> int:
+    """Of so many batches, with `tokens` in all, one is enough to fit on where each token is sent to `active` of `kept`
+    experts with `inner` hidden units."""
+    return max(1, tokens // max(LEAST_TOKENS, TOKENS_PER_INPUT * inner * kept // active))
 
 
-def refit_experts(made: Block, acts: Activations, mixture: Mixture, targets: list[Tensor]) -> dict[str, Any]:
+class Left(NamedTuple):
+    """What the experts of a block do not give of what they should, on all tokens."""
+
+    call: Call  # of the experts, on these tokens
+    r: Tensor  # (tokens, width), float32
+    judging: Tensor  # (tokens,) tokens that are not fitted on
+
+    def error(self) -> float:
+        """Σ ‖r‖² of the tokens that judge."""
+        return self.r[self.judging].square().sum().item()
+
+
+def refit_experts(made: Block, acts: Activations, mixture: Mixture, targets: dict[int, Tensor]) -> dict[str, Any]:
     """Fit last projections in `made.stored` where that helps; returns what is to be said of it.
 
-    `mixture` is that of the made block; `targets` are (tokens, width) of every batch, what all experts gave, and are let go
-    of. An expert that is sparse already is left as it is: a fit would fill its zeros.
+    `mixture` is that of the made block; `targets` are (tokens, width) of numbered batches, what all experts gave, and are
+    let go of. An expert that is sparse already is left as it is: a fit would fill its zeros.
     """
-    judges = range(0, len(targets), HELD_OUT_SHARE)
+    judges = set(list(targets)[::HELD_OUT_SHARE])
     if len(targets) == len(judges):
         targets.clear()
         return {"kept": False, "why": "one batch of calibration: none to judge by"}
-    rounding = 4 * torch.finfo(targets[0].dtype).eps ** 2
-    energy = sum(targets[batch].float().square().sum().item() for batch in judges)
-    calls = experts_called(made, acts, mixture)
-    left = [targets.pop(0).float() - call.observe().output.float() for call in calls]  # (tokens, width) each: r
-
-    def error() -> float:
-        """Σ ‖r‖² over Σ ‖y‖² of the tokens that judge."""
-        return sum(left[batch].square().sum().item() for batch in judges) / max(energy, 1e-300)
-
-    before = error()
+    dtype = targets[min(judges)].dtype
+    energy = max(sum(targets[batch].float().square().sum().item() for batch in judges), 1e-300)
+    left = what_is_left(made, acts, mixture, targets, judges)
+    before = left.error() / energy
     said = {"kept": False, "error_before": before, "error_after": before}
-    if before <= max(NOISE, rounding):
+    if before <= max(NOISE, 4 * torch.finfo(dtype).eps ** 2):
         return said
     weights = last_projections(made, mixture)
     kept = {weight.key: made.stored[weight.key] for weight in weights}
     made.stored.update({key: tensor.clone() for key, tensor in kept.items()})
     try:
-        changed = [weight.slot[1] for weight in weights if refit_expert(made, weight, mixture, calls, left)]
+        changed = [weight.slot[1] for weight in weights if refit_expert(made, weight, left)]
     except Unseen:
         made.stored.update(kept)
         return said | {"why": "hidden units of experts are not seen one for each token"}
-    after = error()
+    after = left.error() / energy
     if after < (1 - LEAST_GAIN) * before:
         made.reload()
         return {"kept": True, "error_before": before, "error_after": after, "experts": changed}
@@ -74,29 +80,44 @@ def refit_experts(made: Block, acts: Activations, mixture: Mixture, targets: lis
     return said | {"error_after": after}
 
 
-def refit_expert(made: Block, weight: Weight, mixture: Mixture, calls: Sequence[Call], left: list[Tensor]) -> bool:
-    """Fit the last projection of one expert to what it gives and what is `left`, and take from `left` what it then gives;
-    False where it stays as it is."""
-    start = made.view(weight).to(left[0].device, torch.float32, copy=True)  # (width, in)
+def what_is_left(
+    made: Block, acts: Activations, mixture: Mixture, targets: dict[int, Tensor], judges: set[int]
+) -> Left:
+    """Of `targets`, which are let go of, batch by batch; the batches that are `judges` judge."""
+    sizes, target = [len(target) for target in targets.values()], next(iter(targets.values()))
+    r = target.new_empty(sum(sizes), target.shape[1], dtype=torch.float32)
+    judging = torch.zeros(len(r), dtype=torch.bool, device=r.device)
+    calls: list[Call] = []
+    for batch, rest, judged in zip(list(targets), r.split(sizes), judging.split(sizes), strict=True):
+        calls.append(called(made, acts, mixture, batch))
+        torch.sub(targets.pop(batch).float(), calls[-1].observe().output.float(), out=rest)
+        judged.fill_(batch in judges)
+    return Left(Call.joined(calls), r, judging)
+
+
+def refit_expert(made: Block, weight: Weight, left: Left) -> bool:
+    """Fit the last projection of one expert to what is `left`, and take from that what it then gives; False where it stays
+    as it is. Its hidden units are multiplied in the dtype that they come in, and their Gram matrix in float32."""
+    start = made.view(weight).to(left.r.device, torch.float32, copy=True)  # (width, in)
     if is_sparse(start):
         return False
-    size = start.shape[1]
-    gram, along = start.new_zeros(size, size), start.new_zeros(size, len(start))  # Σ g²hhᵀ, Σ g h yᵀ
-    judges: list[tuple[Tensor, Tensor]] = []
-    for batch, tokens, h in hidden_units(made, weight, mixture, calls):
-        y = left[batch][tokens] + h @ start.T  # (some, width)
-        if batch % HELD_OUT_SHARE:
-            gram.addmm_(h.T, h)
-            along.addmm_(h.T, y)
-        elif sum(len(h) for h, _ in judges) < JUDGES:
-            judges.append((h, y))
-    fitted = fit(gram, along, start, judges)
-    if fitted.damp is None:
+    width, size = start.shape
+    tokens, h = hidden_units(made, weight, left.call)
+    gram, along = start.new_zeros(size, size), start.new_zeros(size, width)  # Σ g²hhᵀ, Σ g h rᵀ
+    fitted = ~left.judging[tokens]
+    for some, x in zip(tokens[fitted].split(CHUNK), h[fitted].split(CHUNK), strict=True):
+        gram.addmm_(x.float().T, x.float())
+        along += x.T @ left.r[some].to(x.dtype)
+    judges = (~fitted).nonzero()[:JUDGES, 0]
+    found = fit(
+        gram, along, torch.zeros_like(start), [(h[judges].float(), left.r[tokens[judges]])], max(1, width // DECIDING)
+    )
+    if found.damp is None:
         return False
-    made.store(weight, fitted.weight)
-    change = made.view(weight).to(start) - start
-    for batch, tokens, h in hidden_units(made, weight, mixture, calls):
-        left[batch][tokens] -= h @ change.T
+    made.store(weight, start + found.weight)
+    change = (made.view(weight).to(start) - start).to(h.dtype)  # as it is stored
+    for some, x in zip(tokens.split(CHUNK), h.split(CHUNK), strict=True):
+        left.r.index_add_(0, some, (x @ change.T).float(), alpha=-1)
     return True
 
 
@@ -106,43 +127,46 @@ def last_projections(made: Block, mixture: Mixture) -> list[Weight]:
     return sorted(found, key=lambda weight: weight.slot[1] or 0)
 
 
-def hidden_units(made: Block, weight: Weight, mixture: Mixture, calls: Sequence[Call]) -> Iterator[Sent]:
-    """What enters the last projection of one expert, batch by batch."""
+def hidden_units(made: Block, weight: Weight, call: Call) -> tuple[Tensor, Tensor]:
+    """The tokens (some,) that are sent to an expert, and g h (some, in): what enters its last projection, times the gate."""
     expert = weight.slot[1] or 0
-    for batch, call in enumerate(calls):
-        if not bool((call.index == expert).any()):
-            continue
-        seen: list[Tensor] = []
+    tokens, gates = call.sent(expert)
+    seen: list[Tensor] = []
 
-        def note(slot: tuple[str, int | None], x: Tensor, seen: list[Tensor] = seen) -> None:
-            if slot == weight.slot:
-                seen.append(x.float())
+    def note(slot: tuple[str, int | None], x: Tensor) -> None:
+        if slot == weight.slot:
+            seen.append(x.clone())
+            raise _Seen
 
-        with Tap(made, note):
-            tokens, weights, _ = call.alone(expert)
-        h = torch.cat(seen)
-        if len(h) != len(tokens):
-            raise Unseen
-        yield Sent(batch, tokens, h * weights.float()[:, None])
+    for some in tokens.split(CHUNK):
+        with suppress(_Seen), Tap(made, note):
+            call.run(expert, some)
+    h = torch.cat(seen) if seen else gates.new_zeros(0, weight.shape[1])
+    if len(h) != len(tokens):
+        raise Unseen
+    return tokens, (h * gates[:, None]).to(h.dtype)
 
 
 class Unseen(Exception):
     """An expert multiplies its last projection with something else than one vector a token."""
 
 
+class _Seen(Exception):
+    """What enters the last projection is known; what comes out need not be computed."""
+
+
 class _Called(Exception):
     """How the experts are called is known; the rest of the block need not run."""
 
 
-def experts_called(made: Block, acts: Activations, mixture: Mixture) -> list[Call]:
-    """The call of the block's experts on every batch."""
+def called(made: Block, acts: Activations, mixture: Mixture, batch: int) -> Call:
+    """The call of the block's experts on one batch."""
     calls: list[Call] = []
 
     def keep(call: Call) -> Tensor:
         calls.append(call)
         raise _Called
 
-    for batch in range(len(acts.hidden)):
-        with suppress(_Called), intercepted(made, mixture, keep):
-            made.call(acts, batch)
-    return calls
+    with suppress(_Called), intercepted(made, mixture, keep):
+        made.call(acts, batch)
+    return calls[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from llmsparse.calibration.least_squares import JUDGES
+from llmsparse.calibration.matching import HELD_OUT_SHARE
 from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.models.prunable import refuse_stored
 from llmsparse.models.streamed import Activations, Block
@@ -22,7 +23,7 @@ from llmsparse.scoring.statistics import ExpertStatistics, blend
 from llmsparse.scoring.watcher import Watcher
 from llmsparse.shrinking.expert_count import ACTIVE, GROUPS, GROUPS_ACTIVE, number, with_experts
 from llmsparse.shrinking.expert_keys import Op, Ops, beside, cut_specs, cut_tensors, expert_keys, expert_sizes
-from llmsparse.shrinking.expert_refit import refit_experts
+from llmsparse.shrinking.expert_refit import one_in, refit_experts
 from llmsparse.shrinking.new_config import text_part
 from llmsparse.shrinking.recipe import ShrinkRecipe, amount_of, refuse_amount
 from llmsparse.shrinking.reduction import Cut, Reduction, Rows, Source, Specs
@@ -61,7 +62,8 @@ def plan(recipe: ShrinkRecipe, source: Source) -> Reduction:
     inner = max(
         weight.shape[1] for weight in expert_weights if weight.slot[0] in {one.down for one in mixtures.values()}
     )
-    return Experts(recipe, mixtures, experts, kept, groups, model.config, fields, ops, more, inner, scores)
+    active = number(config, ACTIVE, 1)
+    return Experts(recipe, mixtures, experts, kept, active, groups, model.config, fields, ops, more, inner, scores)
 
 
 def _refuse_too_few(asked: str, kept: int, config: Any, groups: int) -> None:
@@ -97,6 +99,7 @@ class Experts(Reduction):
     mixtures: Mapping[int, Mixture]  # block number → its experts
     experts: int
     kept: int
+    active: int  # for a token
     groups: int  # of experts in a row, of which each loses as many
     config: Any  # of the source
     fields: Mapping[str, Any]  # of it, with their new values
@@ -105,6 +108,7 @@ class Experts(Reduction):
     inner: int  # hidden units of an expert
     scores: ScoresFile | None  # what was measured before
     texts: Sequence[Sequence[str]] = ()  # batch by batch the text of every window
+    fitted: Container[int] = ()  # numbers of the batches that what stays is fitted on, and judged
     weights: Mapping[str, float] | None = None  # of the texts, in the blend that decides
 
     @property
@@ -112,11 +116,17 @@ class Experts(Reduction):
         return self.scores is None or self.recipe.refit
 
     def survey(self, plan: ShrinkPlan, run: Run[Any]) -> Experts:
-        """Which windows are of which text; and that scores measured before are of this very model."""
+        """Which windows are of which text, and fitted on; and that scores measured before are of this very model."""
+        step = min(self._one_in(plan.windows.ids.numel()), max(1, len(plan.batches) // HELD_OUT_SHARE))
+        fitted = range(0, len(plan.batches) * self.recipe.refit, step)
+        surveyed = replace(self, texts=plan.texts_of_batches, fitted=fitted, weights=plan.texts)
         if self.scores is None:
-            return replace(self, texts=plan.texts_of_batches, weights=plan.texts)
+            return surveyed
         self.scores.check_model(plan.model, plan.reader, self.mixtures)
-        return replace(self, texts=plan.texts_of_batches, weights=self.scores.blend(self.recipe.blend))
+        return replace(surveyed, weights=self.scores.blend(self.recipe.blend))
+
+    def _one_in(self, tokens: int) -> int:
+        return one_in(tokens, self.inner, self.kept, self.active)
 
     def fingerprint(self) -> dict[str, Any]:
         return {} if self.scores is None else {"scores": self.scores.fingerprint}
@@ -148,10 +158,12 @@ class Experts(Reduction):
 
     def memory_bytes(self, tokens: int) -> int:
         """Sums of pairs; where what is left is fitted to what all experts gave, what entered them and what is missing of
-        their output, the equations of one of them and the tokens that judge it."""
+        their output, the hidden units of one of them, its equations and the tokens that judge it."""
         width = self.config.get_text_config(decoder=True).hidden_size
+        tokens = -(-tokens // self._one_in(tokens))
         judges = min(JUDGES, tokens)
         fitting = 2 * tokens * width + 3 * self.inner**2 + 4 * self.inner * width + judges * (self.inner + width)
+        fitting += tokens * self.inner
         return 4 * fitting * self.recipe.refit + 4 * 8 * self.experts**2
 
     def begin(self, block: Block) -> Cut:
@@ -208,7 +220,7 @@ class ExpertCut(Cut):
 
     def __init__(self, plan: Experts, block: Block, mixture: Mixture, ops: Ops) -> None:
         self._plan, self._name, self._mixture, self._ops = plan, block.name, mixture, ops
-        self._watcher = Watcher(block, mixture, plan.texts, plan.recipe.refit)
+        self._watcher = Watcher(block, mixture, plan.texts, plan.fitted)
         self.watches = plan.watches
         self._chosen: Chosen | None = None
         self._refit: dict[str, Any] = {}

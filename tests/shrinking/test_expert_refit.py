@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmsparse.models.streamed import Activations, Block, StreamedModel
 from llmsparse.scoring.mixture import Call, Mixture, find_mixture, intercepted
-from llmsparse.shrinking.expert_refit import experts_called, hidden_units, last_projections, refit_experts
+from llmsparse.shrinking.expert_refit import called, hidden_units, last_projections, one_in, refit_experts
 from tests.architectures import save_random, stream, tiny_config, windows
 
 ARCHITECTURES = ["qwen3_moe", "mixtral", "granitemoe", "gpt_oss", "llama4_text", "deepseek_v3"]
@@ -29,7 +29,7 @@ def opened(name: str, folder: Path, batches: int = 16) -> tuple[StreamedModel, B
     return model, model.block(index), mixture, acts
 
 
-def outputs(block: Block, mixture: Mixture, acts: Activations) -> list[Tensor]:
+def outputs(block: Block, mixture: Mixture, acts: Activations) -> dict[int, Tensor]:
     """What the experts give together, batch by batch."""
     found: list[Tensor] = []
 
@@ -41,7 +41,7 @@ def outputs(block: Block, mixture: Mixture, acts: Activations) -> list[Tensor]:
     with torch.no_grad(), intercepted(block, mixture, keep):
         for batch in range(len(acts.hidden)):
             block.call(acts, batch)
-    return found
+    return dict(enumerate(found))
 
 
 def spoil(block: Block, mixture: Mixture) -> None:
@@ -59,12 +59,12 @@ def test_projections_that_were_lost_are_found_again(name: str, tmp_path: Path) -
     _, block, mixture, acts = opened(name, tmp_path)
     targets = outputs(block, mixture, acts)
     spoil(block, mixture)
-    said = refit_experts(block, acts, mixture, list(targets))
+    said = refit_experts(block, acts, mixture, dict(targets))
     assert said["kept"] and said["error_after"] < 0.25 * said["error_before"]
     given = outputs(block, mixture, acts)
     missed = [
         ((one - target).square().sum() / target.square().sum()).item()
-        for one, target in zip(given, targets, strict=True)
+        for one, target in zip(given.values(), targets.values(), strict=True)
     ]
     assert sum(missed) / len(missed) < 0.4 * said["error_before"]  # the module has them, biases and all
     assert np.mean(missed[::8]) == pytest.approx(said["error_after"], rel=0.05)
@@ -95,7 +95,7 @@ def test_an_expert_takes_what_the_others_leave(tmp_path: Path) -> None:
     weights = [block.view(weight).double().numpy().copy() for weight in last_projections(block, mixture)]
     left = [
         target.double().numpy() - sum(g[:, [e]] * h[e] @ weights[e].T for e in range(4))
-        for target, g, h in zip(targets, gates, hidden, strict=True)
+        for target, g, h in zip(targets.values(), gates, hidden, strict=True)
     ]
     for expert in range(4):
         units = [g[:, [expert]] * h[expert] for g, h in zip(gates, hidden, strict=True)]
@@ -123,16 +123,17 @@ def test_an_expert_takes_what_the_others_leave(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_what_enters_the_last_projection_gives_what_the_expert_gives(name: str, tmp_path: Path) -> None:
     _, block, mixture, acts = opened(name, tmp_path, batches=2)
-    calls = experts_called(block, acts, mixture)
+    call = Call.joined([called(block, acts, mixture, batch) for batch in range(2)])
     biased = "down_proj_bias" in " ".join(block.stored)
     for weight in last_projections(block, mixture):
-        for batch, tokens, h in hidden_units(block, weight, mixture, calls):
-            alone = calls[batch].alone(weight.slot[1] or 0)
-            assert tokens.equal(alone.tokens)
-            if not biased:
-                torch.testing.assert_close(
-                    h @ block.view(weight).T, alone.weights[:, None] * alone.output, atol=1e-5, rtol=1e-4
-                )
+        expert = weight.slot[1] or 0
+        tokens, h = hidden_units(block, weight, call)
+        alone, gates = call.sent(expert)
+        assert tokens.equal(alone) and tokens.max() >= 32  # of both batches
+        if not biased:
+            torch.testing.assert_close(
+                h @ block.view(weight).T, gates[:, None] * call.run(expert, tokens), atol=1e-5, rtol=1e-4
+            )
 
 
 @torch.no_grad()
@@ -149,7 +150,7 @@ def test_a_fit_that_does_not_hold_on_other_tokens_is_not_kept(tmp_path: Path) ->
     _, block, mixture, acts = opened("qwen3_moe", tmp_path)
     before = {key: tensor.clone() for key, tensor in block.stored.items()}
     targets = outputs(block, mixture, acts)
-    targets = [1.001 * target if batch % 8 == 0 else -target for batch, target in enumerate(targets)]  # 0 and 8 judge
+    targets = {batch: -target if batch % 8 else 1.001 * target for batch, target in targets.items()}  # 0 and 8 judge
     assert not refit_experts(block, acts, mixture, targets)["kept"]
     assert all(torch.equal(before[key], block.stored[key]) for key in before)
 
@@ -173,3 +174,27 @@ def test_one_batch_is_too_little_to_judge_by(tmp_path: Path) -> None:
     _, block, mixture, acts = opened("qwen3_moe", tmp_path, batches=1)
     said = refit_experts(block, acts, mixture, outputs(block, mixture, acts))
     assert said == {"kept": False, "why": "one batch of calibration: none to judge by"}
+
+
+def test_one_batch_in_some_is_fitted_on_where_there_are_32_tokens_for_every_input_of_every_expert() -> None:
+    enough = 32 * 1024 * 32 // 8  # tokens, of which an expert is sent a quarter
+    assert one_in(4 * enough, inner=1024, kept=32, active=8) == 4
+    assert one_in(enough, inner=1024, kept=32, active=8) == one_in(enough // 2, inner=1024, kept=32, active=8) == 1
+    assert one_in(2**16, inner=8, kept=4, active=2) == 2  # 32768 always
+
+
+@torch.no_grad()
+def test_batches_that_are_not_numbered_are_not_fitted_on(tmp_path: Path) -> None:
+    _, block, mixture, acts = opened("qwen3_moe", tmp_path)
+    targets = outputs(block, mixture, acts)
+    spoil(block, mixture)
+    before = {key: tensor.clone() for key, tensor in block.stored.items()}
+    every = refit_experts(block, acts, mixture, dict(targets))
+    block.stored.update(before)
+    block.reload()
+    some = refit_experts(block, acts, mixture, {batch: targets[batch] for batch in range(0, 16, 2)})
+    assert some["kept"] and some["error_before"] != every["error_before"]  # 0 judges, not 0 and 8
+    block.stored.update(before)
+    block.reload()
+    acts.hidden[1].fill_(torch.nan)
+    assert refit_experts(block, acts, mixture, {batch: targets[batch] for batch in range(0, 16, 2)}) == some

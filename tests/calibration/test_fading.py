@@ -100,7 +100,7 @@ def test_weights_that_are_not_to_fade_stay_bit_for_bit(dense: tuple[Block, Activ
     only = Fading(fading.weights[:1], fading.dense)
     name = fading.weights[0].weight.slot[0]
     for other in block.weights[1:]:
-        block.view(other).copy_(block.view(other, dict(fading.dense)))
+        block.view(other).copy_(block.view(other, dict(fading.beginning)))
     block.reload()
     faded = match(block, acts, loss, {name: keep[name]}, steps=40, seed=0, fading=only)
     assert set(faded.values) == {name} and faded.keep[name].sum() == keep[name].sum()

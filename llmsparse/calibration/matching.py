@@ -80,7 +80,7 @@ def match(
     """Tune the parameters named in `keep` until the loss of the block's outputs for `acts` is small; zeros stay zero.
 
     `keep`: module parameter name → bool mask of its shape, True where a weight may move. With `fading` they start from the
-    dense block, and the masks are made on the way; it is kept only if it ends better than what is stored.
+    beginning that it has, and the masks are made on the way; it is kept only if it ends better than what is stored.
     The module itself is left with its old parameters.
     """
     share = acts.share
@@ -103,8 +103,9 @@ def match(
         rate = min(probes, key=lambda rate: probes[rate])
         fades = rounds(steps) if fading else {}
         if fading:
-            dense = fading.start(block)
-            tuner.begin_fading(dense, fading.keep(block, {name: dense[name] for name in keep}, 0.0))
+            start = fading.start(block)
+            tuner.begin_fading(start, fading.keep(block, {name: start[name] for name in keep}, 0.0))
+            tuner.fade(fading.keep(block, tuner.values(), fades.pop(0)))  # rates go by the weights that are left
         optimizer = tuner.start(rate)
         for step, batches in enumerate(schedule):
             if fading and step in fades:

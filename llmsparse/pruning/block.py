@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llmsparse.calibration.fading import at_once
 from llmsparse.calibration.inputs import Input, calibrate, learn_inputs
 from llmsparse.calibration.matching import Match
 from llmsparse.calibration.passes import output_error, passes
@@ -30,7 +31,8 @@ from llmsparse.pruning.starved import pruner_that_fits
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.run import Made, Run
 from llmsparse.runs.seeding import generator_for
-from llmsparse.sparsity.patterns import SPARSE, KeepingZeros
+from llmsparse.sparsity.partway import partway
+from llmsparse.sparsity.patterns import SPARSE, KeepingZeros, Pattern
 from llmsparse.sparsity.stats import InputNorm, Statistic, combine
 
 
@@ -78,7 +80,7 @@ def prune_block(
     norms: dict[str, Tensor] = {}
     loss = None if aims is None or block.name == HEAD else options.loss_of(block.name, aims)
     fading = loss is not None and options.fading
-    dense = {key: block.stored[key].clone() for key in {choice.weight.key for choice in chosen}} if fading else {}
+    beginning = {key: block.stored[key].clone() for key in {choice.weight.key for choice in chosen}} if fading else {}
 
     def needs(entry: Input) -> type[Statistic] | None:
         least = InputNorm if fading else None
@@ -117,10 +119,14 @@ def prune_block(
                 zeros_at[row.name] = solved.zeros
             if solved.norm is not None:
                 norms[row.name] = solved.norm
+            if solved.beginning is not None:
+                block.view(choices[row.name].weight, beginning).copy_(solved.beginning)
 
     result: Match | None = None
     if loss:
-        fades = fading_of(choices.values(), norms, zeros_at if options.keep_zeros else {}, dense) if fading else None
+        fades = (
+            fading_of(choices.values(), norms, zeros_at if options.keep_zeros else {}, beginning) if fading else None
+        )
         result = match_block(block, acts, loss, choices, keep, fades, options, progress)
         if result.improved:
             rows = [as_matched(row, block.view(choices[row.name].weight), zeros_at.get(row.name)) for row in rows]
@@ -138,6 +144,7 @@ class Solved(NamedTuple):
     keep: Tensor | None  # (out, in) bool
     zeros: Tensor | None  # (out, in) bool: where it was 0 before, if it was sparse already, or zeros are kept
     norm: Tensor | None  # (in,) of its inputs, where it is to fade
+    beginning: Tensor | None  # (out, in) from where it is to fade, unless that is the dense weight
     seconds: float
 
 
@@ -152,9 +159,17 @@ def prune_weight(block: Block, choice: Choice, entry: Input, options: PruneOptio
     zeros = dense == 0
     if options.keep_zeros:
         pattern = KeepingZeros(pattern, zeros)
-    pruned = pruner(dense, entry.statistic, pattern, generator_for(weight.name, options.seed))
-    if options.keep_zeros:  # whatever a method makes of the mask
-        pruned = Pruned.of(pruned.weight, pruned.keep & ~zeros, **pruned.notes)
+
+    def make(pattern: Pattern) -> Pruned:
+        made = pruner(dense, entry.statistic, pattern, generator_for(weight.name, options.seed))
+        # a method makes of the mask what it likes
+        return Pruned.of(made.weight, made.keep & ~zeros, **made.notes) if options.keep_zeros else made
+
+    fades = options.fading and options.match_steps > 0 and block.name != HEAD
+    beginning: Tensor | None = None
+    if fades and pruner.needs is not None:
+        beginning = make(partway(pattern, at_once(options.match_steps))).weight.to("cpu", stored.dtype)
+    pruned = make(pattern)
     notes |= pruned.notes | zeros_before(zeros, pruned.weight != 0)
     left = block.store(weight, pruned.weight)
     row = PrunedWeight(
@@ -169,10 +184,10 @@ def prune_weight(block: Block, choice: Choice, entry: Input, options: PruneOptio
         notes=notes,
     )
     if not options.match_steps or block.name == HEAD:
-        return Solved(row, stored, None, None, None, time.perf_counter() - begun)
+        return Solved(row, stored, None, None, None, None, time.perf_counter() - begun)
     sparse = zeros.cpu() if "zeros_before" in row.notes or options.keep_zeros else None
-    norm = entry.statistic.norm.cpu() if options.fading and isinstance(entry.statistic, InputNorm) else None
-    return Solved(row, stored, pruned.keep.cpu(), sparse, norm, time.perf_counter() - begun)
+    norm = entry.statistic.norm.cpu() if fades and isinstance(entry.statistic, InputNorm) else None
+    return Solved(row, stored, pruned.keep.cpu(), sparse, norm, beginning, time.perf_counter() - begun)
 
 
 def as_matched(row: PrunedWeight, stored: Tensor, zeros: Tensor | None) -> PrunedWeight:

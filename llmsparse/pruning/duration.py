@@ -51,7 +51,8 @@ def seconds_of(plan: PrunePlan) -> float:
         out, width = choice.weight.shape
         if choice.pruner.needs is Gram:
             inputs.add((choice.weight.name.rpartition(".")[0], width))
-            solving += 2 * out * width**2 * SWEEPS.get(choice.method, 1)
+            solves = 2 if plan.fading else 1  # most of the zeros first, where the rest fades
+            solving += 2 * out * width**2 * SWEEPS.get(choice.method, 1) * solves
     grams = sum(2 * tokens * width**2 + 2 * width**3 for _, width in inputs)
     return (forward + grams + solving) / _speed() + matching_seconds(plan, plan.match_steps)
 

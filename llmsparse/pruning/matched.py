@@ -57,9 +57,9 @@ def fading_of(
     choices: Iterable[Choice],
     norms: Mapping[str, Tensor],
     zeros: Mapping[str, Tensor],
-    dense: Mapping[str, Tensor],
+    beginning: Mapping[str, Tensor],
 ) -> Fading:
-    """What fades: weight name → norms of its inputs, and where it is to stay 0; `dense`: on-disk key → tensor."""
+    """What fades: weight name → norms of its inputs, and where it is to stay 0; `beginning`: on-disk key → tensor."""
     weights = [
         FadingWeight(
             choice.weight,
@@ -68,4 +68,4 @@ def fading_of(
         )
         for choice in choices
     ]
-    return Fading(weights, dense)
+    return Fading(weights, beginning)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmsparse.calibration.fading import Fading, FadingWeight, rounds, score_of
+from llmsparse.calibration.fading import Fading, FadingWeight, at_once, rounds, score_of
 from llmsparse.calibration.matching import match
 from llmsparse.calibration.matching_loss import OutputError
 from llmsparse.models.streamed import Activations, Block, StreamedModel
@@ -22,7 +22,11 @@ def test_zeros_grow_by_a_falling_rate_and_all_are_there_while_steps_are_left(ste
     schedule = rounds(steps)
     at, reached = list(schedule), list(schedule.values())
     assert at == sorted(at) and reached == sorted(reached) and reached[-1] == 1.0 and at[-1] < steps
-    assert len(at) <= 31 and (steps == 1 or (at[0], reached[0]) == (0, 0.7))
+    assert len(at) <= 31 and at[0] == 0 and (steps == 1 or reached[0] == pytest.approx(at_once(steps)))
+
+
+def test_a_short_run_begins_with_more_of_the_zeros_than_a_long_one() -> None:
+    assert [at_once(steps) for steps in (1, 50, 100, 150, 600)] == pytest.approx([0.9, 0.9, 0.8, 0.7, 0.7])
 
 
 def test_an_expert_that_no_token_reached_is_scored_by_its_weights() -> None:
@@ -73,6 +77,16 @@ def test_the_pattern_is_exact_and_the_output_nearer_than_with_a_frozen_mask(
         assert torch.equal(mask, pattern.keep(mask.float(), slice(0, mask.shape[1]), mask.shape[1]))
 
 
+def test_where_nothing_is_left_to_fade_it_is_the_run_with_the_frozen_mask(dense: tuple[Block, Activations]) -> None:
+    block, acts = dense
+    loss = OutputError(block.run(acts).hidden)
+    fading, keep = pruned(block, lambda _: NofM(2, 4))  # all at once, in 16 steps
+    ready = Fading(fading.weights, {key: tensor.clone() for key, tensor in block.stored.items()})
+    frozen, faded = (match(block, acts, loss, keep, steps=16, seed=0, fading=fades) for fades in (None, ready))
+    assert frozen.record == faded.record
+    assert all(torch.equal(frozen.values[name], faded.values[name]) for name in keep)
+
+
 def test_the_same_seed_fades_the_same_weights(dense: tuple[Block, Activations]) -> None:
     block, acts = dense
     loss = OutputError(block.run(acts).hidden)
@@ -97,10 +111,10 @@ def test_weights_that_are_not_to_fade_stay_bit_for_bit(dense: tuple[Block, Activ
     block, acts = dense
     loss = OutputError(block.run(acts).hidden)
     fading, keep = pruned(block, lambda _: Unstructured(0.5, "matrix"))
-    only = Fading(fading.weights[:1], fading.dense)
+    only = Fading(fading.weights[:1], fading.beginning)
     name = fading.weights[0].weight.slot[0]
     for other in block.weights[1:]:
-        block.view(other).copy_(block.view(other, dict(fading.dense)))
+        block.view(other).copy_(block.view(other, dict(fading.beginning)))
     block.reload()
     faded = match(block, acts, loss, {name: keep[name]}, steps=40, seed=0, fading=only)
     assert set(faded.values) == {name} and faded.keep[name].sum() == keep[name].sum()

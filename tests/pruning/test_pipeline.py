@@ -174,6 +174,15 @@ def test_matching_lowers_the_loss_and_keeps_every_zero(model: Path, notes: Path,
     assert report.sparsity == pytest.approx(0.6, abs=0.01)
 
 
+def test_a_few_steps_of_fading_leave_nm_to_the_method(model: Path, notes: Path, tmp_path: Path) -> None:
+    keys = RUN | {"model": str(model), "calibration": str(notes), "calibration_samples": 96}
+    keys |= {"method": "sparsegpt", "pattern": "2:4", "match_steps": 24}
+    for refine in ("none", "fading"):
+        llmsparse.prune(output=str(tmp_path / refine), refine=refine, permute="off", **keys)
+    frozen, faded = tensors(tmp_path / "none"), tensors(tmp_path / "fading")
+    assert all(torch.equal(frozen[key], faded[key]) for key in frozen)
+
+
 def test_bfloat16_is_stored_as_bfloat16_and_the_next_block_sees_it_rounded(
     tiny_llama: Build, notes: Path, tmp_path: Path
 ) -> None:

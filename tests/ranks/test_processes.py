@@ -22,6 +22,8 @@ METHODS = {
     "sparsegpt": ["--sparsity", "0.6", "--method", "sparsegpt", "--match-steps", "0"],
     "alps": ["--sparsity", "0.6", "--method", "alps", "--match-steps", "0"],
     "matched": ["--sparsity", "0.6", "--method", "sparsegpt", "--match-steps", "6"],
+    "reordered": ["--pattern", "2:4", "--method", "wanda", "--permute", "auto", "--match-steps", "0"],
+    "reordered and matched": ["--pattern", "2:4", "--method", "sparsegpt", "--permute", "auto", "--match-steps", "6"],
 }
 
 
@@ -55,6 +57,9 @@ def test_any_number_of_processes_makes_the_bytes_of_one(
         assert all(one.out == one.err == "" for one in ended[1:]), "the first process speaks"
     for name in METHODS:
         assert tensors(outs[1][name]) == tensors(outs[size][name]), name
+    for name in ("reordered", "reordered and matched"):
+        report = json.loads((outs[size][name] / "llmsparse_report.json").read_text(encoding="utf-8"))
+        assert any(row["after"] > row["before"] for row in report["permuted"]), name
 
 
 @pytest.mark.slow

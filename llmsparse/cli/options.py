@@ -44,6 +44,14 @@ Experts = Annotated[
     str,
     typer.Option(metavar="auto|NAME", help="What runs dense experts: llmsparse, or as transformers calls it."),
 ]
+ExpertMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Leave packed experts on disk, but for as many as fit into this, such as 2GB.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.", show_default=False)]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmsparse.cli.options import Device, Dtype, Experts, Json, Model, Revision, TrustRemoteCode, verb
+from llmsparse.cli.options import Device, Dtype, ExpertMemory, Experts, Json, Model, Revision, TrustRemoteCode, verb
 from llmsparse.cli.terminal import Terminal
 
 app = typer.Typer()
@@ -33,6 +33,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     experts: Experts = "auto",
+    expert_memory: ExpertMemory = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
@@ -59,9 +60,11 @@ def generate(
         device=device,
         dtype=dtype,
         experts=experts,
+        expert_memory=expert_memory,
         revision=revision,
         trust_remote_code=trust_remote_code,
         write=None if json else write,
+        say=None if terminal.quiet else lambda line: print(line, file=sys.stderr, flush=True),
     )
     if json:
         return terminal.show(result, True)

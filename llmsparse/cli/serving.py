@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llmsparse.cli.options import Device, Dtype, Experts, Json, Model, Revision, TrustRemoteCode, verb
+from llmsparse.cli.options import Device, Dtype, ExpertMemory, Experts, Json, Model, Revision, TrustRemoteCode, verb
 from llmsparse.cli.terminal import Terminal
 from llmsparse.errors import RecipeError
 
@@ -53,6 +53,7 @@ def serve(
     device: Device = "auto",
     dtype: Dtype = "auto",
     experts: Experts = "auto",
+    expert_memory: ExpertMemory = None,
     cache_tokens: Annotated[
         int | None,
         typer.Option(
@@ -83,6 +84,7 @@ def serve(
         device=device,
         dtype=dtype,
         experts=experts,
+        expert_memory=expert_memory,
         revision=revision,
         trust_remote_code=trust_remote_code,
         cache_tokens=cache_tokens,

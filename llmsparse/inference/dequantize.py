@@ -13,7 +13,7 @@ from llmsparse.inference.decode_attention import unmark_attention
 from llmsparse.inference.dense_linear import slow_down
 from llmsparse.inference.lean_norm import slow_down_norms
 from llmsparse.inference.linear import PackedLayer
-from llmsparse.inference.packed_experts import SparseExperts
+from llmsparse.inference.packed_experts import STORED, SparseExperts
 
 
 def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -42,6 +42,7 @@ def _linear(packed: PackedLayer, dtype: torch.dtype | None) -> nn.Module:
 
 def _restore_experts(module: Any, dtype: torch.dtype | None) -> None:
     stacks = module.__dict__.pop("stacks")
+    module.__dict__.pop(STORED, None)
     module.__class__ = next(kind for kind in type(module).__mro__[1:] if not issubclass(kind, SparseExperts))
     for leaf, stack in stacks.items():
         module.register_parameter(leaf, _parameter(stack.dense(), dtype))

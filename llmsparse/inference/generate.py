@@ -23,7 +23,9 @@ from llmsparse.errors import CheckpointError, LlmsparseError, RecipeError, one_l
 from llmsparse.inference import decode
 from llmsparse.inference.detokenizer import Detokenizer
 from llmsparse.inference.explain import explain
+from llmsparse.inference.leaving import on_disk_of
 from llmsparse.inference.load import GENERATION, load_model
+from llmsparse.inference.on_disk import told
 from llmsparse.models.origin import fetch_model, load_tokenizer, read_config
 from llmsparse.runs.device import choose_device
 from llmsparse.runs.memory import PeakMemory, used_bytes
@@ -47,6 +49,7 @@ class Generation:
     threads: int
     backends: dict[str, int]  # backend → packed weights that it runs; empty for a model that runs as it is
     experts: dict[str, int]  # what runs dense experts → how many modules; empty for a model without
+    on_disk: dict[str, Any] | None  # of experts that stay there: how many, and what became of those asked for
     load_seconds: float
     first_token_seconds: float
     tokens_per_second: float | None  # None where there is one token
@@ -60,6 +63,7 @@ class Generation:
         """One line."""
         runs = ", ".join(f"{name} runs {count} weights" for name, count in self.backends.items()) or "nothing is packed"
         runs += "".join(f", {name} runs {count} modules of experts" for name, count in self.experts.items())
+        runs += "" if self.on_disk is None else f"; {told(self.on_disk)}"
         speed = "" if self.tokens_per_second is None else f", then {self.tokens_per_second:.1f} tokens/s"
         return (
             f"{self.new_tokens} tokens: the first after {self.first_token_seconds:.2f} s{speed}; loaded in "
@@ -88,13 +92,17 @@ def generate(
     device: str = "auto",
     dtype: str = "auto",
     experts: str = AUTO,
+    expert_memory: str | int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     write: Callable[[str], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Continue `prompt` by at most `max_new_tokens` tokens; `write` is given the text piece by piece as it comes.
+    """Continue `prompt` by at most `max_new_tokens` tokens; `write` is given the text piece by piece as it comes, `say` a line
+    before it where there is something to say.
 
-    `model` is a folder, a hub id or `builtin`, `backend` and `experts` as in `load_model`. Raises a LlmsparseError of one line.
+    `model` is a folder, a hub id or `builtin`; `backend`, `experts` and `expert_memory` as in `load_model`. Raises a
+    LlmsparseError of one line.
     """
     if max_new_tokens < 1:
         raise RecipeError(f"max_new_tokens {max_new_tokens}: wanted 1 or more")
@@ -111,10 +119,14 @@ def generate(
             device=place,
             dtype=dtype,
             experts=experts,
+            expert_memory=expert_memory,
             trust_remote_code=trust_remote_code,
         )
         load_seconds = time.perf_counter() - started
         _check_tokens(ids, loaded)
+        on_disk = on_disk_of(loaded)
+        if on_disk is not None and say is not None:
+            say(on_disk.plan())
         clock = Clock(tokenizer, ids[0].tolist(), place, write)
         with _told_of(folder / GENERATION):
             new = _continue(loaded, tokenizer, ids.to(place), max_new_tokens, clock)
@@ -130,6 +142,7 @@ def generate(
             threads=torch.get_num_threads(),
             backends=explained.backends,
             experts=explained.experts_run_by,
+            on_disk=None if on_disk is None else on_disk.to_json(),
             load_seconds=load_seconds,
             first_token_seconds=clock.times[1] - clock.times[0],
             tokens_per_second=clock.tokens_per_second(),

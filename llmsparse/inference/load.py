@@ -32,12 +32,14 @@ def load_model(
     device: torch.device,
     dtype: str = "auto",
     experts: str = AUTO,
+    expert_memory: str | int | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """The causal LM in `folder`, by transformers, on `device`; `dtype` `auto` is that of the checkpoint.
 
     A packed folder runs on `backend`. Any other runs as it is where `backend` is `auto`, and is packed while it loads
-    where one is named. Dense experts of a mixture run by `experts`, as in `fuse`. Raises CheckpointError for a folder
+    where one is named. Dense experts of a mixture run by `experts`, as in `fuse`; packed ones stay on
+    disk but for as many as fit into `expert_memory`, if that is given. Raises CheckpointError for a folder
     that cannot be loaded whole, RecipeError for an unknown backend, MachineError for one that cannot run here.
     """
     check_names(backend, optimize)
@@ -52,10 +54,15 @@ def load_model(
         read_json(folder / GENERATION)  # transformers passes over one that it cannot read
     if not packed:
         refuse_integers(reader)
+    if expert_memory is not None and (not packed or device.type != "cpu"):
+        wrong = f"the device is {device}" if packed else f"{folder} is not packed"
+        raise RecipeError(
+            f"--expert-memory is for packed folders on a CPU, {wrong}; pack it, or leave --expert-memory out"
+        )
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True  # they are refused below, by name
     if packed or backend != AUTO:
-        options["quantization_config"] = SparseConfig(backend=backend, optimize=optimize)
+        options["quantization_config"] = SparseConfig(backend=backend, optimize=optimize, expert_memory=expert_memory)
     if device.type != "cpu":
         options["device_map"] = {"": device}
     if str(device).startswith("cuda:"):

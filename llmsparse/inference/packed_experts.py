@@ -10,7 +10,8 @@ implementation that runs each expert's packed matrices on the tokens routed to i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,7 +22,13 @@ from llmsparse.backends.choice import AUTO, Choice
 from llmsparse.errors import RecipeError
 from llmsparse.formats import PackedTensor
 from llmsparse.inference.linear import PackedLayer, PackedMatrix, carried, chosen, reloaded, take
+from llmsparse.inference.on_disk import Leaves, OnDisk, keep_on_disk
 from llmsparse.inference.read_only import LOST, read_only
+from llmsparse.inference.stored_experts import StoredStack
+from llmsparse.storage.checkpoint import CheckpointReader
+
+Product = Callable[[Tensor, Tensor | None], Tensor]  # x (tokens, in), bias → (tokens, out)
+STORED = "stored"  # attribute of a module whose experts lie on disk: who reads them, and which layer of theirs it is
 
 
 class PackedStack:
@@ -44,6 +51,14 @@ class PackedStack:
             return functional.linear(x, self.matrices[0].dense()[expert], bias)
         return self.matrices[expert](x, bias)
 
+    def carried(self, fn: Callable[[Tensor], Tensor]) -> PackedStack:
+        """The same after `model.to(...)`."""
+        return carried(self, fn)
+
+    def reloaded(self, name: str, state_dict: dict[str, Any], missing: list[str]) -> PackedStack:
+        """What `load_state_dict` makes of it."""
+        return reloaded(self, name, state_dict, missing)
+
     def dense(self) -> Tensor:
         """The whole weight, unpacked, as the module would hold it."""
         weight = self.matrices[0].dense() if self.together else torch.stack([part.dense() for part in self.matrices])
@@ -58,7 +73,7 @@ class PackedStack:
 class SparseExperts(nn.Module):
     """Mixed into the class of a model's experts by `prepare_experts`."""
 
-    stacks: dict[str, PackedStack]
+    stacks: dict[str, PackedStack | StoredStack]
 
     def __getattr__(self, name: str) -> Any:
         stack = self.__dict__["stacks"].get(name)
@@ -71,7 +86,7 @@ class SparseExperts(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseExperts:
         super()._apply(fn, recurse)
-        self.stacks = {name: carried(stack, fn) for name, stack in self.stacks.items()}
+        self.stacks = {name: stack.carried(fn) for name, stack in self.stacks.items()}
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -81,7 +96,7 @@ class SparseExperts(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         missing = rest[2] if rest[1] else []
-        self.stacks = {leaf: reloaded(one, prefix + leaf, state_dict, missing) for leaf, one in self.stacks.items()}
+        self.stacks = {leaf: one.reloaded(prefix + leaf, state_dict, missing) for leaf, one in self.stacks.items()}
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -122,25 +137,36 @@ def sparse_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     entering = hidden_states[order // k]
     out = torch.zeros_like(entering)
     normed = getattr(self, "has_post_expert_norm", False)  # transformers before 5.18 knows of none
-    start = 0
-    for expert, count in enumerate(counts[: self.num_experts]):
-        if count:
-            pairs = slice(start, start + count)
-            up = _product(self, "gate_up_proj" if self.has_gate else "up_proj", expert, entering[pairs])
-            inner = self._apply_gate(up) if self.has_gate else self.act_fn(up)
-            down = _product(self, "down_proj", expert, inner)
-            out[pairs] = self.post_expert_norm(down) if normed else down
-        start += count
+    ends = list(accumulate(counts, initial=0))
+    wanted = [expert for expert, count in enumerate(counts[: self.num_experts]) if count]
+    for expert, products in _arriving(self, wanted, hidden_states, k):
+        pairs = slice(ends[expert], ends[expert + 1])
+        up = _product(self, products, "gate_up_proj" if self.has_gate else "up_proj", expert, entering[pairs])
+        inner = self._apply_gate(up) if self.has_gate else self.act_fn(up)
+        down = _product(self, products, "down_proj", expert, inner)
+        out[pairs] = self.post_expert_norm(down) if normed else down
     weighted = torch.empty_like(out, dtype=torch.promote_types(out.dtype, top_k_weights.dtype))
     weighted[order] = out * top_k_weights.flatten()[order, None]  # (pairs, width), back in the order of the tokens
     return weighted.view(-1, k, weighted.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
 
-def _product(self: Any, name: str, expert: int, x: Tensor) -> Tensor:
+def _arriving(self: Any, wanted: list[int], x: Tensor, k: int) -> Iterator[tuple[int, Mapping[str, Product]]]:
+    """The experts that x (tokens, width) wants, k for a token, and what multiplies with those that are packed: in their order,
+    or as they come from disk. The order changes nothing: each has rows of its own."""
+    stored = self.__dict__.get(STORED)
+    if stored is not None:
+        on_disk, layer = stored
+        yield from on_disk.arriving(layer, wanted, x, k)
+        return
+    stacks = self.__dict__.get("stacks", {})
+    for expert in wanted:
+        yield expert, {name: partial(stack.run, expert) for name, stack in stacks.items()}
+
+
+def _product(self: Any, products: Mapping[str, Product], name: str, expert: int, x: Tensor) -> Tensor:
     bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
-    stack = getattr(self, "stacks", {}).get(name)
-    if stack is not None:
-        return stack.run(expert, x, bias)
+    if name in products:
+        return products[name](x, bias)
     weight = getattr(self, name)[expert]  # these experts are not packed
     return functional.linear(x, weight.T if self.is_transposed else weight, bias)
 
@@ -150,7 +176,19 @@ def _sparse(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Sparse{kind.__name__}", (SparseExperts, kind), {})
 
 
-def packed_weights(model: nn.Module) -> Iterator[tuple[str, PackedMatrix | PackedStack]]:
+def leave_on_disk(
+    model: Any, reader: CheckpointReader, modules: Mapping[str, Leaves], *, size: int, backend: str = AUTO
+) -> OnDisk:
+    """Let the experts modules of a loaded model read their packed weights when they use them, in `size` bytes of memory."""
+    on_disk = keep_on_disk(model, reader, modules, size=size, backend=backend)
+    for number, layer in enumerate(on_disk.layers):
+        module = model.get_submodule(layer.name)
+        module.__dict__.update({"stacks": layer.stacks, STORED: (on_disk, number)})
+        module.__class__ = _sparse(type(module))
+    return on_disk
+
+
+def packed_weights(model: nn.Module) -> Iterator[tuple[str, PackedMatrix | PackedStack | StoredStack]]:
     """Every packed weight of a loaded model, under the name that it is saved with."""
     for name, module in model.named_modules():
         if isinstance(module, PackedLayer) and module.matrix is not None:

@@ -4,11 +4,13 @@
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from llmsparse.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,3 +48,14 @@ def name_in(model: PreTrainedModel, name: str) -> str | None:
         if place_of(model, own)[1] is not None:
             return own
     return None if model.base_model is model and not name.startswith(prefix) else name
+
+
+def check_shape(name: str, parameter: nn.Parameter | None, described: Mapping[str, Any]) -> nn.Parameter:
+    """The model's parameter, which a packed weight must fit. CheckpointError."""
+    shape = list(described["shape"])
+    if described.get("transposed"):
+        shape[-2:] = shape[:-3:-1]
+    if parameter is None or list(parameter.shape) != shape:
+        wanted = "no such weight" if parameter is None else f"{list(parameter.shape)}"
+        raise CheckpointError(f"{name}: packed as {shape}, the model has {wanted}; they do not belong together")
+    return parameter

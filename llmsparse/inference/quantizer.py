@@ -38,21 +38,24 @@ from llmsparse.inference.dense_linear import quicken
 from llmsparse.inference.dequantize import make_dense
 from llmsparse.inference.experts_interface import llmsparse_experts
 from llmsparse.inference.lean_norm import quicken_norms
+from llmsparse.inference.leaving import Leaving
 from llmsparse.inference.linear import PackedLayer, SparseLinear, fill, place
 from llmsparse.inference.mapped import let_go_of_files
 from llmsparse.inference.packed_experts import PackedStack, packed_weights, prepare_experts
-from llmsparse.inference.places import matrices, name_in, place_of
+from llmsparse.inference.places import check_shape, matrices, name_in, place_of
 from llmsparse.inference.read_ahead import read_ahead
+from llmsparse.inference.stored_experts import StoredStack
 from llmsparse.models.origin import PACKED, read_config
 from llmsparse.models.thresholds import block_of
 from llmsparse.packing.folder import quantization_config, read_layers, refuse_undescribed
+from llmsparse.storage.disk import parse_size
 from llmsparse.storage.heap import release_freed
 from llmsparse.storage.shard import read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOADING = ("backend", "optimize")  # what a user may choose when a model is loaded; not part of the checkpoint
+LOADING = ("backend", "optimize", "expert_memory")  # a user's choice when a model is loaded; not part of the checkpoint
 VARIABLE = "LLMSPARSE_BACKEND"  # what runs where nobody chooses: for programs that load a model by its name alone
 
 
@@ -62,6 +65,9 @@ class SparseConfig(QuantizationConfigMixin):
     takes: `memory` unpacks the weight at every call, `speed` keeps a dense copy beside it. Raises RecipeError for a
     name that is not known.
 
+    `expert_memory`: packed experts stay on disk, and this many bytes of memory hold those that were used last and those
+    that will be next; a number, or such as `2GB`. On a CPU.
+
     `layers` is what config.json says of the packed weights; leave it out.
     """
 
@@ -70,11 +76,13 @@ class SparseConfig(QuantizationConfigMixin):
         backend: str | None = None,
         optimize: str = "memory",
         layers: Mapping[str, Mapping[str, Any]] | None = None,
+        expert_memory: str | int | None = None,
     ) -> None:
         self.quant_method: Any = PACKED
         self.backend = backend or os.environ.get(VARIABLE) or AUTO
         self.optimize = optimize
         check_names(self.backend, optimize)
+        self.expert_memory = None if expert_memory is None else parse_size(expert_memory)
         self.layers = {name: dict(described) for name, described in (layers or {}).items()}
 
     @classmethod
@@ -87,7 +95,7 @@ class SparseConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         return quantization_config(self.layers)
 
-    def get_loading_attributes(self) -> dict[str, str]:
+    def get_loading_attributes(self) -> dict[str, Any]:
         """What of the caller's config holds for a checkpoint that has its own."""
         return {key: getattr(self, key) for key in LOADING}
 
@@ -95,7 +103,9 @@ class SparseConfig(QuantizationConfigMixin):
 auto.register_quantization_config(PACKED)(SparseConfig)
 auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, SparseConfig)
 # transformers warns that a packed folder has a config of its own; that is why only LOADING is taken from the caller's
-warnings.filterwarnings("ignore", message=r"You passed `quantization_config`.*\['backend', 'optimize'\]")
+warnings.filterwarnings(
+    "ignore", message=r"You passed `quantization_config`.*\['backend', 'optimize', 'expert_memory'\]"
+)
 
 
 class SparseQuantizer(HfQuantizer):
@@ -108,6 +118,7 @@ class SparseQuantizer(HfQuantizer):
         self.config = quantization_config
         self.candidates: dict[str, bool] = {}  # module tensor that may be packed while loading → laid out (in, out)
         self.layers: dict[str, dict[str, Any]] = {}  # module tensor that is packed → description
+        self.leaving = Leaving(quantization_config.expert_memory)
         self.compiles = True
         self.folder: Path | None = None  # that is loaded
         self.experts_before: str | None = None  # the implementation that `dequantize` gives back
@@ -118,7 +129,8 @@ class SparseQuantizer(HfQuantizer):
         if getattr(model.config, "distributed_config", None) is not None:
             raise RecipeError("packed weights cannot be split over processes: load with a device_map, not a tp_plan")
         self.folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
-        read_ahead(checkpoint_files or ())
+        if self.config.expert_memory is None:
+            read_ahead(checkpoint_files or ())
         if not self.pre_quantized:
             tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
             self.candidates = {name: transposed for name, transposed in matrices(model) if name not in tied}
@@ -126,20 +138,14 @@ class SparseQuantizer(HfQuantizer):
         check_headers(self.config.layers, checkpoint_files or ())
         for name, described in self.config.layers.items():
             own = name_in(model, name)
-            if own is not None:
+            if own is not None and not self.leaving.takes(model, own, name, described):
                 self.hold(model, own, described)
 
     def hold(self, model: PreTrainedModel, name: str, described: Mapping[str, Any]) -> None:
         """Make room for the packed tensors of a weight, on meta. CheckpointError where they do not fit the model."""
         path, _, leaf = name.rpartition(".")
         module, parameter = place_of(model, name)
-        shape = list(described["shape"])
-        if described.get("transposed"):
-            shape[-2:] = shape[:-3:-1]
-        if parameter is None or list(parameter.shape) != shape:
-            wanted = "no such weight" if parameter is None else f"{list(parameter.shape)}"
-            raise CheckpointError(f"{name}: packed as {shape}, the model has {wanted}; they do not belong together")
-        assert module is not None
+        parameter = check_shape(name, parameter, described)
         if type(module).forward in (nn.Linear.forward, Conv1D.forward):
             kind = SparseConv1D if isinstance(module, Conv1D) else SparseLinear
             model.set_submodule(path, kind(described, module.bias, parameter.dtype))
@@ -157,7 +163,7 @@ class SparseQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         cut = self.folder is not None and block_of(read_config(self.folder)) is not None
-        if not self.layers and not cut:
+        if not self.layers and not self.leaving.modules and not cut:
             raise CheckpointError(
                 f"{model.config.name_or_path}: no weight has enough zeros to be smaller packed; prune the model first, "
                 "or load it without quantization_config"
@@ -176,8 +182,9 @@ class SparseQuantizer(HfQuantizer):
             else:
                 prepare_experts(module, path, leaves, **options)
             release_freed()
+        self.leaving.end(model, self.folder, **options)
         packed = [weight for _, weight in packed_weights(model)]
-        if any(isinstance(weight, PackedStack) and not weight.together for weight in packed):
+        if any(isinstance(weight, PackedStack | StoredStack) and not weight.together for weight in packed):
             self.experts_before = getattr(model.config, "_experts_implementation", None)
             model.set_experts_implementation(PACKED)
             self.compiles = False
@@ -188,7 +195,7 @@ class SparseQuantizer(HfQuantizer):
             quicken_norms(model)
             mark_attention(model)
         count_packed(model)
-        if not self.layers:
+        if not self.layers and not self.leaving.modules:
             self.remove_quantization_config(model)  # it is saved as the dense model that it is
         return cut_model(model, self.folder) if cut and self.folder else model
 

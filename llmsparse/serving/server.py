@@ -14,6 +14,7 @@ import torch
 
 from llmsparse.backends.choice import AUTO, check_names
 from llmsparse.errors import MachineError
+from llmsparse.inference.leaving import on_disk_of
 from llmsparse.inference.load import load_model
 from llmsparse.models.origin import fetch_model, load_tokenizer
 from llmsparse.runs.device import choose_device
@@ -38,6 +39,7 @@ def serve(
     device: str = "auto",
     dtype: str = "auto",
     experts: str = AUTO,
+    expert_memory: str | int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     cache_tokens: int | None = None,
@@ -69,12 +71,16 @@ def serve(
             device=place,
             dtype=dtype,
             experts=experts,
+            expert_memory=expert_memory,
             trust_remote_code=trust_remote_code,
         ).eval()
         with torch.inference_mode():
             forward = Forward(loaded)
         names = dict.fromkeys((served_model_name or model, model, _folder_name(model, folder)))
         served = ServedModel(loaded, tokenizer, tuple(names), forward, _room(loaded, forward, cache_tokens))
+        on_disk = on_disk_of(loaded)
+        if on_disk is not None:
+            say(on_disk.plan())
         _say_what_is_not_served(served, forward, say)
         address = bound.getsockname()
 

@@ -11,7 +11,8 @@ import math
 import mmap
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -42,8 +43,55 @@ def why_not() -> str | None:
     return None
 
 
+class Arena:
+    """A part of a mapping that is filled from its beginning, again and again: what lay in it before is written over."""
+
+    def __init__(self, memory: mmap.mmap, begin: int, size: int) -> None:
+        self.memory, self.begin, self.size = memory, begin, size
+        self.taken = 0  # bytes
+
+    @classmethod
+    def row(cls, count: int, size: int) -> list[Arena]:
+        """So many, side by side in one mapping. What is never filled takes no memory."""
+        each = _aligned(size)
+        memory = mmap.mmap(-1, count * each + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if why_not() is None:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return [cls(memory, _offset(memory) + number * each, each) for number in range(count)]
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+        """None where there is no more room."""
+        size = math.prod(shape) * dtype.itemsize
+        if not size or self.taken + _aligned(size) > self.size:
+            return None
+        offset = self.begin + self.taken
+        self.taken += _aligned(size)
+        tensor = torch.frombuffer(self.memory, dtype=dtype, count=math.prod(shape), offset=offset)
+        return tensor.view(tuple(shape)).zero_()
+
+
+class _Filled(threading.local):
+    arena: Arena | None = None
+
+
+_FILLED = _Filled()
+
+
+@contextmanager
+def within(arena: Arena) -> Generator[None]:
+    """Within it `zeros` and `copy` of this thread take their memory from an arena, from its beginning, as far as it reaches."""
+    arena.taken, before = 0, _FILLED.arena
+    _FILLED.arena = arena
+    try:
+        yield
+    finally:
+        _FILLED.arena = before
+
+
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor of zeros on the CPU, aligned to a cache line."""
+    if _FILLED.arena is not None and (placed := _FILLED.arena.zeros(shape, dtype)) is not None:
+        return placed
     size = math.prod(shape) * dtype.itemsize
     if not size or why_not() is not None:
         return torch.zeros(tuple(shape), dtype=dtype)
@@ -74,7 +122,7 @@ class _Shared:
                 memory = _mapping(SHARED)
                 self.mapping, self.taken = weakref.ref(memory), _offset(memory)
             begin = self.taken
-            self.taken += -(-size // ALIGNED) * ALIGNED
+            self.taken += _aligned(size)
             return memory, begin
 
 
@@ -94,6 +142,10 @@ def _mapping(size: int) -> mmap.mmap:
     memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
 
 
 def _offset(memory: mmap.mmap) -> int:

@@ -96,11 +96,20 @@ struct moving {
     int back;
 };
 
+/* __builtin_popcount is a call where the compiler may not count on the instruction. */
+static int64_t ones(uint32_t n) {
+    n -= (n >> 1) & 0x55555555u;
+    n = (n & 0x33333333u) + ((n >> 2) & 0x33333333u);
+    return (((n + (n >> 4)) & 0x0f0f0f0fu) * 0x01010101u) >> 24;
+}
+
 static void move(const void *job, int64_t which, int64_t first, int64_t last) {
     const struct moving *v = job;
     (void)which;
     const struct weight *w = v->w;
     int64_t groups = groups_of(w), width = (w->columns + 7) / 8;
+    const char *tiles_end = (char *)w->values + w->starts[last] * w->dtype;
+    const char *neutral_end = v->values + (v->back ? 0 : v->offsets[w->rows] * w->dtype);
     for (int64_t tile = first; tile < last; tile++) {
         char *tiled = (char *)w->values + w->starts[tile] * w->dtype;
         uint32_t *masks = w->masks + tile * groups * ROWS;
@@ -117,10 +126,15 @@ static void move(const void *job, int64_t which, int64_t first, int64_t last) {
                 uint8_t *bytes = v->mask + (tile * ROWS + i) * width + g * 4;
                 int64_t some = width - g * 4 < 4 ? width - g * 4 : 4;
                 if (v->back) memcpy(bytes, word, (size_t)some); /* little-endian, as every CPU that this is built for */
+                else if (some == 4) memcpy(word, bytes, 4);
                 else memcpy(word, bytes, (size_t)some);
-                int64_t count = __builtin_popcount(*word);
+                int64_t count = ones(*word);
                 char *neutral = v->values + at[i] * w->dtype;
-                if (count) memcpy(v->back ? neutral : tiled, v->back ? tiled : neutral, (size_t)(count * w->dtype));
+                /* A copy of known size is many times as fast; what it writes too much is written over by the next group. */
+                int whole = !v->back && tiles_end - tiled >= COLUMNS * FP32 && neutral_end - neutral >= COLUMNS * FP32;
+                if (whole && w->dtype == BF16) memcpy(tiled, neutral, COLUMNS * BF16);
+                else if (whole) memcpy(tiled, neutral, COLUMNS * FP32);
+                else if (count) memcpy(v->back ? neutral : tiled, v->back ? tiled : neutral, (size_t)(count * w->dtype));
                 tiled += count * w->dtype, at[i] += count;
             }
     }

@@ -67,6 +67,19 @@ def test_it_is_the_same_every_time_and_never_worse_than_what_was() -> None:
         assert again.after >= one.after
 
 
+def test_every_row_counts_though_the_search_looks_at_some() -> None:
+    """It sees every other row, of which (0, 2), (1, 3) keeps more than (0, 1), (2, 3); the others outweigh them."""
+    looked_at = torch.tensor([[9.0, 8.0, 1.0, 2.0]])
+    overlooked = torch.tensor([[30.0, 1.0, 30.0, 1.0], [30.0, 1.0, 1.0, 30.0]])
+    score = torch.stack([looked_at.expand(512, 4), overlooked.repeat(256, 1)], 1).reshape(1024, 4)
+    assert better_order(score[::2], 1, 2).after > better_order(score[::2], 1, 2).before
+    assert better_order(score, 1, 2).channels.tolist() == [0, 1, 2, 3]
+
+
+def test_the_loudest_are_dealt_out_there_and_back() -> None:
+    assert dealt_out(torch.arange(8.0), 4).tolist() == [7, 4, 3, 0, 6, 5, 2, 1]
+
+
 def test_without_work_or_without_a_score_the_order_stays() -> None:
     assert better_order(torch.zeros(4, 16), 2, 4).channels.tolist() == list(range(16))
     one_group = better_order(random_score(4, 4), 2, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmsparse.models.streamed import StreamedModel
+from llmsparse.models.tap import Tap
 from llmsparse.pruning.options import PruneOptions
 from llmsparse.pruning.permutation.fold import folds_of
+from llmsparse.pruning.permutation.order import retained
 from llmsparse.pruning.permutation.permuted import Permuted
 from llmsparse.pruning.permutation.reorder import reorder_block
+from llmsparse.pruning.permutation.trial import folding_layout
 from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.pruning.selection import choose_weights
 from llmsparse.runs.progress import Silent
@@ -101,6 +105,45 @@ def test_heads_keep_their_channels_and_groups_their_queries(tmp_path: Path) -> N
             assert torch.equal(made[output][:, columns], before[output][:, columns][:, order])
     untouched = [key for key in made if key not in (values, output) and "layers.0" in key]
     assert all(torch.equal(made[key], before[key]) for key in untouched)
+
+
+def test_what_is_kept_is_told_of_the_energy_at_the_output(tmp_path: Path) -> None:
+    """Σ (w ‖x‖)² of the mask over that of all weights, ‖x‖ over the tokens of the batches."""
+    folder = save_random(tiny_config("llama", num_hidden_layers=1), tmp_path / "model")
+    model = stream(folder)
+    acts, squares = model.embed(windows((4, 32), (4, 32))), list[Tensor]()
+    block = model.block(0)
+    with Tap(block, lambda slot, x: squares.append(x.square().sum(0)) if "down_proj" in slot[0] else None):
+        block.run(acts)
+    _, rows = reordered(folder, only="*down_proj")
+    score = original(folder)["model.layers.0.mlp.down_proj.weight"].square() * torch.stack(squares).sum(0)
+    assert [row.before for row in rows] == pytest.approx([retained(score, 2, 4) / score.sum().item()], rel=1e-5)
+
+
+def follows(x: Tensor, mlp: Any) -> Tensor:
+    return mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+
+
+OTHERWISE: dict[str, tuple[Callable[[Tensor, Any], Tensor], int | None]] = {
+    "as it is": (lambda x, mlp: mlp.down_proj(follows(x, mlp)), 0),
+    "something else reads the channels": (lambda x, mlp: mlp.down_proj(follows(x, mlp)) + mlp.up_proj(x)[..., :1], None),
+    "the channels are scaled in their old order": (
+        lambda x, mlp: 0 * mlp.down_proj(follows(x, mlp) * torch.arange(1.0, mlp.down_proj.in_features + 1)), None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", OTHERWISE)
+def test_channels_move_only_where_what_enters_and_what_comes_out_follow(how: str, tmp_path: Path) -> None:
+    folder = save_random(tiny_config("llama"), tmp_path / "model")
+    model = stream(folder)
+    choices = choose_weights(PruneRecipe(model=str(folder), pattern="2:4", only="*down_proj"), model)
+    (fold,) = folds_of(model, choices)[model.block_names[0]]
+    acts, block = model.embed(windows((4, 32))), model.block(0)
+    forward, wanted = OTHERWISE[how]
+    mlp = block.module.get_submodule("mlp")
+    mlp.forward = lambda x: forward(x, mlp)
+    assert folding_layout(block, acts, fold) == wanted
 
 
 def test_each_expert_has_an_order_of_its_own(tmp_path: Path) -> None:

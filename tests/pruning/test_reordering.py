@@ -120,6 +120,14 @@ def test_what_is_kept_is_told_of_the_energy_at_the_output(tmp_path: Path) -> Non
     assert [row.before for row in rows] == pytest.approx([retained(score, 2, 4) / score.sum().item()], rel=1e-5)
 
 
+def test_heads_that_groups_of_four_do_not_divide_keep_their_order(tmp_path: Path) -> None:
+    folder = save_random(tiny_config("llama", head_dim=6, num_hidden_layers=1), tmp_path / "model")
+    model = stream(folder)
+    choices = choose_weights(PruneRecipe(model=str(folder), pattern="2:4"), model)
+    (folds,) = folds_of(model, choices).values()
+    assert [fold.into for fold in folds] == ["mlp.down_proj.weight"]
+
+
 def follows(x: Tensor, mlp: Any) -> Tensor:
     return mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
 

@@ -211,10 +211,17 @@ def test_no_share_at_all_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
     assert "give --sparsity 0.5" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["activations", "prune"])
-def test_a_model_with_thresholds_is_no_source(verb: str, cut: Path, sample: Path, tmp_path: Path) -> None:
+VERBS: dict[str, dict[str, Any]] = {
+    "activations": {"sparsity": 0.5}, "prune": {"sparsity": 0.5}, "quantize": {"bits": 3.0}, "shrink": {"ffn": "50%"},
+    "factorize": {}, "scores": {}, "tune": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_model_with_thresholds_is_no_source(verb: str, cut: Path, dense: Path, sample: Path, tmp_path: Path) -> None:
+    text = {"text": str(sample), "teacher": str(dense)} if verb == "tune" else {"calibration": str(sample)}
     with pytest.raises(CheckpointError, match="has thresholds of activations already"):
-        getattr(llmsparse, verb)(cut, output=tmp_path / "o", sparsity=0.5, calibration=sample, **SMALL)
+        getattr(llmsparse, verb)(model=str(cut), output=str(tmp_path / "o"), **VERBS[verb] | text)
     assert not any(tmp_path.iterdir())
 
 

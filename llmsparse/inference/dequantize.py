@@ -13,6 +13,7 @@ from llmsparse.inference.decode_attention import unmark_attention
 from llmsparse.inference.dense_linear import slow_down
 from llmsparse.inference.lean_norm import slow_down_norms
 from llmsparse.inference.linear import PackedLayer
+from llmsparse.inference.on_disk import ATTRIBUTE, OnDisk
 from llmsparse.inference.packed_experts import STORED, SparseExperts
 
 
@@ -23,6 +24,9 @@ def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             model.set_submodule(name, _linear(module, dtype))
         elif isinstance(module, SparseExperts):
             _restore_experts(module, dtype)
+    on_disk: OnDisk | None = vars(model).pop(ATTRIBUTE, None)
+    if on_disk is not None:
+        on_disk.memory.close()
     slow_down(model)
     slow_down_norms(model)
     unmark_attention(model)

@@ -28,7 +28,7 @@ class Tally:
     found: int = 0  # in memory when they were asked for
     foreseen: int = 0  # of those asked for: read ahead, or on their way
     read: int = 0
-    read_ahead: int = 0  # of those read: because they were foreseen
+    read_ahead: int = 0  # reads begun because an expert was foreseen
     read_bytes: int = 0
     waited_seconds: float = 0.0
 
@@ -37,12 +37,18 @@ class ExpertMemory:
     """Experts in `arenas`, filled by one thread for each of `beside`, what it needs to do so."""
 
     def __init__(
-        self, prepare: Prepare, arenas: Sequence[Arena], beside: Sequence[Any], size: Callable[[Key], int]
+        self,
+        prepare: Prepare,
+        arenas: Sequence[Arena],
+        beside: Sequence[Any],
+        size: Callable[[Key], int],
+        ended: Callable[[], None],
     ) -> None:
-        """`size`: bytes of an expert on disk."""
+        """`size`: bytes of an expert on disk. `ended` is called once nothing is read any more, after `close`."""
         self.tally = Tally()
         self.room = len(arenas)  # experts
-        self._prepare, self._size = prepare, size
+        self._prepare, self._size, self._ended = prepare, size, ended
+        self._readers = len(beside)
         self._free = list(arenas)
         self._held: OrderedDict[Key, tuple[Arena, Any]] = OrderedDict()  # used longest ago first
         self._reading: set[Key] = set()
@@ -56,13 +62,19 @@ class ExpertMemory:
         for own in beside:
             threading.Thread(target=self._read, args=(own,), daemon=True, name="experts").start()
 
-    def arriving(self, layer: int, experts: Iterable[int]) -> Iterator[tuple[int, Any]]:
+    def arriving(
+        self, layer: int, experts: Iterable[int], ahead: Callable[[], Sequence[Key]] | None = None
+    ) -> Iterator[tuple[int, Any]]:
         """Each of the experts of a layer with what was prepared for it, as they come. It stays as it is until the next is
-        asked for. Raises what reading raised."""
+        asked for. Raises what reading raised.
+
+        `ahead` tells what to `foresee`; it is asked while the experts are on their way."""
         pending = [(layer, expert) for expert in experts]
         with self._changed:
             self._ask(pending)
         try:
+            if ahead is not None:
+                self.foresee(ahead())
             while pending:
                 with self._changed:
                     key = self._next(pending)
@@ -92,6 +104,8 @@ class ExpertMemory:
 
     def _ask(self, keys: Sequence[Key]) -> None:
         for key in keys:
+            if key not in self._needed:
+                self._failed.pop(key, None)  # of another time
             self._needed[key] += 1
             self.tally.asked += 1
             self.tally.found += key in self._held
@@ -110,7 +124,7 @@ class ExpertMemory:
                     self.tally.waited_seconds += time.perf_counter() - started
                     return key
                 if key in self._failed:
-                    raise self._failed.pop(key)
+                    raise self._failed[key]
             self._changed.wait()
 
     def _release(self, key: Key) -> None:
@@ -136,6 +150,10 @@ class ExpertMemory:
                     self.tally.read_bytes += self._size(key)
                     self._done(key)
                 del made
+        with self._changed:
+            self._readers -= 1
+            if not self._readers:
+                self._ended()
 
     def _done(self, key: Key) -> None:
         self._reading.discard(key)

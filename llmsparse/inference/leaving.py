@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmsparse.errors import RecipeError
-from llmsparse.inference.on_disk import Leaves, OnDisk
+from llmsparse.inference.on_disk import ATTRIBUTE, Leaves, OnDisk
 from llmsparse.inference.packed_experts import leave_on_disk
 from llmsparse.inference.places import check_shape, place_of
 from llmsparse.storage.checkpoint import CheckpointReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-ATTRIBUTE = "on_disk"  # of a model whose experts stay there
 
 
 class Leaving:

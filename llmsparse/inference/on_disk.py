@@ -7,6 +7,8 @@ import mmap
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +22,12 @@ from llmsparse.formats import stored_bytes
 from llmsparse.inference.expert_memory import ExpertMemory, Key
 from llmsparse.inference.foresight import Foresight
 from llmsparse.inference.linear import PackedMatrix
-from llmsparse.inference.stored_experts import StoredExperts, StoredStack, files_of, read_index, specs_of
+from llmsparse.inference.stored_experts import STAYS, StoredExperts, StoredStack, read_index, specs_of
 from llmsparse.storage.checkpoint import CheckpointReader
-from llmsparse.storage.disk import spell_size
+from llmsparse.storage.direct import DirectFile
+from llmsparse.storage.disk import spell_least, spell_size
 
+ATTRIBUTE = "on_disk"  # of a model whose experts stay there
 READERS = 2  # one reads while the other repacks
 KERNELS = {"bitmask": "cpu-bitmask", "nested": "cpu-nested"}  # format → what runs it where nothing is measured
 LEAST = 4  # experts in memory: two that are read, one that is multiplied, one that comes next
@@ -44,10 +48,11 @@ class OnDisk:
         self, layer: int, wanted: Sequence[int], x: Tensor, k: int
     ) -> Iterator[tuple[int, Mapping[str, PackedMatrix]]]:
         """The experts that a layer wants for x (tokens, width), k for a token, each as it comes."""
-        coming = self.memory.arriving(layer, wanted)
-        if self._foresight.known:
-            self.memory.foresee(self._foresight.after(layer, x, k))
-        return coming
+        ahead = partial(self._foresight.after, layer, x, k) if self._foresight.known else None
+        return self.memory.arriving(layer, wanted, ahead)
+
+    def __deepcopy__(self, memo: object) -> OnDisk:
+        raise RecipeError(f"the mixture {STAYS}")
 
     def plan(self) -> str:
         """One line."""
@@ -79,7 +84,8 @@ def keep_on_disk(
 ) -> OnDisk:
     """Experts of `modules` that are read when they are used, in `size` bytes of memory: their stacks take the place of packed
     ones. RecipeError where the bytes are too few, MachineError where a backend cannot run the experts."""
-    layers = [_stored(path, leaves, reader, backend) for path, leaves in modules.items()]
+    files: dict[Path, DirectFile] = {}
+    layers = [_stored(path, leaves, reader, backend, files) for path, leaves in modules.items()]
     scratches = [mmap.mmap(-1, max(one.scratch_bytes() for one in layers)) for _ in range(READERS)]
     each = max(_prepared_bytes(one, scratches[0]) for one in layers)
     beside = sum(map(len, scratches)) + sum(one.index_bytes() for one in layers)
@@ -87,7 +93,7 @@ def keep_on_disk(
     if room < LEAST:
         raise RecipeError(
             f"--expert-memory {spell_size(size)}: beside {spell_size(beside)} to read with it holds {max(0, room)} experts of "
-            f"{spell_size(each)}, wanted {LEAST} or more; give it {spell_size(beside + LEAST * each)}"
+            f"{spell_size(each)}, wanted {LEAST} or more; give it {spell_least(beside + LEAST * each)}"
         )
     arenas = pages.Arena.row(min(room, experts), each)
     held = torch.frombuffer(arenas[0].memory, dtype=torch.uint8)
@@ -98,19 +104,27 @@ def keep_on_disk(
     def prepare(key: Key, arena: pages.Arena, scratch: mmap.mmap) -> dict[str, PackedMatrix]:
         return layers[key[0]].prepare(key[1], arena, scratch)
 
-    memory = ExpertMemory(prepare, arenas, scratches, lambda key: layers[key[0]].size(key[1]))
+    def close() -> None:
+        for file in files.values():
+            file.close()
+
+    memory = ExpertMemory(prepare, arenas, scratches, lambda key: layers[key[0]].size(key[1]), close)
     foresight = Foresight.of(model, [(path, model.get_submodule(path)) for path in modules])
     weakref.finalize(model, memory.close)
     return OnDisk(layers, foresight, memory, len(arenas) * each + beside)
 
 
-def _stored(path: str, leaves: Leaves, reader: CheckpointReader, backend: str) -> StoredExperts:
+def _stored(
+    path: str, leaves: Leaves, reader: CheckpointReader, backend: str, files: dict[Path, DirectFile]
+) -> StoredExperts:
+    """`files`: those that are open, of all layers."""
     stacks: dict[str, StoredStack] = {}
     for leaf, (name, described, dtype) in leaves.items():
         specs = specs_of(name, described, reader.spec)
         choice, index = _choice(f"{path}.{leaf}", described, dtype, backend), read_index(name, described, specs)
         stacks[leaf] = StoredStack(f"{path}.{leaf}", dict(described), choice, dtype, specs, index)
-    return StoredExperts(path, stacks, files_of(spec for stack in stacks.values() for spec in stack.specs.values()))
+    own = {spec.file for stack in stacks.values() for spec in stack.specs.values()}
+    return StoredExperts(path, stacks, {file: files.setdefault(file, DirectFile(file)) for file in own})
 
 
 def _prepared_bytes(layer: StoredExperts, scratch: mmap.mmap) -> int:

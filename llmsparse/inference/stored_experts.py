@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,15 @@ from llmsparse.storage.shard import TensorSpec, read_into
 
 KEPT = ("_steps",)  # parts that a backend keeps as they are, and does not copy from
 STAYS = "stays on disk: load the model without expert_memory to move or to edit it"
+
+
+class PassingMatrix(PackedMatrix):
+    """One whose memory is another's soon: there is no way back through it."""
+
+    def dense(self) -> Tensor:
+        raise RecipeError(
+            "experts that stay on disk have no gradients: load the model without expert_memory to train it"
+        )
 
 
 @dataclass(eq=False)
@@ -105,7 +114,7 @@ class StoredExperts:
         with torch.no_grad(), pages.within(arena):
             for leaf, stack in self.stacks.items():
                 try:
-                    made[leaf] = PackedMatrix(self._read(stack, expert, scratch), stack.choice, stack.transposed)
+                    made[leaf] = PassingMatrix(self._read(stack, expert, scratch), stack.choice, stack.transposed)
                 except CheckpointError as error:
                     raise CheckpointError(f"{stack.name}, expert {expert}: {error}") from error
         return made
@@ -151,10 +160,6 @@ def read_whole(spec: TensorSpec) -> Tensor:
 def specs_of(name: str, described: Mapping[str, Any], spec: Callable[[str], TensorSpec]) -> dict[str, TensorSpec]:
     """Suffix → where a tensor of a weight lies."""
     return {suffix: spec(name + suffix) for suffix in layout(described)}
-
-
-def files_of(specs: Iterable[TensorSpec]) -> dict[Path, DirectFile]:
-    return {file: DirectFile(file) for file in {spec.file for spec in specs}}
 
 
 def _spans(stack: StoredStack, expert: int) -> dict[str, tuple[int, int]]:

@@ -200,7 +200,7 @@ class _WeighedInputs(Call):
         return Sent(token, self.gates.new_ones(len(token), dtype=self._hidden.dtype))
 
     def run(self, expert: int, tokens: Tensor) -> Tensor:
-        gates = (self.gates * (self.index == expert))[tokens].sum(1, keepdim=True).to(self._hidden.dtype)
+        gates = (self.gates[tokens] * (self.index[tokens] == expert)).sum(1, keepdim=True).to(self._hidden.dtype)
         weighed = self._hidden.new_zeros(self._experts, len(tokens), self._hidden.shape[-1])
         weighed[expert] = gates * self._hidden[tokens]
         return self._own(weighed.flatten(0, 1)).reshape(weighed.shape)[expert]

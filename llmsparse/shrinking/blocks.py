@@ -83,7 +83,7 @@ class Blocks(Reduction):
     def cut_outside(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.renamed(tensors)
 
-    def memory_bytes(self, tokens: int) -> int:
+    def memory_bytes(self, tokens: int, batches: int) -> int:
         """Hidden states without one block each."""
         stream = min(tokens, SUFFIX_TOKENS) * self.source.model.hidden_size * self.source.model.dtype.itemsize
         return 2 * stream + min(self.depth * stream, STREAM_BYTES) if self.score == "suffix" else 0

@@ -117,16 +117,17 @@ class Experts(Reduction):
 
     def survey(self, plan: ShrinkPlan, run: Run[Any]) -> Experts:
         """Which windows are of which text, and fitted on; and that scores measured before are of this very model."""
-        step = min(self._one_in(plan.windows.ids.numel()), max(1, len(plan.batches) // HELD_OUT_SHARE))
-        fitted = range(0, len(plan.batches) * self.recipe.refit, step)
+        batches = len(plan.batches)
+        fitted = range(0, batches * self.recipe.refit, self._one_in(plan.windows.ids.numel(), batches))
         surveyed = replace(self, texts=plan.texts_of_batches, fitted=fitted, weights=plan.texts)
         if self.scores is None:
             return surveyed
         self.scores.check_model(plan.model, plan.reader, self.mixtures)
         return replace(surveyed, weights=self.scores.blend(self.recipe.blend))
 
-    def _one_in(self, tokens: int) -> int:
-        return one_in(tokens, self.inner, self.kept, self.active)
+    def _one_in(self, tokens: int, batches: int) -> int:
+        """Of so many batches one is fitted on, but of no fewer than some to hold out one."""
+        return min(one_in(tokens, self.inner, self.kept, self.active), max(1, batches // HELD_OUT_SHARE))
 
     def fingerprint(self) -> dict[str, Any]:
         return {} if self.scores is None else {"scores": self.scores.fingerprint}
@@ -156,11 +157,11 @@ class Experts(Reduction):
     def _more(self) -> dict[str, Op]:
         return {key: op for ops in self.more for key, op in ops.items()}
 
-    def memory_bytes(self, tokens: int) -> int:
+    def memory_bytes(self, tokens: int, batches: int) -> int:
         """Sums of pairs; where what is left is fitted to what all experts gave, what entered them and what is missing of
         their output, the hidden units of one of them, its equations and the tokens that judge it."""
         width = self.config.get_text_config(decoder=True).hidden_size
-        tokens = -(-tokens // self._one_in(tokens))
+        tokens = -(-tokens // self._one_in(tokens, batches))
         judges = min(JUDGES, tokens)
         fitting = 2 * tokens * width + 3 * self.inner**2 + 4 * self.inner * width + judges * (self.inner + width)
         fitting += tokens * self.inner

@@ -140,7 +140,7 @@ class ShrinkPlan(RunPlan[ShrinkRecipe]):
         matching = 4 * 4 * numbers if self.recipe.match_steps else 0  # masters, their gradients and what Adam remembers
         working = 8 * self.batches[0].numel() * width * 4
         head = self.model.vocabulary * width * itemsize
-        held = sum(reduction.memory_bytes(self.windows.ids.numel()) for reduction in self.reductions)
+        held = sum(reduction.memory_bytes(self.windows.ids.numel(), len(self.batches)) for reduction in self.reductions)
         blocks = 3 * stored + numbers * itemsize + matching + working + held
         return self.footprint + freed_bytes(self.device, stored) + streams + max(2 * head, blocks)
 

@@ -120,8 +120,8 @@ class Reduction(ABC):
     def begin(self, block: Block) -> Cut:
         """Start work on a block, which is loaded whole."""
 
-    def memory_bytes(self, tokens: int) -> int:
-        """What it holds beside a block while that is worked on, for so many calibration tokens."""
+    def memory_bytes(self, tokens: int, batches: int) -> int:
+        """What it holds beside a block while that is worked on, for so many calibration tokens in so many batches."""
         return 0
 
     def fingerprint(self) -> dict[str, Any]:

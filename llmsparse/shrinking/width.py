@@ -52,7 +52,7 @@ class Narrower(Reduction):
         cut = narrow(self.model, index, tensors, self.units[index], [0] * len(kept), kept, {})
         return {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in cut.items()}
 
-    def memory_bytes(self, tokens: int) -> int:
+    def memory_bytes(self, tokens: int, batches: int) -> int:
         """XᵀX of every projection of a block, rows of the tokens held back, and the equations of one that are solved."""
         return max(sum(self._held(unit, tokens) for unit in units) for units in self.units)
 

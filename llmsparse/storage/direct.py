@@ -7,6 +7,7 @@ core the copying costs a third of a fast disk's speed, and pages of others are g
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import threading
@@ -30,6 +31,7 @@ class DirectFile:
         self._opened = threading.Lock()
         self._number: int | None = None
         self._direct = hasattr(os, "O_DIRECT")
+        self._left: list[int] = []  # others may still be reading by it
 
     def read(self, begin: int, end: int, memory: mmap.mmap, at: int) -> int:
         """Bytes [begin, end) of the file into `memory`, somewhere between `at`, a multiple of BLOCK, and `at` +
@@ -37,29 +39,34 @@ class DirectFile:
         first = begin // BLOCK * BLOCK
         last = -(-end // BLOCK) * BLOCK
         try:
-            number = self._descriptor()
+            number, direct = self._descriptor()
             try:
                 got = _fill(number, memory, at, first, last, end)
-            except OSError:
-                if not self._direct:
+            except OSError as error:
+                if not direct or error.errno != errno.EINVAL:
                     raise
-                self._reopen()  # a file system that opens files so and will not read them
-                got = _fill(self._descriptor(), memory, at, first, last, end)
-            if not self._direct and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._descriptor(), first, last - first, os.POSIX_FADV_DONTNEED)
+                number, direct = self._reopened()  # a file system that opens files so and will not read them
+                got = _fill(number, memory, at, first, last, end)
+            if not direct and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(number, first, last - first, os.POSIX_FADV_DONTNEED)
+            size = os.fstat(number).st_size
         except OSError as error:
             raise CheckpointError(f"{self.file}: cannot be read ({error.strerror})") from error
         if got < end:
-            raise CheckpointError(f"{self.file}: became shorter while it was read")
+            raise CheckpointError(
+                f"{self.file}: has {size} bytes, {end} or more when the model was loaded; put the whole file back, and load the model again"
+            )
         return at + begin - first
 
     def close(self) -> None:
+        """Once nobody reads any more."""
         with self._opened:
-            if self._number is not None:
-                os.close(self._number)
-                self._number = None
+            for number in (*self._left, *([] if self._number is None else [self._number])):
+                os.close(number)
+            self._number, self._left = None, []
 
-    def _descriptor(self) -> int:
+    def _descriptor(self) -> tuple[int, bool]:
+        """What the file is read by, and whether past the page cache."""
         with self._opened:
             if self._number is None:
                 if self._direct:
@@ -68,12 +75,14 @@ class DirectFile:
                 if self._number is None:
                     self._direct = False
                     self._number = os.open(self.file, os.O_RDONLY)
-            return self._number
+            return self._number, self._direct
 
-    def _reopen(self) -> None:
+    def _reopened(self) -> tuple[int, bool]:
         with self._opened:
-            if self._direct and self._number is not None:  # it stays open: other threads may be reading
+            if self._direct and self._number is not None:
+                self._left.append(self._number)
                 self._direct, self._number = False, os.open(self.file, os.O_RDONLY)
+        return self._descriptor()
 
 
 def _fill(number: int, memory: mmap.mmap, at: int, first: int, last: int, end: int) -> int:

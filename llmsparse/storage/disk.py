@@ -58,6 +58,12 @@ def spell_size(size: int) -> str:
     return f"{number:.{2 if number < 9.995 else 1 if number < 99.95 else 0}f} {unit}" if unit != "B" else f"{size} B"
 
 
+def spell_least(size: int) -> str:
+    """A spelling of so many bytes, or of a few more: who asks for it gets enough."""
+    figure = 10 ** max(0, len(str(size)) - 3)  # what the third figure counts
+    return spell_size(-(-size // figure) * figure)
+
+
 def check_room(output: Path, size: int, held: int = 0) -> None:
     """MachineError unless the nearest existing parent of `output` has room for `size` bytes, of which an unfinished
     run that goes on or is replaced holds `held` already."""

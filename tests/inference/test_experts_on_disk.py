@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -58,7 +60,7 @@ def least(folder: Path) -> int:
         model_of(folder, 1)
     found = re.search(r"give it ([\d.]+) kB", str(refused.value))
     assert found is not None
-    return int(float(found[1]) * 1000) + 100
+    return round(float(found[1]) * 1000)
 
 
 @pytest.mark.parametrize("family", [name for name in MIXTURE if name != "llama4_text"])
@@ -183,6 +185,43 @@ def test_dequantized_it_is_the_dense_model(folders: Folders) -> None:
     assert torch.equal(logits(ours), logits(AutoModelForCausalLM.from_pretrained(pruned)))
 
 
+def test_made_dense_or_let_go_it_reads_no_more(folders: Folders) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    ours, other = (model_of(folders("mixtral")[1]) for _ in range(2))
+    logits(ours), logits(other)
+    readers = [thread for thread in threading.enumerate() if thread.name == "experts"]
+    ours.dequantize()
+    assert on_disk_of(ours) is None
+    del other
+    gc.collect()
+    for thread in readers:
+        thread.join(10)
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_there_is_no_way_back_through_what_has_made_room_for_others(folders: Folders) -> None:
+    ours = model_of(folders("mixtral")[1])
+    (ids,) = windows((2, 9))
+    loss = ours(ids, labels=ids, use_cache=False).loss
+    with pytest.raises(RecipeError, match="have no gradients: load the model without expert_memory"):
+        loss.backward()
+
+
+def test_what_routers_say_ahead_is_not_in_what_the_model_gives(folders: Folders) -> None:
+    packed, (ids,) = folders("mixtral")[1], windows((2, 9))
+    with torch.no_grad():
+        one, two = (
+            model_of(packed, memory)(ids, labels=ids, output_router_logits=True, use_cache=False)
+            for memory in (FEW, None)
+        )
+    assert len(one.router_logits) == len(two.router_logits) == 2 and torch.equal(one.aux_loss, two.aux_loss)
+
+
+def test_a_copy_is_refused_in_one_line(folders: Folders) -> None:
+    with pytest.raises(RecipeError, match="stays on disk: load the model without expert_memory"):
+        copy.deepcopy(model_of(folders("mixtral")[1]))
+
+
 def test_it_is_loaded_by_transformers_too(folders: Folders) -> None:
     packed = folders("mixtral")[1]
     config = llmsparse.SparseConfig("cpu-bitmask", expert_memory=FEW)
@@ -238,7 +277,7 @@ def test_a_file_that_is_cut_while_the_model_runs_is_one_line(folders: Folders, t
     for file in folder.glob("*.safetensors"):
         with file.open("r+b") as stream:
             stream.truncate(100)
-    with pytest.raises(CheckpointError, match="became shorter while it was read"):
+    with pytest.raises(CheckpointError, match="or more when the model was loaded; put the whole file back"):
         logits(ours, 3, 40)
 
 

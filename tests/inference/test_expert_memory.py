@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -56,11 +57,11 @@ def test_all_who_wait_for_what_cannot_be_read_are_told() -> None:
             list(memory.arriving(0, [0]))
         told.append(str(error.value))
 
-    asking = [threading.Thread(target=ask) for _ in range(3)]
+    asking = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
     for thread in asking:
         thread.start()
-    while len(memory._needed) == 0 or memory._needed[0, 0] < 3:  # pyright: ignore[reportPrivateUsage]
-        pass
+    while memory.tally.asked < 3:
+        time.sleep(0.01)
     reader.may.set()
     for thread in asking:
         thread.join(10)

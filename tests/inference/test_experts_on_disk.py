@@ -186,16 +186,18 @@ def test_dequantized_it_is_the_dense_model(folders: Folders) -> None:
 
 
 def test_made_dense_or_let_go_it_reads_no_more(folders: Folders) -> None:
-    before = set(os.listdir("/proc/self/fd"))
+    gc.collect()  # models of other tests
+    others, before = set(threading.enumerate()), set(os.listdir("/proc/self/fd"))
     ours, other = (model_of(folders("mixtral")[1]) for _ in range(2))
     logits(ours), logits(other)
-    readers = [thread for thread in threading.enumerate() if thread.name == "experts"]
+    readers = set(threading.enumerate()) - others
     ours.dequantize()
     assert on_disk_of(ours) is None
     del other
     gc.collect()
     for thread in readers:
         thread.join(10)
+    assert len(readers) == 4 and not any(thread.is_alive() for thread in readers)
     assert set(os.listdir("/proc/self/fd")) == before
 
 

@@ -7,8 +7,10 @@ running layer. An expert that comes late is waited for, so what is computed does
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
+import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,16 @@ class Tally:
     read_ahead: int = 0  # reads begun because an expert was foreseen
     read_bytes: int = 0
     waited_seconds: float = 0.0
+
+
+_ALL: weakref.WeakSet[ExpertMemory] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Python aborts where it ends while a thread of it is within torch."""
+    for memory in list(_ALL):
+        memory.end()
 
 
 class ExpertMemory:
@@ -59,8 +71,12 @@ class ExpertMemory:
         self._failed: dict[Key, Exception] = {}
         self._closed = False
         self._changed = threading.Condition()
-        for own in beside:
-            threading.Thread(target=self._read, args=(own,), daemon=True, name="experts").start()
+        self._threads = [
+            threading.Thread(target=self._read, args=(own,), daemon=True, name="experts") for own in beside
+        ]
+        for thread in self._threads:
+            thread.start()
+        _ALL.add(self)
 
     def arriving(
         self, layer: int, experts: Iterable[int], ahead: Callable[[], Sequence[Key]] | None = None
@@ -101,6 +117,12 @@ class ExpertMemory:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def end(self) -> None:
+        """Close, and wait until nobody reads."""
+        self.close()
+        for thread in self._threads:
+            thread.join()
 
     def _ask(self, keys: Sequence[Key]) -> None:
         for key in keys:

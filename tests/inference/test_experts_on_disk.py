@@ -201,6 +201,26 @@ def test_made_dense_or_let_go_it_reads_no_more(folders: Folders) -> None:
     assert set(os.listdir("/proc/self/fd")) == before
 
 
+ENDS_WHILE_READING = """
+import sys
+from pathlib import Path
+import torch
+from llmsparse.inference.leaving import on_disk_of
+from llmsparse.inference.load import load_model
+model = load_model(Path(sys.argv[1]), device=torch.device("cpu"), backend="cpu-bitmask", expert_memory="60KB")
+for turn in range(int(sys.argv[2])):
+    on_disk_of(model).memory.foresee([(turn % 2, expert) for expert in range(4)])
+"""
+
+
+@pytest.mark.parametrize("turns", [1, 3, 10, 30])
+def test_a_program_may_end_while_experts_are_read(turns: int, folders: Folders) -> None:
+    """Python aborts now and then where it ends while a thread is within torch."""
+    asked = [sys.executable, "-c", ENDS_WHILE_READING, str(folders("mixtral")[1]), str(turns)]
+    done = subprocess.run(asked, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_there_is_no_way_back_through_what_has_made_room_for_others(folders: Folders) -> None:
     ours = model_of(folders("mixtral")[1])
     (ids,) = windows((2, 9))

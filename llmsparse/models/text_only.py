@@ -8,14 +8,13 @@ the tensors are called there follows from the place of that class's decoder.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.models.empty_model import build_empty, quiet
+from llmsparse.models.renamed import RenamedReader
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.storage.checkpoint import CheckpointReader
 
@@ -24,24 +23,6 @@ READERS = (  # files beside the weights that only say how images and sound are r
     "processor_config.json",
     "video_preprocessor_config.json",
 )
-
-
-class RenamedReader(CheckpointReader):
-    """Some tensors of a checkpoint under other names: `names`, here → there."""
-
-    def __init__(self, source: CheckpointReader, names: Mapping[str, str]) -> None:
-        self.folder = source.folder
-        self._source, self._names = source, dict(names)
-        self._specs = {name: source.spec(there) for name, there in names.items()}
-
-    def is_stored(self, key: str) -> bool:
-        return self._source.is_stored(self._names[key])
-
-    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        return {key: self._source.read([self._names[key]])[self._names[key]] for key in keys}
-
-    def fingerprint(self) -> dict[str, Any]:
-        return self._source.fingerprint()
 
 
 def language_model(wrapping: StreamedModel, reader: CheckpointReader) -> tuple[StreamedModel, RenamedReader]:

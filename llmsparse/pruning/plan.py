@@ -257,8 +257,7 @@ def make_plan(
         )
     check_room(opened.output, needed + (packed if recipe.format == "packed" else 0), held_bytes(opened.output))
     windows = read_windows(opened, recipe.calibration_samples)
-    own = opened.config if recipe.text_only else None
-    draft = PrunePlan(**opened.fields, config=own, windows=windows, choices=choices, match_steps=0, packed_bytes=packed)
+    draft = PrunePlan(**opened.fields, windows=windows, choices=choices, match_steps=0, packed_bytes=packed)
     _ = draft.folds  # refused before anything is fetched
     if draft.allocates:
         refuse_bounds(draft.allocated_sparsity, draft.bounds)

@@ -19,7 +19,11 @@ KEYS = {  # of every key but model, by group
         "rate": Key("How much rounding gives way to save bits, in squared steps a bit.", "0.1", "R"),
         "damp": Key("Share of the Hessian's mean diagonal added to it.", "0.01", "D"),
         "match_steps": Key("Steps of tuning each block to what it computed before; 0 for none.", "0", "N"),
-        "head_bits": Key("Quantize an output head of its own, too, to 4 to 8 bits.", None, "N"),
+        "head_bits": Key(
+            "Quantize the output head, too, to 4 to 8 bits; one tied to the embedding becomes a matrix of its own.",
+            None,
+            "N",
+        ),
         "only": Key("Quantize only weights whose name matches (repeatable).", None, "GLOB", list),
         "include": Key("Quantize these too (repeatable).", None, "GLOB", list),
         "exclude": Key("Leave weights whose name matches as they are (repeatable).", None, "GLOB", list),

@@ -182,11 +182,6 @@ def _choice(recipe: QuantizeRecipe, weight: Weight) -> Choice:
 def _head(recipe: QuantizeRecipe, model: StreamedModel) -> list[Choice]:
     if recipe.head_bits is None:
         return []
-    if model.tied_head is not None:
-        raise RecipeError(
-            f"--head-bits {recipe.head_bits}: {model.tied_head} is tied to the input embedding, which stays as it is; "
-            "leave it out"
-        )
     return [Choice(weight, weight.shape[1], 2 ** (recipe.head_bits - 1) - 1) for weight in model.head_weights()]
 
 

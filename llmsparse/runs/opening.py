@@ -31,6 +31,7 @@ from llmsparse.models.origin import (
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.models.text_only import language_model
 from llmsparse.models.thresholds import refuse_cut
+from llmsparse.models.untied import untied
 from llmsparse.runs.device import choose_device, choose_dtype, window_length
 from llmsparse.runs.partial import check_output
 from llmsparse.runs.plan import Chosen, PlannedRecipe, RunPlan
@@ -63,12 +64,14 @@ class OpenedModel(Generic[Chosen]):
     started: float
     trust_remote_code: bool
     no_c4: MachineError | None = None  # why the default text cannot be had
+    new_config: Any = None  # of what is made, where it is not the source's
 
     @property
     def fields(self) -> dict[str, Any]:
         """Those of the plan that is made from it."""
         names = ("recipe", "origin", "output", "reader", "model", "device", "dtype", "started")
-        return {name: getattr(self, name) for name in names}
+        own = {"config": self.new_config} if self.new_config is not None else {}
+        return {name: getattr(self, name) for name in names} | own
 
 
 def open_model(
@@ -100,17 +103,23 @@ def open_model(
     window_length(config, recipe.seq_len, recipe.text_source)
     reader = open_checkpoint(origin.folder, origin.absent) if reader_of is None else reader_of(origin)
     dtype = dtype_of(recipe.dtype, device, reader)
-    model, reader = _model(reader, recipe, device, dtype, trusted)
+    model, reader, own = _model(reader, recipe, device, dtype, trusted)
     config = model.config if getattr(recipe, "text_only", False) else config
-    return OpenedModel(recipe, origin, output, config, reader, model, device, dtype, started, trusted, no_c4)
+    return OpenedModel(recipe, origin, output, config, reader, model, device, dtype, started, trusted, no_c4, own)
 
 
 def _model(
     reader: CheckpointReader, recipe: PlannedRecipe, device: torch.device, dtype: torch.dtype, trusted: bool
-) -> tuple[StreamedModel, CheckpointReader]:
-    """The model that is worked on, and the reader of its tensors: all of the checkpoint, or the language model in it."""
+) -> tuple[StreamedModel, CheckpointReader, Any]:
+    """The model that is worked on, the reader of its tensors, and its config where the result has another: the model of the
+    checkpoint, the language model in it, or the same model with a head of its own."""
     model = StreamedModel(reader, device=device, dtype=dtype, trust_remote_code=trusted)
-    return language_model(model, reader) if getattr(recipe, "text_only", False) else (model, reader)
+    if getattr(recipe, "text_only", False):
+        model, reader = language_model(model, reader)
+        return model, reader, model.config
+    if getattr(recipe, "head_bits", None) is not None and model.tied_head is not None:
+        return untied(model, reader, trusted)
+    return model, reader, None
 
 
 def _with_text(recipe: Chosen) -> tuple[Chosen, MachineError | None]:
@@ -134,7 +143,7 @@ def fetched(plan: Planned, download: bool) -> Planned:
     commit = plan.origin.commit
     origin = Origin(fetch_model(plan.recipe.model, commit or plan.recipe.revision), commit=commit)
     reader = open_checkpoint(origin.folder)
-    model, reader = _model(reader, plan.recipe, plan.device, plan.dtype, plan.trust_remote_code)
+    model, reader, _ = _model(reader, plan.recipe, plan.device, plan.dtype, plan.trust_remote_code)
     return replace(plan, origin=origin, reader=reader, model=model)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from llmsparse.errors import CheckpointError, one_line
 from llmsparse.models.empty_model import find_blocks
-from llmsparse.shrinking.new_config import empty_model
+from llmsparse.models.new_config import empty_model
 from llmsparse.shrinking.reduction import Source
 from llmsparse.shrinking.shapes import BROKEN, config_field
 

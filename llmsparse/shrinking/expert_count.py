@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from huggingface_hub.errors import StrictDataclassError
 
 from llmsparse.errors import CheckpointError
-from llmsparse.shrinking.new_config import Shapes, module_shapes, text_part
+from llmsparse.models.new_config import Shapes, module_shapes, text_part
 from llmsparse.shrinking.reduction import Source
 
 COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

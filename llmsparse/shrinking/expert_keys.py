@@ -16,8 +16,8 @@ from torch import Tensor
 
 from llmsparse.errors import CheckpointError
 from llmsparse.models.naming import Group
+from llmsparse.models.new_config import Shapes
 from llmsparse.models.streamed import StreamedModel
-from llmsparse.shrinking.new_config import Shapes
 from llmsparse.shrinking.reduction import Specs
 from llmsparse.storage.checkpoint import CheckpointReader
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from llmsparse.calibration.least_squares import JUDGES
 from llmsparse.calibration.matching import HELD_OUT_SHARE
 from llmsparse.errors import CheckpointError, RecipeError
+from llmsparse.models.new_config import text_part
 from llmsparse.models.prunable import refuse_stored
 from llmsparse.models.streamed import Activations, Block
 from llmsparse.runs.seeding import generator_for
@@ -24,7 +25,6 @@ from llmsparse.scoring.watcher import Watcher
 from llmsparse.shrinking.expert_count import ACTIVE, GROUPS, GROUPS_ACTIVE, number, with_experts
 from llmsparse.shrinking.expert_keys import Op, Ops, beside, cut_specs, cut_tensors, expert_keys, expert_sizes
 from llmsparse.shrinking.expert_refit import one_in, refit_experts
-from llmsparse.shrinking.new_config import text_part
 from llmsparse.shrinking.recipe import ShrinkRecipe, amount_of, refuse_amount
 from llmsparse.shrinking.reduction import Cut, Reduction, Rows, Source, Specs
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmsparse.calibration.matching import HELD_OUT_SHARE
 from llmsparse.encodings.reader import without_encoding
+from llmsparse.models.new_config import NewConfig
 from llmsparse.models.origin import read_config
 from llmsparse.models.prunable import refuse_flat_experts, refuse_shared_blocks
 from llmsparse.runs.device import split_batches
@@ -24,7 +25,6 @@ from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
 from llmsparse.runs.plan import RunPlan
 from llmsparse.shrinking.block import ShrinkOptions
-from llmsparse.shrinking.new_config import NewConfig
 from llmsparse.shrinking.recipe import ShrinkRecipe
 from llmsparse.shrinking.reduction import Reduction, Source, Specs
 from llmsparse.shrinking.reductions import plan_reductions

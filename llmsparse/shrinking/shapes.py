@@ -13,8 +13,8 @@ from llmsparse.errors import CheckpointError, one_line
 from llmsparse.models.empty_model import find_blocks
 from llmsparse.models.meta_run import run_on_meta
 from llmsparse.models.naming import in_block
+from llmsparse.models.new_config import empty_model, module_shapes
 from llmsparse.shrinking.narrowing import Axis, Shape, UnfitError, shorter_axes
-from llmsparse.shrinking.new_config import empty_model, module_shapes
 from llmsparse.shrinking.reduction import Source
 
 BROKEN = (

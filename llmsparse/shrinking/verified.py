@@ -16,7 +16,7 @@ import torch
 from llmsparse.errors import CheckpointError
 from llmsparse.models.empty_model import quiet
 from llmsparse.models.naming import Naming
-from llmsparse.shrinking.new_config import empty_model
+from llmsparse.models.new_config import empty_model
 
 
 class _Spec(NamedTuple):

@@ -213,7 +213,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a dense matrix": (["--values", "int8"], "is a dense matrix (0.0% zeros)"),
     "a group that does not divide": (["--bits", "3", "--group", "48"], "has 64 inputs, which 48 does not divide"),
     "a group that is none": (["--bits", "3", "--group", "column"], "wanted row"),
-    "a tied head": (["--bits", "3", "--head-bits", "8"], "tied to the input embedding"),
+    "a head of two bits": (["--bits", "3", "--head-bits", "2"], "wanted at least 4"),
     "a glob of nothing": (["--bits", "3", "--only", "mlpp"], "matches none of"),
 }
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING
 
-from llmsparse.shrinking.new_config import empty_model
+from llmsparse.models.new_config import empty_model
 from llmsparse.storage.checkpoint import CheckpointWriter
 
 RUN = """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 from torch import Tensor
@@ -55,10 +55,14 @@ def solving(entry: Input, kind: type[Statistic] | None) -> float:
     return entry.width**3 / 3 + numel * entry.width
 
 
-def output_error(dense: Tensor, made: Tensor, entry: Input) -> float | None:
-    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² over the sampled rows X (rows, in); None where no row was seen."""
+def output_error(
+    dense: Tensor, made: Callable[[slice], Tensor], entry: Input, parts: Sequence[slice] = (slice(None),)
+) -> float | None:
+    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² over the sampled rows X (rows, in), Ŵ made in parts; None where no row was seen."""
     if entry.tokens == 0:
         return None
-    x = entry.sample.float()
-    energy = (x @ dense.T).square().sum().item()
-    return (x @ (dense - made).T).square().sum().item() / energy if energy > 0 else 0.0
+    x, energy, lost = entry.sample.float(), 0.0, 0.0
+    for part in parts:
+        energy += (x @ dense[part].T).square().sum().item()
+        lost += (x @ (dense[part] - made(part)).T).square().sum().item()
+    return lost / energy if energy > 0 else 0.0

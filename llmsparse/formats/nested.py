@@ -28,7 +28,7 @@ from llmsparse.errors import CheckpointError
 from llmsparse.formats.bitmask import check_dtype
 from llmsparse.formats.digits import Code, DamagedStream, decode, encode, nonzeros, sizes
 from llmsparse.formats.protocol import Layout
-from llmsparse.formats.shortest import shortest_code
+from llmsparse.formats.shortest import histogram, shortest_code
 
 TILE = (
     2**16
@@ -280,8 +280,8 @@ class Nested:
 
 def entropy_of(q: Tensor) -> float:
     """-Σ p log2 p of int8 numbers q."""
-    share = (q.flatten().long() + 128).bincount().double() / max(1, q.numel())
-    return -(share * share.clamp_min(1e-300).log2()).sum().item()
+    share = histogram(q.cpu().reshape(-1).numpy().view(np.uint8)) / max(1, q.numel())
+    return -float((share * np.log2(np.maximum(share, 1e-300))).sum())
 
 
 def _tile_slices(shape: tuple[int, ...], tile: int) -> Iterator[slice]:

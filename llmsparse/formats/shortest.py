@@ -12,6 +12,8 @@ from llmsparse.formats.digits import WIDEST, Code, fours_bits
 
 RARE = 0.35  # where more flags than that are set, fours do not save: four in a row are rarely all 0
 
+COUNTED = 1 << 22  # numbers at a time: numpy counts copies of 8 bytes each
+
 
 class Choice(NamedTuple):
     """Widths of the levels from one on, which of them are in fours (counted from the first of these), and bits in all."""
@@ -29,9 +31,15 @@ class Choice(NamedTuple):
 def shortest_code(q: Any) -> tuple[Code, int]:
     """The shortest code of int8 (items,) by dynamic programming over the largest number that each level ends at, and the
     bits it takes, but for what fills up bytes. Of equal ones the first."""
-    search = _Search(np.abs(q.reshape(-1).astype(np.int16)))
+    search = _Search(np.abs(q.reshape(-1)).view(np.uint8))  # |-128| is -128, which these bits are not
     best = search.first()
     return Code(best.digits, frozenset(best.fours)), best.bits
+
+
+def histogram(numbers: Any) -> Any:
+    """How many of uint8 numbers (items,) are 0, 1, … 255."""
+    parts = (numbers[start : start + COUNTED] for start in range(0, len(numbers), COUNTED))
+    return sum((np.bincount(part, minlength=256) for part in parts), np.zeros(256, np.int64))
 
 
 class _Search:
@@ -43,7 +51,7 @@ class _Search:
     @cached_property
     def above(self) -> list[int]:
         """above[m]: how many magnitudes are larger than m."""
-        counts = np.bincount(self.magnitude, minlength=self.most + 1)
+        counts = histogram(self.magnitude)[: self.most + 1]
         return [*(counts.sum() - counts.cumsum()).tolist(), 0]
 
     def first(self) -> Choice:

@@ -179,7 +179,7 @@ def prune_weight(block: Block, choice: Choice, entry: Input, options: PruneOptio
         pattern=str(choice.pattern),
         sparsity_asked=choice.pattern.sparsity,
         sparsity=1 - left / stored.numel(),
-        error=output_error(dense, pruned.weight, entry),
+        error=output_error(dense, lambda rows: pruned.weight[rows], entry),
         tokens=entry.tokens,
         notes=notes,
     )

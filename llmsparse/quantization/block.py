@@ -26,7 +26,7 @@ from llmsparse.models.streamed import HEAD, Activations, Block, StreamedModel, W
 from llmsparse.quantization.matching import Numbers, match_numbers
 from llmsparse.quantization.recipe import QuantizeRecipe
 from llmsparse.quantization.report import BlockRecord, QuantizedWeight
-from llmsparse.quantization.weight import START, Problem, Quantized, bits_of
+from llmsparse.quantization.weight import START, Problem, Quantized, bits_of, parts
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.run import Made, Run
 from llmsparse.sparsity.stats import Gram, Statistic
@@ -104,7 +104,8 @@ def finish_block(
     for choice in choices:
         weight, group = choice.weight, choice.group
         numbers = Quantized(*_views(weight, made.tensors), None, {})
-        block.store(weight, numbers.dense(group))
+        dtype = block.view(weight).dtype
+        block.store(weight, torch.cat([numbers.dense(group, part).to(dtype) for part in parts(len(numbers.q))]))
     block.reload(sorted({choice.weight.key for choice in choices}))
     for row in made.record.rows:
         budget.spend(row)
@@ -237,6 +238,10 @@ def _quantize(
         raise RecipeError(dense_for_values(recipe, weight.name, problem.zeros))
     largest, target = choice.largest, budget.target
     made = problem.to_values(largest) if largest else problem.to_bits(target(dense.numel()), budget.step)
+
+    def rounded(rows: slice) -> Tensor:
+        return made.dense(choice.group, rows).to(stored.dtype).float()
+
     row = QuantizedWeight(
         name=weight.name,
         shape=weight.shape,
@@ -244,7 +249,7 @@ def _quantize(
         entropy=entropy_of(made.q),
         zeros=1 - int(made.q.count_nonzero()) / made.q.numel(),
         step=made.step,
-        error=output_error(dense, made.dense(choice.group).to(stored.dtype).float(), entry),
+        error=output_error(dense, rounded, entry, parts(len(dense))),
         tokens=entry.tokens,
         notes=notes,
     )

@@ -18,7 +18,7 @@ from llmsparse.models.streamed import HEAD, StreamedModel, Weight
 from llmsparse.packing.values import LARGEST
 from llmsparse.quantization.block import STEPS, Choice, QuantizeOptions, dense_for_values, steps_shape
 from llmsparse.quantization.recipe import QuantizeRecipe
-from llmsparse.quantization.weight import Problem, bits_of
+from llmsparse.quantization.weight import PART, Problem, bits_of
 from llmsparse.runs.joint import joint
 from llmsparse.runs.memory import available_bytes, freed_bytes
 from llmsparse.runs.opening import OpenedModel, fetched, open_model, read_windows
@@ -84,19 +84,26 @@ class QuantizePlan(RunPlan[QuantizeRecipe]):
         """The process, activations, three blocks, statistics of one, and the search for the step of its largest weight."""
         keys = [self.model.block_keys(index) for index in range(len(self.model.block_names))]
         blocks = [sum(self.reader.spec(key).end - self.reader.spec(key).begin for key in block) for block in keys]
-        largest = max(math.prod(choice.weight.shape) for choice in self.selected.values())
         widths = {(choice.weight.slot, choice.weight.shape[1]) for some in self.choices.values() for choice in some}
         squares = [Gram.nbytes(width) for _, width in widths]
         tokens = self.windows.ids.numel() + 2 * self.windows.held_out.numel()
         acts = tokens * self.model.hidden_size * self.dtype.itemsize
         statistics = max(min(sum(squares), self.options.statistics_budget), max(squares)) + 3 * max(squares)
         running = 4 * self.batches[0].numel() * 4 * max(max(c.weight.shape) for c in self.selected.values())
-        work = max(4 * COPIES * largest, running)
+        work = max(*map(_searching, self.selected.values()), running)
         if self.recipe.match_steps:
             matched = max(sum(math.prod(c.weight.shape) for c in some) for some in self.choices.values())
             acts += acts // 2  # what the block gave before
             work = max(work, 4 * TUNED * matched + BACKWARD * running)
-        return self.footprint + acts + 4 * max(blocks) + freed_bytes(self.device, max(blocks)) + statistics + work
+        heads = sum(self.model.bytes_of(choice.weight.key) for choice in self.choices[HEAD])
+        return (
+            self.footprint
+            + acts
+            + 4 * max(*blocks, heads)
+            + freed_bytes(self.device, max(*blocks, heads))
+            + statistics
+            + work
+        )
 
     def to_json(self) -> dict[str, Any]:
         return super().to_json() | {
@@ -167,6 +174,14 @@ def choose_weights(recipe: QuantizeRecipe, opened: OpenedModel[QuantizeRecipe]) 
                     "give more bits, or a larger --group"
                 )
     return choices
+
+
+def _searching(choice: Choice) -> int:
+    """Bytes in which the numbers of a weight are found: all at once, or of a tall one of fixed numbers part by part."""
+    rows, width = choice.weight.shape
+    at_once = rows if choice.largest is None else min(rows, PART)
+    whole = 4 * rows * width if at_once < rows else 0
+    return 4 * COPIES * at_once * width + whole
 
 
 def _choice(recipe: QuantizeRecipe, weight: Weight) -> Choice:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -24,6 +24,7 @@ from llmsparse.sparsity.stats import Gram
 
 START = 1.2  # steps in root mean squares of a row, where the search begins ...
 LEAST, MOST = 2**-5, 6.0  # ... and between which it stays
+PART = 16384  # rows of a head that are solved at a time: they do not know of one another
 TRIED_ROWS = 256  # of a larger weight only so many rows, evenly spread, are tried until their step fits
 
 
@@ -36,9 +37,9 @@ class Quantized:
     step: float | None  # in root mean squares of a row, where that decided
     notes: dict[str, float]
 
-    def dense(self, group: int) -> Tensor:
-        """fp32 (out, in)."""
-        return self.q * self.steps.float().repeat_interleave(group, dim=1)[:, : self.q.shape[1]]
+    def dense(self, group: int, rows: slice = slice(None)) -> Tensor:
+        """fp32 (out, in), or some rows of it."""
+        return self.q[rows] * self.steps[rows].float().repeat_interleave(group, dim=1)[:, : self.q.shape[1]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Problem:
     group: int  # columns that share a step
     rate: float
     damp: float
+    sparse: bool | None = None  # whether the weight this is a part of is sparse; None: the weight itself says
 
     @property
     def zeros(self) -> float:
@@ -58,10 +60,11 @@ class Problem:
     @property
     def keep(self) -> Tensor | None:
         """Of a weight that is sparse already: where it is not 0."""
-        return self.weight != 0 if is_sparse(self.weight) else None
+        sparse = is_sparse(self.weight) if self.sparse is None else self.sparse
+        return self.weight != 0 if sparse else None
 
-    def rows(self, chosen: Tensor) -> Problem:
-        return Problem(self.weight[chosen], self.stat, self.group, self.rate, self.damp)
+    def rows(self, chosen: Tensor | slice) -> Problem:
+        return replace(self, weight=self.weight[chosen], sparse=self.keep is not None)
 
     def to_bits(self, bits: float, start: float) -> Quantized:
         """Uniform steps without an end, as large as makes it take `bits` a weight."""
@@ -74,6 +77,9 @@ class Problem:
 
     def to_values(self, largest: int) -> Quantized:
         """Numbers up to ±`largest` for what is not 0."""
+        if len(self.weight) > PART:
+            made = [self.rows(part).to_values(largest) for part in parts(len(self.weight))]
+            return Quantized(torch.cat([one.q for one in made]), torch.cat([one.steps for one in made]), None, {})
         importance = self.stat.xtx.diagonal() if self.stat else None
         steps = value_steps(self.weight, largest, self.group, importance)
         rounding = partial(round_by, above=thresholds(self.weight, 0.0), most=largest)
@@ -123,6 +129,11 @@ class Problem:
     def _grouped(self, values: Tensor, reduced: Callable[[Tensor], Tensor]) -> Tensor:
         """(out, in) → (out, groups)."""
         return reduced(values.view(len(values), -1, self.group))
+
+
+def parts(rows: int) -> list[slice]:
+    """Rows, `PART` at a time."""
+    return [slice(start, start + PART) for start in range(0, rows, PART)]
 
 
 def bits_of(q: Tensor, steps: Tensor) -> float:

@@ -15,6 +15,7 @@ from llmsparse.pruners.sparsegpt import factor_hessian
 from llmsparse.quantization.gptq import quantize_columns, refitted
 from llmsparse.quantization.rounding import round_by, thresholds
 from llmsparse.quantization.search import step_for
+from llmsparse.quantization.weight import Problem
 from llmsparse.sparsity.stats import Gram
 
 nearest = partial(round_by, above=torch.full((128,), 0.5), most=127)
@@ -125,3 +126,28 @@ def test_the_step_is_found_in_a_few_trials(wanted: float) -> None:
     found = step_for(wanted, attempt, 1.2, least=0.01, most=6.0)
     assert abs(found.bits - wanted) < 0.005 and len(tried) <= 6
     assert step_for(20.0, attempt, 1.2, least=0.5, most=6.0).step == 0.5
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_rows_of_a_tall_weight_are_solved_part_by_part_to_the_same_numbers(
+    sparse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, x = problem(70, 32)
+    if sparse:
+        weight[:40, ::2] = 0  # of the last parts nothing is 0, of the first one half
+    whole = Problem(weight, gram_of(x), 16, 0.0, 0.01).to_values(127)
+    monkeypatch.setattr("llmsparse.quantization.weight.PART", 16)
+    in_parts = Problem(weight, gram_of(x), 16, 0.0, 0.01).to_values(127)
+    assert torch.equal(in_parts.q, whole.q) and torch.equal(in_parts.steps, whole.steps)
+    assert not sparse or not in_parts.q[:40, ::2].any()
+
+
+def test_the_last_parts_of_a_sparse_weight_keep_the_little_that_is_zero_in_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight, x = problem(32, 32)
+    weight[:16, ::2] = 0
+    weight[16:, 8] = 0  # so few that by chance, if the part were all there is
+    x[:, 8] = x[:, :8].sum(1)  # what the columns before it lose would go there
+    monkeypatch.setattr("llmsparse.quantization.weight.PART", 16)
+    assert not Problem(weight, gram_of(x), 32, 0.0, 0.01).to_values(7).q[16:, 8].any()

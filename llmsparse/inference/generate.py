@@ -68,7 +68,7 @@ class Generation:
         return (
             f"{self.new_tokens} tokens: the first after {self.first_token_seconds:.2f} s{speed}; loaded in "
             f"{self.load_seconds:.1f} s; memory {self.memory_bytes / 1e9:.2f} GB, {self._peak()}; "
-            f"{self.device}, {self.dtype}, {self.threads} threads; {runs}"
+            f"{self.device}, {self.dtype}, {self.threads} thread{'s' if self.threads > 1 else ''}; {runs}"
         )
 
     def _peak(self) -> str:

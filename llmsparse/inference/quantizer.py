@@ -82,7 +82,7 @@ class SparseConfig(QuantizationConfigMixin):
         self.backend = backend or os.environ.get(VARIABLE) or AUTO
         self.optimize = optimize
         check_names(self.backend, optimize)
-        self.expert_memory = None if expert_memory is None else parse_size(expert_memory)
+        self.expert_memory = None if expert_memory is None else parse_size(expert_memory, "--expert-memory")
         self.layers = {name: dict(described) for name, described in (layers or {}).items()}
 
     @classmethod

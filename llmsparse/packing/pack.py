@@ -58,7 +58,7 @@ def pack(
     MachineError for an output that cannot be. A run that fails leaves nothing behind.
     """
     progress = progress or Silent()
-    folder, shard_bytes = fetch_model(model, revision), parse_size(max_shard_size)
+    folder, shard_bytes = fetch_model(model, revision), parse_size(max_shard_size, "--max-shard-size")
     if is_packed(read_config(folder)):
         raise CheckpointError(f"{folder}: already packed, by llmsparse; `llmsparse unpack` makes it dense again")
     out = expand_home(output, RecipeError)

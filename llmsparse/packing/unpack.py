@@ -74,7 +74,7 @@ def unpack(
     and MachineError for an output that cannot be. A run that fails leaves nothing behind.
     """
     progress = progress or Silent()
-    folder, shard_bytes = fetch_model(model, revision), parse_size(max_shard_size)
+    folder, shard_bytes = fetch_model(model, revision), parse_size(max_shard_size, "--max-shard-size")
     config, out = read_config(folder), expand_home(output, RecipeError)
     orphaned = compressed_tensors.format_of(config)
     if is_packed(config):

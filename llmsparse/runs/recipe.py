@@ -32,7 +32,7 @@ def _shard_size(value: Any) -> str:
     try:
         parse_size(str(value))
     except RecipeError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(str(error).removeprefix("size: ")) from None
     return str(value)
 
 

@@ -35,8 +35,10 @@ def disk_error(path: Path, error: OSError, needed: int = 0) -> MachineError:
     return MachineError(f"{path}: cannot be written ({error.strerror or error})")
 
 
-def parse_size(text: str | int) -> int:
+def parse_size(text: str | int, what: str = "size") -> int:
     """Bytes from `5GB`, `500MB`, `1.5GiB` or a plain number; units of 1000 as in transformers, `KiB` … of 1024.
+
+    RecipeError, naming `what` was asked for, for anything else.
 
     >>> parse_size("5GB"), parse_size("1GiB")
     (5000000000, 1073741824)
@@ -44,7 +46,7 @@ def parse_size(text: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)\s*", str(text).upper())
     size = float(match[1]) * UNITS[match[2]] if match and match[2] in UNITS else 0
     if not 1 <= size < math.inf:
-        raise RecipeError(f"size {text!r}: wanted a positive number of bytes, such as 5GB, 500MB or 1GiB")
+        raise RecipeError(f"{what}: got {text!r}, wanted a positive number of bytes, such as 5GB, 500MB or 1GiB")
     return int(size)
 
 

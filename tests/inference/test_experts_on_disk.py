@@ -311,7 +311,7 @@ def test_a_file_that_is_cut_while_the_model_runs_is_one_line(folders: Folders, t
             {"memory": "1KB"},
             r"--expert-memory 1.00 kB: beside .* to read with it holds 0 experts of .*; give it",
         ),
-        ("mixtral", {"memory": "much"}, "size 'much': wanted a positive number of bytes"),
+        ("mixtral", {"memory": "much"}, "--expert-memory: got 'much', wanted a positive number of bytes"),
         (
             "mixtral",
             {"backend": "dense"},

@@ -140,7 +140,9 @@ def test_outputs_that_cannot_be(packed: Path, fails: Callable[..., str]) -> None
     assert "exists already" in fails("unpack", "packed", "-o", "mine")
     assert "not a checkpoint" in fails("unpack", "packed", "-o", "mine", "--overwrite")
     assert "must lie apart" in fails("unpack", "packed", "-o", "packed/dense")
-    assert "wanted a positive number of bytes" in fails("unpack", "packed", "-o", "out", "--max-shard-size", "much")
+    assert "--max-shard-size: got 'much', wanted a positive number of bytes" in fails(
+        "unpack", "packed", "-o", "out", "--max-shard-size", "much"
+    )
     assert main(["unpack", "packed", "-o", "dense"]) == 0
     for output, complaint in (("mine", "exists already"), ("dense/packed", "must lie apart"), (".", "must lie apart")):
         assert complaint in fails("pack", "dense", "-o", output)

@@ -49,7 +49,7 @@ def test_assignments_count_over_flags_over_the_file(kind: Kind, tmp_path: Path) 
         ("seed", -1, "seed: "),
         ("seq_len", 1, "seq_len: "),
         ("device", "tpu", "device: got 'tpu', wanted auto, cpu, cuda or cuda:0"),
-        ("max_shard_size", "5 apples", "max_shard_size: size '5 apples': wanted a positive number of bytes"),
+        ("max_shard_size", "5 apples", "max_shard_size: got '5 apples', wanted a positive number of bytes"),
         ("model", "", "model: got '', wanted a name or a path"),
         ("output", "", "output: got '', wanted a name or a path"),
     ],
@@ -66,7 +66,7 @@ def test_a_wrong_value_in_a_file_is_told_with_its_line(kind: Kind, tmp_path: Pat
     (tmp_path / "r.yaml").write_text(kind(**NEEDED[kind]).dump() + "max_shard_size: 5GB\n")
     (tmp_path / "wrong.yaml").write_text("model: m\nmax_shard_size: huge\n")
 
-    with pytest.raises(RecipeError, match=r"wrong\.yaml:2: max_shard_size: size 'huge'"):
+    with pytest.raises(RecipeError, match=r"wrong\.yaml:2: max_shard_size: got 'huge'"):
         kind.load(tmp_path / "wrong.yaml", {key: value for key, value in NEEDED[kind].items() if key != "model"})
     with pytest.raises(RecipeError, match=r"r\.yaml:\d+: .*twice"):
         kind.load(tmp_path / "r.yaml")

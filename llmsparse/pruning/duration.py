@@ -11,6 +11,7 @@ import torch
 from llmsparse.calibration.matching import LEARNING_RATES, batches_per_step, probe_steps
 from llmsparse.models.streamed import HEAD
 from llmsparse.pruning.effort import EFFORTS, EffortName
+from llmsparse.ranks.tree import leaves_at, leaves_of
 from llmsparse.sparsity.stats import Gram
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 FLOPS_PER_THREAD = 30e9  # fp32 with gradients on one core; AVX2 measured at 34e9
 PASSES = 2  # over the calibration windows: to measure inputs, and behind what was made
-SWEEPS = {"alps": 60}  # products of (out, in, in) that a method takes, where it is not about one
+SWEEPS = {"alps": 60}  # products of (out, in, in) that a method takes, where it is not half of one, right of a diagonal
 
 
 def default_match_steps(plan: PrunePlan) -> int:
@@ -31,7 +32,8 @@ def default_match_steps(plan: PrunePlan) -> int:
 
 
 def matching_seconds(plan: PrunePlan, steps: int) -> float:
-    """For each token and step 2 operations forward and 4 backward for each parameter and for each product of attention, and
+    """By one process, so that steps are chosen alike for any number of them. For each token and step 2 operations forward and
+    4 backward for each parameter and for each product of attention, and
     of the head behind the last block four products: for the aim, forward, once more for the gradient, and that."""
     width, (windows, tokens), most = plan.model.hidden_size, plan.batches[0].shape, len(plan.batches)
     products = 6 * _products(plan) + 8 * plan.model.vocabulary * width
@@ -41,20 +43,48 @@ def matching_seconds(plan: PrunePlan, steps: int) -> float:
 
 
 def seconds_of(plan: PrunePlan) -> float:
-    """The whole run: passes over the text, Gram matrices, what methods solve, and matching."""
-    tokens, seen = plan.windows.ids.numel(), 2 * plan.windows.held_out.numel()
+    """The whole run: passes over the text, Gram matrices, what methods solve, and matching; of several processes until the
+    last is done with its share."""
+    share, held = _share(plan, len(plan.batches)), _share(plan, len(plan.held_out))
+    tokens, seen = share * plan.windows.ids.numel(), held * 2 * plan.windows.held_out.numel()
     passes = PASSES + (plan.match_steps > 0) + plan.allocates + bool(plan.folds)
     forward = 2 * _products(plan) * (passes * tokens + seen)
     forward += 2 * plan.model.hidden_size * plan.model.vocabulary * seen
-    solving, inputs = 0.0, set[tuple[str, int]]()
-    for choice in (choice for members in plan.choices.values() for choice in members):
-        out, width = choice.weight.shape
-        if choice.pruner.needs is Gram:
-            inputs.add((choice.weight.name.rpartition(".")[0], width))
-            solves = 2 if plan.fading else 1  # most of the zeros first, where the rest fades
-            solving += 2 * out * width**2 * SWEEPS.get(choice.method, 1) * solves
-    grams = sum(2 * tokens * width**2 + 2 * width**3 for _, width in inputs)
-    return (forward + grams + solving) / _speed() + matching_seconds(plan, plan.match_steps)
+    grams = solving = 0.0
+    for members in plan.choices.values():
+        inputs = dict[tuple[str, int], float]()  # module, width → what its weights take to solve
+        for choice in members:
+            out, width = choice.weight.shape
+            if choice.pruner.needs is Gram:
+                solves = 2 if plan.fading else 1  # most of the zeros first, where the rest fades
+                place = choice.weight.name.rpartition(".")[0], width
+                inputs.setdefault(place, width**3 / 3)  # Cholesky's
+                inputs[place] += 2 * out * width**2 * SWEEPS.get(choice.method, 0.5) * solves
+        grams += sum(tokens * width**2 for _, width in inputs)  # right of the diagonal
+        solving += _longest(plan, list(inputs.values()))
+    return (forward + grams + solving) / _speed() + _step_share(plan) * matching_seconds(plan, plan.match_steps)
+
+
+def _share(plan: PrunePlan, batches: int) -> float:
+    """Of so many batches, those of the process that has most."""
+    leaves = leaves_of(batches)
+    of_each = (leaves_at(rank, plan.ranks.size, len(leaves)) for rank in range(plan.ranks.size))
+    return max(sum(len(leaves[leaf]) for leaf in mine) for mine in of_each) / max(1, batches)
+
+
+def _step_share(plan: PrunePlan) -> float:
+    """Of the batches of a step of matching, which lie far apart, those of the process that has most."""
+    windows, tokens = plan.batches[0].shape
+    batches = batches_per_step(windows, tokens, plan.model.hidden_size, most=len(plan.batches))
+    return -(-batches // plan.ranks.size) / batches
+
+
+def _longest(plan: PrunePlan, costs: list[float]) -> float:
+    """What the process with most to solve has of these."""
+    load = [0.0] * plan.ranks.size
+    for cost, owner in zip(costs, plan.ranks.assigned(costs), strict=True):
+        load[owner] += cost
+    return max(load)
 
 
 def seconds_by_effort(plan: PrunePlan) -> dict[EffortName, float]:

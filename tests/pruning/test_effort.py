@@ -85,6 +85,17 @@ def test_the_plan_says_what_each_takes_and_the_written_recipe_what_was_decided(p
     assert again | decided == again and again["allocation"]["name"] == "uniform"
 
 
+def test_several_processes_share_the_time_but_for_what_the_last_one_has_left(plan: Callable[..., Any]) -> None:
+    made = plan(method="sparsegpt", match_steps=8, calibration_samples=16, batch_size=2)
+    one, two, three, eight, many = (
+        made.of_processes(size).to_json()["seconds"]["default"] for size in (1, 2, 3, 8, 64)
+    )
+    assert one == made.to_json()["seconds"]["default"]
+    assert one / 2 <= two < 0.6 * one and one / 3 < three < two, "three of eight leaves are more than a third"
+    assert three > eight >= many, "leaves and inputs run out"
+    assert made.of_processes(64).match_steps == made.match_steps
+
+
 def test_a_run_whose_methods_look_at_no_text_fades_all_the_same(plan: Callable[..., Any], tmp_path: Path) -> None:
     report = llmsparse.prune(
         "model", output="out", method="magnitude", sparsity=0.6, match_steps=12, refine="fading", **SMALL

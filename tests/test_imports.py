@@ -19,9 +19,9 @@ USES_INTERNALS = {  # of transformers
     "llmsparse.inference.experts_interface",
     "llmsparse.inference.places",
     "llmsparse.inference.quantizer",
+    "llmsparse.models.cut_block",
     "llmsparse.models.empty_model",
     "llmsparse.models.naming",
-    "llmsparse.models.thresholds",
     "llmsparse.serving.template",
     "llmsparse.serving.tool_calls",
 }

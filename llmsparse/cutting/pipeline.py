@@ -11,7 +11,7 @@ from llmsparse.cutting.plan import make_plan
 from llmsparse.cutting.recipe import ActivationsRecipe
 from llmsparse.cutting.report import ActivationsReport
 from llmsparse.cutting.writing import write_thresholds
-from llmsparse.models.thresholds import cutting
+from llmsparse.models.cut_block import cutting, rules_of
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.recipe import from_arguments
 from llmsparse.runs.run import Run
@@ -42,7 +42,7 @@ def activations(
             weights, note = plan.weights[block.name], run.progress.batches
             find = partial(choose, block, streams.calibration, weights, plan.recipe, note)
             made = CutBlock.from_json(run.fact(block.name, lambda find=find: find().to_json()))
-            with cutting(block.module, made.rules(block, plan.recipe)):
+            with cutting(block.module, rules_of(made.thresholds(plan.recipe), block.name, block.module)):
                 streams.through_made(block)
             report.blocks.append(made)
         report.perplexity = streams.perplexity()

@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 
+from llmsparse.calibration.inputs import EXPERT_ROWS
 from llmsparse.calibration.selection import matching_weights
 from llmsparse.cutting.block import ROWS
 from llmsparse.cutting.recipe import ActivationsRecipe
 from llmsparse.encodings.reader import encoding_of, open_checkpoint
 from llmsparse.errors import CheckpointError, RecipeError
+from llmsparse.models.cut_block import can_be_cut
+from llmsparse.models.experts import runs_by_expert
 from llmsparse.models.origin import Origin, is_packed, read_config
 from llmsparse.models.prunable import refuse_shared_blocks
 from llmsparse.models.streamed import StreamedModel, Weight
-from llmsparse.models.thresholds import can_be_cut
 from llmsparse.packing.packed_reader import PackedReader
 from llmsparse.runs.joint import alone
 from llmsparse.runs.memory import freed_bytes
@@ -35,7 +37,7 @@ class ActivationsPlan(RunPlan[ActivationsRecipe]):
     """A run that has passed every check that needs no calibration. `reader` is of what is on disk, packed or not."""
 
     weights: dict[str, list[Weight]]  # block name → those of the layers that leave inputs out
-    left_whole: int  # weights of experts and of layers that multiply in a way of their own
+    left_whole: int  # weights that multiply in a way of their own
 
     @cached_property
     def copied(self) -> list[str]:
@@ -54,7 +56,8 @@ class ActivationsPlan(RunPlan[ActivationsRecipe]):
         tokens = self.windows.ids.numel() + 2 * self.windows.held_out.numel()
         acts = tokens * self.model.hidden_size * self.dtype.itemsize
         widths = [{weight.slot: weight.shape[1] for weight in some} for some in self.weights.values()]
-        samples = max((sum(width.values()) for width in widths), default=0) * ROWS * (self.dtype.itemsize + 1)
+        rows = [sum(size * (ROWS if slot[1] is None else EXPERT_ROWS) for slot, size in one.items()) for one in widths]
+        samples = max(rows, default=0) * (self.dtype.itemsize + 1)
         scores = 3 * 4 * ROWS * max((w for width in widths for w in width.values()), default=0)
         running = 4 * self.batches[0].numel() * 4 * max(max(w.shape) for some in self.weights.values() for w in some)
         return self.footprint + acts + 4 * stored + freed_bytes(self.device, stored) + samples + max(scores, running)
@@ -114,9 +117,9 @@ def choose_weights(recipe: ActivationsRecipe, model: StreamedModel) -> tuple[dic
     named = {weight.name for weight in matching_weights(candidates, **globs, tied=model.tied_head, verb="cut")}
     chosen = {name: [weight for weight in some if weight.name in named] for name, some in usual.items()}
     for name, some in chosen.items():
-        slots = {weight.slot for weight in some}
+        layers = {weight.slot[0] for weight in some}
         for weight in usual[name]:
-            if weight.slot in slots and weight not in some:
+            if weight.slot[0] in layers and weight not in some:
                 raise RecipeError(
                     f"{weight.name} is one layer with others in the model, and these leave inputs out; choose all of them "
                     "with --only and --exclude, or none"
@@ -127,7 +130,9 @@ def choose_weights(recipe: ActivationsRecipe, model: StreamedModel) -> tuple[dic
 
 def _is_usual(model: StreamedModel, index: int, weight: Weight) -> bool:
     parameter, expert = weight.slot
-    if weight.kind != "linear" or expert is not None or not parameter.endswith(".weight"):
+    if expert is not None:
+        return runs_by_expert(model.module(index, parameter.rpartition(".")[0]))
+    if weight.kind != "linear" or not parameter.endswith(".weight"):
         return False
     return can_be_cut(model.module(index, parameter.removesuffix(".weight")))
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from llmsparse.encodings.reader import open_checkpoint
 from llmsparse.errors import CalibrationError, NumericalError, RecipeError
+from llmsparse.models.experts import matrix_of_expert, runs_by_expert
 from llmsparse.models.origin import fetch_model, is_packed, load_config, load_tokenizer, read_config
-from llmsparse.models.streamed import Block, Slot, StreamedModel
+from llmsparse.models.streamed import Block, Slot, StreamedModel, Weight
 from llmsparse.models.tap import Tap
 from llmsparse.packing.packed_reader import PackedReader
 from llmsparse.runs.device import choose_device, choose_dtype, split_batches, window_length
@@ -36,12 +37,13 @@ NEXT_TO_NOTHING = 0.01  # of the largest of a token
 
 @dataclass(frozen=True)
 class MatrixProfile:
-    """Of a matrix, on the average token."""
+    """Of a matrix, on the average token; of the experts of a mixture, on the average token that was routed to one of them."""
 
     name: str
-    shape: tuple[int, int]  # (out, in)
+    shape: tuple[int, int]  # (out, in), of each expert
     near_zero: float  # share of its inputs that are next to nothing
     half_holds: float  # share of its scores that the larger half of its inputs holds
+    experts: int = 0  # that hold such a matrix each
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,11 @@ class Profile:
     seconds: float
 
     def lazy(self, block: str) -> MatrixProfile | None:
-        """The matrix that the hidden units of the FFN enter: the widest of those that have more inputs than outputs."""
+        """The matrix that the hidden units of the FFN enter: of experts their last one, else the widest of those that have more
+        inputs than outputs."""
+        routed = [one for one in self.blocks[block] if one.experts]
+        if routed:
+            return routed[-1]
         wide = max(self.blocks[block], key=lambda one: one.shape[1], default=None)
         return wide if wide is not None and wide.shape[1] > wide.shape[0] else None
 
@@ -140,34 +146,49 @@ class _Sums:
 
     def __init__(self, block: Block) -> None:
         self._block = block
-        self._slots: dict[Slot, Tensor] = {}  # → norms of the columns
+        self._norms: dict[Slot, Tensor] = {}  # of the columns
         for weight in block.weights:
-            if weight.kind == "linear" and weight.prunable and weight.slot not in self._slots:
-                parameter = block.module.get_parameter(weight.slot[0])
-                same = tuple(parameter.shape) == weight.shape or parameter.shape[-1] == weight.shape[1]
-                self._slots[weight.slot] = column_norms(parameter if same else parameter.T)
-        self._near: dict[Slot, float] = {}
-        self._held: dict[Slot, float] = {}
-        self._tokens: dict[Slot, int] = {}
+            if weight.prunable and weight.slot not in self._norms and weight.kind in ("linear", "expert"):
+                self._norms[weight.slot] = column_norms(_matrix(block, weight))
+        self._near: dict[str, float] = {}  # by parameter
+        self._held: dict[str, float] = {}
+        self._tokens: dict[str, int] = {}
 
     def note(self, slot: Slot, x: Tensor) -> None:
         """x (tokens, in)."""
-        norms = self._slots.get(slot)
+        norms, name = self._norms.get(slot), slot[0]
         if norms is None or not x.numel():
             return
         size = x.float().abs()
         if not bool(size.isfinite().all()):
-            raise NumericalError(f"the activations that enter {slot[0]} are NaN or Inf; try --dtype float32")
+            raise NumericalError(f"the activations that enter {name} are NaN or Inf; try --dtype float32")
         near = size <= NEXT_TO_NOTHING * size.amax(-1, keepdim=True)
         found = scores(x, norms)
         half = found.topk(-(-x.shape[1] // 2), dim=-1).values.sum(-1) / found.sum(-1).clamp_min(1e-30)
-        self._near[slot] = self._near.get(slot, 0.0) + near.float().mean(-1).sum().item()
-        self._held[slot] = self._held.get(slot, 0.0) + half.sum().item()
-        self._tokens[slot] = self._tokens.get(slot, 0) + x.shape[0]
+        self._near[name] = self._near.get(name, 0.0) + near.float().mean(-1).sum().item()
+        self._held[name] = self._held.get(name, 0.0) + half.sum().item()
+        self._tokens[name] = self._tokens.get(name, 0) + x.shape[0]
 
     def found(self) -> list[MatrixProfile]:
-        shapes = {weight.slot: weight for weight in reversed(self._block.weights)}
-        return [
-            MatrixProfile(shapes[slot].name, shapes[slot].shape, self._near[slot] / count, self._held[slot] / count)
-            for slot, count in self._tokens.items()
-        ]
+        """Experts that lie in one parameter are one matrix."""
+        weights = {weight.slot[0]: weight for weight in reversed(self._block.weights)}
+        made: list[MatrixProfile] = []
+        for name, count in self._tokens.items():
+            held = self._block.module.get_parameter(name)
+            experts = len(held) if held.dim() == 3 else 0
+            matrix = _matrix(self._block, weights[name])
+            shape = (matrix.shape[0], matrix.shape[1]) if experts else weights[name].shape
+            called = f"{self._block.name}.{name}" if experts else weights[name].name
+            made.append(MatrixProfile(called, shape, self._near[name] / count, self._held[name] / count, experts))
+        return made
+
+
+def _matrix(block: Block, weight: Weight) -> Tensor:
+    """(out, in) as the module holds it."""
+    name, expert = weight.slot
+    path, _, leaf = name.rpartition(".")
+    module, parameter = block.module.get_submodule(path), block.module.get_parameter(name)
+    if expert is not None and runs_by_expert(module):
+        return matrix_of_expert(module, leaf, expert)
+    matrix = parameter if expert is None else parameter[expert]
+    return matrix if matrix.shape[-1] == weight.shape[1] else matrix.T

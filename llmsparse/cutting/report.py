@@ -23,7 +23,7 @@ from llmsparse.runs.report import (
 class ActivationsReport(RunReport):
     """The outcome of `activations`; its `protocol` is that of the calibration windows."""
 
-    left_whole: int  # weights whose inputs all count, since they are experts or multiply in a way of their own
+    left_whole: int  # weights whose inputs all count, since they multiply in a way of their own
     blocks: list[CutBlock] = field(default_factory=list[CutBlock])
     perplexity: dict[str, Any] | None = None
 
@@ -34,8 +34,8 @@ class ActivationsReport(RunReport):
     @property
     def sparsity(self) -> float:
         """Share of the inputs left out, weighed by the weights that they meet."""
-        total = sum(prod(layer.shape) for layer in self.layers)
-        return sum(layer.share * prod(layer.shape) for layer in self.layers) / total
+        sizes = [layer.met * prod(layer.shape) for layer in self.layers]
+        return sum(layer.share * size for layer, size in zip(self.layers, sizes, strict=True)) / sum(sizes)
 
     def thresholds(self) -> Thresholds:
         return Thresholds(

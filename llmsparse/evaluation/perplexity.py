@@ -17,10 +17,11 @@ import torch
 
 from llmsparse.encodings.reader import open_checkpoint
 from llmsparse.errors import CalibrationError, NumericalError, RecipeError
+from llmsparse.models.cut_block import cutting, rules_of
 from llmsparse.models.likelihood import negative_log_likelihood, perplexity_of
 from llmsparse.models.origin import fetch_model, load_config, load_tokenizer, read_config
 from llmsparse.models.streamed import StreamedModel
-from llmsparse.models.thresholds import Thresholds, cutting, read_thresholds, rules_of
+from llmsparse.models.thresholds import Thresholds, read_thresholds
 from llmsparse.ranks.launch import joined
 from llmsparse.runs.device import choose_device, choose_dtype, split_batches, window_length
 from llmsparse.runs.joint import refuse_others

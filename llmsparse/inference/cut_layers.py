@@ -21,6 +21,7 @@ from llmsparse.backends.cpu import columns
 from llmsparse.backends.cpu.columns import Columns
 from llmsparse.backends.cpu_columns import COLUMNS, TOKENS, CpuColumns
 from llmsparse.errors import CheckpointError
+from llmsparse.inference.cut_experts import cut_experts, cut_stacks, holds_experts
 from llmsparse.inference.cut_product import by_columns, moved
 from llmsparse.inference.decode_attention import mark_attention
 from llmsparse.inference.dense_linear import quicken
@@ -29,10 +30,12 @@ from llmsparse.inference.lean import LeanLayer
 from llmsparse.inference.lean_norm import quicken_norms
 from llmsparse.inference.linear import PackedLayer
 from llmsparse.inference.shared_input import ALONE
+from llmsparse.models.cut_block import can_be_cut, matrix_of
 from llmsparse.models.origin import read_config
-from llmsparse.models.thresholds import Applied, Thresholds, can_be_cut, matrix_of, read_thresholds
+from llmsparse.models.thresholds import Applied, Thresholds, read_thresholds
 
 READ = "inputs are left out, and only the columns of the others are read"
+ZEROS = "inputs are left out, and multiplied as zeros"
 
 
 class _Cut(nn.Module):
@@ -99,7 +102,11 @@ def cut_model(model: Any, folder: Path) -> Any:
     if thresholds is None:
         return model
     for name in thresholds.layers:
-        _cut(_layer(model, name), name, thresholds)
+        module, leaf = _place(model, name)
+        if leaf:
+            cut_experts(module, leaf, name, thresholds)
+        else:
+            _cut(module, name, thresholds)
 
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         saved = type(self).save_pretrained(self, save_directory, *args, **kwargs)
@@ -131,16 +138,22 @@ def cut_layers(model: nn.Module) -> Iterator[LeanLayer]:
                 yield LeanLayer(name, COLUMNS.name, TOKENS, READ)
             else:
                 runs = matrix.choice.backend if matrix is not None else "torch"
-                yield LeanLayer(name, runs, None, "inputs are left out, and multiplied as zeros")
+                yield LeanLayer(name, runs, None, ZEROS)
+    for name, lean in cut_stacks(model):
+        yield LeanLayer(name, COLUMNS.name, columns.MOST, READ) if lean else LeanLayer(name, "torch", None, ZEROS)
 
 
-def _layer(model: Any, name: str) -> nn.Module:
+def _place(model: Any, name: str) -> tuple[nn.Module, str]:
+    """A layer of the model; of experts their module and the name of the parameter."""
     prefix = f"{model.base_model_prefix}."
     for own in (name, name.removeprefix(prefix)):
-        try:
-            return model.get_submodule(own)
-        except AttributeError:
-            continue
+        for path, leaf in ((own, ""), own.rpartition(".")[::2]):
+            try:
+                module = model.get_submodule(path)
+            except AttributeError:
+                continue
+            if not leaf or holds_experts(module, leaf):
+                return module, leaf
     raise CheckpointError(f"{name}: config.json gives a threshold for it, and the model has no such layer")
 
 

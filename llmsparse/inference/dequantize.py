@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Conv1D
 
+from llmsparse.inference.cut_experts import uncut_experts
 from llmsparse.inference.decode_attention import unmark_attention
 from llmsparse.inference.dense_linear import slow_down
 from llmsparse.inference.lean_norm import slow_down_norms
@@ -20,6 +21,7 @@ from llmsparse.inference.packed_experts import STORED, SparseExperts
 def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Put dense layers in the place of packed ones, one by one; weights keep their dtype unless one is given."""
     for name, module in list(model.named_modules()):
+        uncut_experts(module)
         if isinstance(module, PackedLayer):
             model.set_submodule(name, _linear(module, dtype))
         elif isinstance(module, SparseExperts):

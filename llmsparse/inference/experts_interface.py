@@ -18,7 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from llmsparse.backends.choice import AUTO
 from llmsparse.errors import MachineError, RecipeError, did_you_mean
 from llmsparse.inference.fused_experts import FusedMlp, fuse_mlp, most_tokens, run_experts, unfuse_mlp, why_not
-from llmsparse.inference.packed_experts import sparse_experts
+from llmsparse.inference.packed_experts import CUT, sparse_experts
 from llmsparse.models.origin import PACKED
 
 ALIGNED = 16  # bytes of a row, for torch's grouped products
@@ -52,7 +52,7 @@ def fuse(model: Any, experts: str = AUTO) -> Any:
     if experts not in known:
         raise RecipeError(f"experts {experts!r} is not known{did_you_mean(experts, known)}")
     stacked = [(name, one) for name, one in model.named_modules() if hasattr(one, "is_transposed")]
-    dense = [(name, one) for name, one in stacked if "stacks" not in vars(one)]
+    dense = [(name, one) for name, one in stacked if "stacks" not in vars(one) and CUT not in vars(one)]
     if not dense:
         if experts == AUTO or (stacked and experts == PACKED):
             return model

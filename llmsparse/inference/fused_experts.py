@@ -174,7 +174,7 @@ def fusions(model: Any) -> Iterator[Fusion]:
         if isinstance(module, FusedMlp):
             own = type(module).__mro__[2].__name__
             yield _fusion(name, module.get_parameter("gate_proj.weight"), True, own, "as the module does it")
-        elif hasattr(module, "is_transposed") and "stacks" not in vars(module):
+        elif hasattr(module, "is_transposed") and not {"stacks", "cut"} & vars(module).keys():
             implementation = str(getattr(module.config, "_experts_implementation", "eager"))
             reason = why_not(module) if implementation == NAME else f"the implementation of experts is {implementation}"
             if reason is None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,15 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llmsparse.backends.choice import AUTO, Choice
+from llmsparse.backends.cpu_columns import CpuColumns
 from llmsparse.errors import RecipeError
 from llmsparse.formats import PackedTensor
+from llmsparse.inference.cut_product import by_kernel
 from llmsparse.inference.linear import PackedLayer, PackedMatrix, carried, chosen, reloaded, take
 from llmsparse.inference.on_disk import Leaves, OnDisk, keep_on_disk
 from llmsparse.inference.read_only import LOST, read_only
 from llmsparse.inference.stored_experts import StoredStack
+from llmsparse.models.experts import Product, bias_of_expert, expert_by_expert, matrix_of_expert
 from llmsparse.storage.checkpoint import CheckpointReader
 
-Product = Callable[[Tensor, Tensor | None], Tensor]  # x (tokens, in), bias → (tokens, out)
+CUT = "cut"  # attribute of a module whose experts leave inputs out: parameter → CutStack (cut_experts.py)
 STORED = "stored"  # attribute of a module whose experts lie on disk: who reads them, and which layer of theirs it is
 
 
@@ -50,6 +52,16 @@ class PackedStack:
         if self.together:
             return functional.linear(x, self.matrices[0].dense()[expert], bias)
         return self.matrices[expert](x, bias)
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether the kernel for inputs that are left out runs them."""
+        return isinstance(self.matrices[0].backend, CpuColumns)
+
+    def let_lie(self, made: Callable[[PackedMatrix], PackedMatrix]) -> None:
+        """Put what is made of each expert's matrix in its place."""
+        self.matrices = [made(matrix) for matrix in self.matrices]
+        self.choice = self.matrices[0].choice
 
     def carried(self, fn: Callable[[Tensor], Tensor]) -> PackedStack:
         """The same after `model.to(...)`."""
@@ -131,44 +143,50 @@ def sparse_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     hidden_states (tokens, width); top_k_index and top_k_weights (tokens, k): the experts of each token, and their
     shares → (tokens, width). An index that is no expert of this module adds nothing.
     """
-    k = top_k_index.shape[1]
-    order = top_k_index.flatten().argsort(stable=True)  # pairs of token and expert, expert by expert
-    counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
-    entering = hidden_states[order // k]
-    out = torch.zeros_like(entering)
-    normed = getattr(self, "has_post_expert_norm", False)  # transformers before 5.18 knows of none
-    ends = list(accumulate(counts, initial=0))
-    wanted = [expert for expert, count in enumerate(counts[: self.num_experts]) if count]
-    for expert, products in _arriving(self, wanted, hidden_states, k):
-        pairs = slice(ends[expert], ends[expert + 1])
-        up = _product(self, products, "gate_up_proj" if self.has_gate else "up_proj", expert, entering[pairs])
-        inner = self._apply_gate(up) if self.has_gate else self.act_fn(up)
-        down = _product(self, products, "down_proj", expert, inner)
-        out[pairs] = self.post_expert_norm(down) if normed else down
-    weighted = torch.empty_like(out, dtype=torch.promote_types(out.dtype, top_k_weights.dtype))
-    weighted[order] = out * top_k_weights.flatten()[order, None]  # (pairs, width), back in the order of the tokens
-    return weighted.view(-1, k, weighted.shape[-1]).sum(dim=1).to(hidden_states.dtype)
+    return expert_by_expert(
+        self,
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        lambda wanted: _arriving(self, wanted, hidden_states, top_k_index),
+    )
 
 
-def _arriving(self: Any, wanted: list[int], x: Tensor, k: int) -> Iterator[tuple[int, Mapping[str, Product]]]:
-    """The experts that x (tokens, width) wants, k for a token, and what multiplies with those that are packed: in their order,
-    or as they come from disk. The order changes nothing: each has rows of its own."""
+def _arriving(self: Any, wanted: list[int], x: Tensor, index: Tensor) -> Iterator[tuple[int, Product]]:
+    """The experts that x (tokens, width) wants, and what multiplies with them: in their order, or as they come from disk."""
     stored = self.__dict__.get(STORED)
     if stored is not None:
         on_disk, layer = stored
-        yield from on_disk.arriving(layer, wanted, x, k)
+        for expert, matrices in on_disk.arriving(layer, wanted, x, index.shape[1]):
+            yield expert, partial(_product, self, matrices, expert)
         return
     stacks = self.__dict__.get("stacks", {})
     for expert in wanted:
-        yield expert, {name: partial(stack.run, expert) for name, stack in stacks.items()}
+        products = {name: partial(stack.run, expert) for name, stack in stacks.items()}
+        yield expert, partial(_product, self, products, expert)
 
 
-def _product(self: Any, products: Mapping[str, Product], name: str, expert: int, x: Tensor) -> Tensor:
-    bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
+def _product(self: Any, products: Mapping[str, Callable[..., Tensor]], expert: int, name: str, x: Tensor) -> Tensor:
+    cut = vars(self).get(CUT, {}).get(name)
+    if cut is not None:
+        return _cut_product(self, products, expert, name, cut, x)
+    bias = bias_of_expert(self, name, expert)
     if name in products:
         return products[name](x, bias)
-    weight = getattr(self, name)[expert]  # these experts are not packed
-    return functional.linear(x, weight.T if self.is_transposed else weight, bias)
+    return functional.linear(x, matrix_of_expert(self, name, expert), bias)  # these experts are not packed
+
+
+def _cut_product(
+    self: Any, products: Mapping[str, Callable[..., Tensor]], expert: int, name: str, cut: Any, x: Tensor
+) -> Tensor:
+    rule, stack = cut.rules[expert], vars(self).get("stacks", {}).get(name)
+    one_by_one = isinstance(stack, PackedStack) and not stack.together
+    found = by_kernel(stack.matrices[expert], rule, x) if one_by_one else cut.product(expert, x)
+    if found is not None:
+        return found
+    if name in products:
+        return products[name](rule.cut(x), rule.bias)
+    return functional.linear(rule.cut(x), matrix_of_expert(self, name, expert), rule.bias)
 
 
 @cache

@@ -5,27 +5,25 @@ It stands in config.json under a key of our own, which other software passes ove
     "llmsparse": {"activations": {"version": 1, "score": "wina", "bias": "centre", "sparsity": 0.5,
                                   "layers": {"model.layers.0.mlp.up_proj": {"threshold": 0.71}, …}}}
 
+The experts of a mixture are one layer, with a threshold each: `"model.layers.0.mlp.experts.down_proj": {"threshold": [0.4, …]}`.
 Beside it, in `llmsparse_activations.st`, a safetensors file that only we read, is what stands for inputs that are left out, a
-number each: their centre, or what is lost on average. Norms of columns and biases are computed from the weights.
+number each, of experts a row each: their centre, or what is lost on average. Norms of columns and biases are computed from the
+weights.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from llmsparse.errors import CheckpointError
-from llmsparse.models.empty_model import replaced
 from llmsparse.sparsity.activation import Cut, Score, column_norms
 from llmsparse.storage.disk import disk_error
 from llmsparse.storage.shard import bytes_of, lay_out, read_header, read_into
@@ -45,15 +43,19 @@ class Applied:
     bias: Tensor | None  # (out,) in the dtype of the weight: the layer's own, and what stands for inputs left out
 
 
+ExpertRules = tuple[Applied, ...]  # of one parameter of a module of experts, by expert
+Rule = Applied | ExpertRules
+
+
 @dataclass(frozen=True)
 class Thresholds:
-    """Of every layer that leaves inputs out: its name in the model → {"threshold": t} or {"keep": k}."""
+    """Of every layer that leaves inputs out: its name in the model → {"threshold": t} or {"keep": k}; of experts a list of t."""
 
     score: Score
     bias: Bias
     sparsity: float  # share of the inputs left out, weighed by the weights that they are multiplied with
     layers: dict[str, dict[str, Any]]
-    means: dict[str, Tensor] = field(default_factory=dict[str, Tensor])  # layer → (in,) fp32
+    means: dict[str, Tensor] = field(default_factory=dict[str, Tensor])  # layer → (in,) fp32; of experts (experts, in)
 
     def to_json(self) -> dict[str, Any]:
         known = {"version": VERSION, "score": self.score, "bias": self.bias, "sparsity": self.sparsity}
@@ -83,6 +85,26 @@ class Thresholds:
             )
         return applied(self.layers[name], self.score, self.bias, mean, weight, bias)
 
+    def apply_experts(self, name: str, matrices: Iterable[tuple[Tensor, Tensor | None]]) -> ExpertRules:
+        """The same of a parameter that holds a matrix for every expert: weight (out, in) and bias of each, in their order."""
+        rule, means, parts = self.layers[name], self.means.get(name), list(matrices)
+        thresholds = rule.get("threshold")
+        if isinstance(thresholds, list) and len(thresholds) != len(parts):
+            raise CheckpointError(
+                f"{name}: config.json gives {len(thresholds)} thresholds for {len(parts)} experts; the two do not belong together"
+            )
+        wanted = (len(parts), parts[0][0].shape[1])
+        if means is not None and means.shape != wanted:
+            raise CheckpointError(
+                f"{name}: {MEANS} has {list(means.shape)} inputs of it, the weights {list(wanted)}; the two do not belong together"
+            )
+        made: list[Applied] = []
+        for expert, (weight, bias) in enumerate(parts):
+            own = {"threshold": thresholds[expert]} if isinstance(thresholds, list) else rule
+            mean = None if means is None else means[expert].to(weight.device)
+            made.append(applied(own, self.score, self.bias, mean, weight, bias))
+        return tuple(made)
+
     def of_block(self, block: str) -> Iterator[str]:
         """The layers of a block, without its name."""
         for name in self.layers:
@@ -96,10 +118,13 @@ def applied(
     """`rule`: of the layer, as in config.json; `mean` (in,) fp32 where `how` is not none."""
     norms = column_norms(weight) if score == "wina" else None
     cut = Cut(**rule, norms=norms, centre=mean if how == "centre" else None)
-    if mean is not None:
-        folded = weight.float() @ mean
-        bias = (folded if bias is None else folded + bias.float()).to(weight.dtype)
-    return Applied(cut, bias)
+    return Applied(cut, bias if mean is None else folded(weight, mean, bias))
+
+
+def folded(weight: Tensor, mean: Tensor, bias: Tensor | None) -> Tensor:
+    """The bias (out,) that says what `mean` (in,) adds, besides the layer's own."""
+    added = weight.float() @ mean
+    return (added if bias is None else added + bias.float()).to(weight.dtype)
 
 
 def read_thresholds(folder: Path, config: Mapping[str, Any]) -> Thresholds | None:
@@ -145,58 +170,17 @@ def _is_rule(rule: Any) -> bool:
     if not isinstance(rule, dict) or len(rule) != 1:
         return False
     threshold, keep = rule.get("threshold"), rule.get("keep")
-    number = isinstance(threshold, int | float) and not isinstance(threshold, bool) and math.isfinite(threshold)
-    return number or (type(keep) is int and keep >= 0)
+    numbers: list[Any] = threshold if isinstance(threshold, list) else [threshold]
+    finite = [type(number) in (int, float) and math.isfinite(number) for number in numbers]
+    return (bool(finite) and all(finite)) or (type(keep) is int and keep >= 0)
 
 
 def _read_means(folder: Path, layers: Mapping[str, Any]) -> dict[str, Tensor]:
     specs = read_header(folder / MEANS).specs
     for name in layers:
-        if name not in specs or specs[name].dtype != torch.float32 or len(specs[name].shape) != 1:
+        if name not in specs or specs[name].dtype != torch.float32 or len(specs[name].shape) not in (1, 2):
             raise CheckpointError(f"{folder / MEANS}: does not hold the inputs of {name}; the folder is incomplete")
     found = {name: torch.empty(specs[name].shape) for name in layers}
     for name, mean in found.items():
         read_into(specs[name], 0, bytes_of(mean))
-    return found
-
-
-def can_be_cut(module: nn.Module) -> bool:
-    """Whether a module is a linear layer that multiplies as linear layers do."""
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
-
-
-def matrix_of(module: nn.Module) -> Tensor:
-    """The weight (out, in) of a linear layer."""
-    weight = cast(Tensor, module.weight)
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
-@contextmanager
-def cutting(block: nn.Module, rules: Mapping[str, Applied]) -> Generator[None]:
-    """Within it, these layers of a block leave inputs out."""
-    names = list(rules)
-
-    def forward(index: int, own: Callable[..., Any]) -> Callable[..., Any]:
-        rule, module = rules[names[index]], block.get_submodule(names[index])
-
-        def run(x: Tensor) -> Tensor:
-            return F.linear(rule.cut(x), matrix_of(module), rule.bias)
-
-        return run
-
-    with replaced([block.get_submodule(name) for name in names], forward):
-        yield
-
-
-def rules_of(thresholds: Thresholds, name: str, block: nn.Module) -> dict[str, Applied]:
-    """The rules of a block that is loaded, by the name of the layer within it."""
-    found: dict[str, Applied] = {}
-    for layer in thresholds.of_block(name):
-        try:
-            module = block.get_submodule(layer)
-        except AttributeError:
-            raise CheckpointError(
-                f"{name}.{layer}: thresholds are given for it, and the model has no such layer"
-            ) from None
-        found[layer] = thresholds.apply(f"{name}.{layer}", matrix_of(module), cast("Tensor | None", module.bias))
     return found

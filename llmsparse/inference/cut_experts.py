@@ -1,0 +1,126 @@
+"""Experts of a mixture that leave inputs out, dense, packed or on disk.
+
+They run expert by expert whatever implementation of experts a model is set to: none of the others knows of inputs that are
+left out. For few tokens on the CPU only the columns are read that count; for that weights lie column by column.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmsparse.backends.cpu import columns, pages
+from llmsparse.backends.cpu.columns import Columns
+from llmsparse.inference.cut_product import by_columns, moved
+from llmsparse.inference.gradient import wants_gradient
+from llmsparse.inference.packed_experts import CUT, PackedStack, sparse_experts
+from llmsparse.models.experts import bias_of_expert, runs_by_expert
+from llmsparse.models.thresholds import ExpertRules, Thresholds
+
+
+class CutStack:
+    """The rules of one parameter, by expert, and a dense weight as the kernel reads it."""
+
+    def __init__(self, rules: ExpertRules) -> None:
+        self.rules = rules
+        self.columns: list[Columns] = []  # in the memory of the parameter
+
+    def product(self, expert: int, x: Tensor) -> Tensor | None:
+        """x (tokens, in) → (tokens, out) from the columns that count; None where torch must run it."""
+        if not self.columns or torch.compiler.is_compiling() or len(x) > columns.MOST:
+            return None
+        matrix, rule = self.columns[expert], self.rules[expert]
+        if x.dtype != matrix.dtype or torch.is_autocast_enabled("cpu") or wants_gradient(x, rule.bias):
+            return None
+        return columns.product(matrix, rule.cut, x, rule.bias)
+
+
+class CutExperts(nn.Module):
+    """Mixed into the class of a model's experts by `cut_experts`."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        run: Any = sparse_experts
+        return run(self, hidden_states, top_k_index, top_k_weights)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CutExperts:
+        super()._apply(fn, recurse)
+        stacks: dict[str, CutStack] = vars(self)[CUT]
+        for leaf, stack in stacks.items():
+            stack.rules = tuple(moved(rule, fn) for rule in stack.rules)
+            _lay_out(self, leaf)
+        return self
+
+
+def cut_experts(module: Any, leaf: str, name: str, thresholds: Thresholds) -> None:
+    """Let the experts of a loaded module leave out what enters their parameter `leaf`, called `name` in the config."""
+    rules = thresholds.apply_experts(name, _parts(module, leaf))
+    vars(module).setdefault(CUT, {})[leaf] = CutStack(rules)
+    if not isinstance(module, CutExperts):
+        module.__class__ = _cut(type(module))
+    _lay_out(module, leaf)
+
+
+def uncut_experts(module: nn.Module) -> None:
+    """Let experts see all of their inputs again."""
+    if isinstance(module, CutExperts):
+        vars(module).pop(CUT)
+        module.__class__ = type(module).__mro__[2]
+
+
+def holds_experts(module: Any, leaf: str) -> bool:
+    """Whether `leaf` is a weight of the experts of a module that can run one by one."""
+    if not runs_by_expert(module):
+        return False
+    return leaf in vars(module).get("stacks", ()) or getattr(module._parameters.get(leaf), "ndim", 0) == 3
+
+
+def cut_stacks(model: nn.Module) -> Iterator[tuple[str, bool]]:
+    """The parameters of experts that leave inputs out, and whether a kernel reads only the columns of the others."""
+    for path, module in model.named_modules():
+        stacks: dict[str, CutStack] = vars(module).get(CUT, {})
+        for leaf, stack in stacks.items():
+            packed = vars(module).get("stacks", {}).get(leaf)
+            yield f"{path}.{leaf}", bool(stack.columns) or (isinstance(packed, PackedStack) and packed.by_columns)
+
+
+def _parts(module: Any, leaf: str) -> Iterator[tuple[Tensor, Tensor | None]]:
+    stack = vars(module).get("stacks", {}).get(leaf)
+    if isinstance(stack, PackedStack) and not stack.together:
+        weights: Any = (matrix.dense() for matrix in stack.matrices)
+    elif stack is not None:
+        weights = stack.packed().unpack()  # of experts on disk the whole is read once, for their norms
+    else:
+        weights = getattr(module, leaf).data
+        weights = weights.transpose(-1, -2) if module.is_transposed else weights
+    for expert, weight in enumerate(weights):
+        bias = bias_of_expert(module, leaf, expert)
+        yield weight, None if bias is None else bias.data
+
+
+def _lay_out(module: Any, leaf: str) -> None:
+    """Let weights lie column by column where a kernel can run them."""
+    held: CutStack = vars(module)[CUT][leaf]
+    held.columns = []
+    stack = vars(module).get("stacks", {}).get(leaf)
+    if isinstance(stack, PackedStack):
+        if not stack.together and not stack.by_columns:
+            stack.let_lie(by_columns)
+        return
+    if stack is not None or not columns.usable(getattr(module, leaf)):
+        return
+    parameter = getattr(module, leaf)
+    lying = parameter.data if module.is_transposed else parameter.data.transpose(-1, -2)  # (experts, in, out)
+    if not lying.is_contiguous():
+        lying = pages.zeros(lying.shape, lying.dtype).copy_(lying)
+        parameter.data = lying if module.is_transposed else lying.transpose(-1, -2)
+    held.columns = [Columns.of(one.T) for one in lying]
+
+
+@cache
+def _cut(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Cut{kind.__name__}", (CutExperts, kind), {})

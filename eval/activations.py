@@ -8,6 +8,7 @@ already is not made again. Models are the embedded one and `babyllama-tok361` of
     score       wina, teal; topk: so many of every token by wina's score
     bias        centre: inputs left out count as their median; fold: what is lost on average is added; none
     weights     zeros of the weights, by SparseGPT; a `sparsity` of 0 is these alone
+    matching    steps that tune pruned blocks before inputs are left out
     bits        read for a token, a weight, of 16: masks of packed weights counted
     ratio       perplexity over that of the dense model
 
@@ -58,6 +59,7 @@ class Case:
     allocation: str = "greedy"
     bias: str = "centre"
     weights: float = 0.0
+    matching: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def cases(model: str) -> Iterator[Case]:
         Case(model, 0.5, "wina", "greedy", "none"),
     )
     yield from (Case(model, 0.0, weights=0.7), Case(model, 0.5, weights=0.5), Case(model, 0.0, weights=0.5))
+    yield Case(model, 0.5, weights=0.5, matching=60)
     for sparsity in SPARSITIES:
         yield from (Case(model, sparsity), Case(model, sparsity, "wina", "uniform", "none"))
     for score, bias in product(("wina", "teal", "topk"), ("none", "fold", "centre")):
@@ -95,7 +98,8 @@ def measure(case: Case, folder: Path, calibration: str, dense: float | None, scr
     bits, found = 16.0, dict[str, Any]()
     if case.weights:
         source = scratch / "pruned"
-        report = llmsparse.prune(folder, output=source, overwrite=True, sparsity=case.weights, match_steps=0, **run)
+        how: dict[str, Any] = {"sparsity": case.weights, "match_steps": case.matching}
+        report = llmsparse.prune(folder, output=source, overwrite=True, **how, **run)
         bits, found = 16 * (1 - case.weights) + 1, report.perplexity or found
     before: float = found.get("before", dense)
     if case.sparsity:
@@ -113,7 +117,8 @@ def quality(data: Path, chosen: list[str]) -> None:
     torch.set_num_threads(1)
     rows: list[Result] = []
     if RESULTS.exists():
-        kinds: dict[str, Any] = {field.name: float if field.type == "float" else str for field in fields(Result)}
+        known: dict[str, Any] = {"float": float, "int": int}
+        kinds = {field.name: known.get(str(field.type), str) for field in fields(Result)}
         with RESULTS.open(encoding="utf-8") as file:
             rows = [Result(**{key: kinds[key](value) for key, value in row.items()}) for row in csv.DictReader(file)]
     done = {Case(*(getattr(row, field.name) for field in fields(Case))) for row in rows}

@@ -160,16 +160,6 @@ class StreamedModel:
         return list_weights(self._reader, groups, self._blocks[index], prefix, outline.transposed, outline.kinds)
 
     @property
-    def embedding_name(self) -> str:
-        """The name of the input embedding's weight."""
-        return self._input
-
-    @property
-    def head_name(self) -> str:
-        """The name of the output head's weight."""
-        return self._output
-
-    @property
     def tied_head(self) -> str | None:
         """The name of the output head where it is tied to the input embedding."""
         return self._output.removesuffix(".weight") if self._output in self._model.all_tied_weights_keys else None

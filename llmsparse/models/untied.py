@@ -44,8 +44,8 @@ def untied(
 
 
 def _twice(tied: StreamedModel, reader: CheckpointReader) -> dict[str, str]:
-    """Every tensor on disk, and the one of embedding and head that is not there → where it is on disk."""
+    """Every tensor on disk, and those that are not there since they are another's → where it is on disk."""
     names = {key: key for key in reader.keys()}
-    for absent in {tied.embedding_name, tied.head_name} & tied.tied.keys():
-        [names[absent]] = tied.naming.groups[tied.tied[absent]].keys
+    for absent, there in tied.tied.items():  # the head, and its bias where that is tied, too
+        [names[absent]] = tied.naming.groups[there].keys
     return names

@@ -39,7 +39,7 @@ def matching_seconds(plan: PrunePlan, steps: int) -> float:
     products = 6 * _products(plan) + 8 * plan.model.vocabulary * width
     per_step = products * batches_per_step(windows, tokens, width, most=most) * windows * tokens
     total = steps + probe_steps(steps) * len(LEARNING_RATES) if steps else 0
-    return total * per_step / _speed()
+    return total * per_step / _speed(plan)
 
 
 def seconds_of(plan: PrunePlan) -> float:
@@ -62,7 +62,7 @@ def seconds_of(plan: PrunePlan) -> float:
                 inputs[place] += 2 * out * width**2 * SWEEPS.get(choice.method, 0.5) * solves
         grams += sum(tokens * width**2 for _, width in inputs)  # right of the diagonal
         solving += _longest(plan, list(inputs.values()))
-    return (forward + grams + solving) / _speed() + _step_share(plan) * matching_seconds(plan, plan.match_steps)
+    return (forward + grams + solving) / _speed(plan) + _step_share(plan) * matching_seconds(plan, plan.match_steps)
 
 
 def _share(plan: PrunePlan, batches: int) -> float:
@@ -110,5 +110,5 @@ def _products(plan: PrunePlan) -> int:
     return parameters + 2 * len(plan.model.block_names) * plan.batches[0].shape[1] * plan.model.hidden_size
 
 
-def _speed() -> float:
-    return FLOPS_PER_THREAD * torch.get_num_threads()
+def _speed(plan: PrunePlan) -> float:
+    return FLOPS_PER_THREAD * plan.threads

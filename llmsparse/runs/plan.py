@@ -59,6 +59,7 @@ class RunPlan(ABC, Generic[Chosen]):
     )  # when planning began, for the seconds it took
     config: Any = None  # of what is made, where it is not the source's
     ranks: Ranks = field(default_factory=joined, repr=False)  # the processes that share the work
+    threads: int = field(default_factory=torch.get_num_threads, repr=False)  # of each of them
     text_key: ClassVar[str] = "calibration"  # what the recipe calls the text
 
     @property
@@ -249,8 +250,8 @@ class RunPlan(ABC, Generic[Chosen]):
         """What will be done, label by label, of what `to_json` says."""
 
     def of_processes(self, size: int) -> Self:
-        """The same plan for so many processes on this machine, as the first of them would make it."""
-        return replace(self, ranks=Ranks(0, size, size))
+        """The same plan for so many processes on this machine, which share its threads, as the first of them would make it."""
+        return replace(self, ranks=Ranks(0, size, size), threads=max(1, self.threads // size))
 
     @property
     def _each(self) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from architectures import save_random, stream, tiny_config, windows
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig
 from wrapped import load, save_wrapped
 
 import llmsparse
@@ -53,11 +53,21 @@ def test_it_computes_the_same(family: str, held: str, here: Path) -> None:
     assert torch.equal(logits(model), logits(tied))
 
 
+def test_a_bias_that_is_tied_beside_it_comes_along(here: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    save_random(BertConfig(vocab_size=384, is_decoder=True, **sizes), here / "bert", shard="1GB")
+    tied = stream(here / "bert")
+    model, reader, _ = untied(tied, CheckpointReader(here / "bert"), False)
+    assert "cls.predictions.decoder.bias" in reader.keys() and model.tied_head is None
+    assert torch.equal(logits(model), logits(tied))
+
+
 @pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl"])
 def test_in_a_model_that_wraps_one(family: str, here: Path, tokenizer_folder: Path) -> None:
     folder = save_wrapped(family, here / "wrapped", tokenizer_folder)
-    config = json.loads((folder / "config.json").read_text())
-    tied = config.get("tie_word_embeddings", True)
+    was = load(folder)
+    tied = was.get_output_embeddings().weight is was.get_input_embeddings().weight
+    assert tied == (family == "gemma3"), "one of each kind"
     llmsparse.quantize(str(folder), bits=4, head_bits=8, output="out", **SMALL)
     llmsparse.unpack("out", "dense")
     made = json.loads(Path("dense/config.json").read_text())

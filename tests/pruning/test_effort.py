@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_the_plan_says_what_each_takes_and_the_written_recipe_what_was_decided(p
 
 
 def test_several_processes_share_the_time_but_for_what_the_last_one_has_left(plan: Callable[..., Any]) -> None:
-    made = plan(method="sparsegpt", match_steps=8, calibration_samples=16, batch_size=2)
+    made = replace(plan(method="sparsegpt", match_steps=8, calibration_samples=16, batch_size=2), threads=1)
     one, two, three, eight, many = (
         made.of_processes(size).to_json()["seconds"]["default"] for size in (1, 2, 3, 8, 64)
     )
@@ -94,6 +95,15 @@ def test_several_processes_share_the_time_but_for_what_the_last_one_has_left(pla
     assert one / 2 <= two < 0.6 * one and one / 3 < three < two, "three of eight leaves are more than a third"
     assert three > eight >= many, "leaves and inputs run out"
     assert made.of_processes(64).match_steps == made.match_steps
+
+
+def test_processes_on_one_machine_share_its_threads(plan: Callable[..., Any]) -> None:
+    made = replace(plan(method="wanda", match_steps=0, calibration_samples=16, batch_size=2), threads=4)
+    seconds = {size: made.of_processes(size).to_json()["seconds"]["default"] for size in (1, 2, 4, 8)}
+    assert seconds[2] == pytest.approx(seconds[1]) and seconds[4] == pytest.approx(seconds[1]), (
+        "half the work, half the threads"
+    )
+    assert seconds[8] < seconds[4], "one thread each at least"
 
 
 def test_a_run_whose_methods_look_at_no_text_fades_all_the_same(plan: Callable[..., Any], tmp_path: Path) -> None:

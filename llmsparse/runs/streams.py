@@ -57,6 +57,11 @@ class Streams:
         self._before: dict[str, float] | None = None
         self._last = None if to_head else self._made.block_names[-1]
 
+    @property
+    def flow(self) -> bool:
+        """Some windows are taken through what is made."""
+        return any(stream.hidden for stream in self._enter_made)
+
     @torch.no_grad()
     def through_source(self, block: Block) -> None:
         """Take the windows of the source through a block of it; to be done before the block is changed."""

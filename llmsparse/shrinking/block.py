@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from llmsparse.calibration.matching import Match, autocast_dtype, match
-from llmsparse.calibration.matching_loss import OutputError
+from llmsparse.calibration.matching_loss import LogitDivergence, Loss, OutputError
 from llmsparse.models.streamed import Activations, Block, StreamedModel
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.run import Made
+from llmsparse.shrinking.logit_fit import fit_to_logits
 from llmsparse.shrinking.reduction import Cut, Reduction
 from llmsparse.storage.heap import release_freed
 
@@ -40,13 +41,14 @@ class BlockRecord:
     rows: dict[str, dict[str, Any]]  # name of a reduction → what it says of the block
     match: dict[str, Any] | None  # relative output error before and after block matching
     seconds: float
+    logits: dict[str, Any] | None = None  # what fitting the last block to the source's logits gained
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> BlockRecord:
-        return cls(entry["name"], entry["rows"], entry["match"], entry["seconds"])
+        return cls(entry["name"], entry["rows"], entry["match"], entry["seconds"], entry.get("logits"))
 
 
 @torch.no_grad()
@@ -59,50 +61,70 @@ def shrink_block(
     options: ShrinkOptions,
     progress: Progress,
     onwards: bool = False,
+    aims: Activations | None = None,
 ) -> Made[BlockRecord]:
     """The on-disk tensors of block `target` of `made`, and what is to be said of them.
 
     `watched` enters the whole block, and is taken through it where it goes `onwards`; `entering` enters the made one: the
-    same batches behind what has been made, with the arguments that blocks of `made` are called with. Evicts `block`.
+    same batches behind what has been made, with the arguments that blocks of `made` are called with. `aims`: what the
+    source's own blocks make of them, behind this one, where the made block should come to that. Evicts `block`.
     """
     started = time.perf_counter()
     cuts = {reduction.name: reduction.begin(block) for reduction in options.reductions}
     outputs: list[Tensor] = []
     if onwards or options.match_steps or any(cut.watches for cut in cuts.values()):
         advance = progress.batches(f"watching {block.name}", len(watched.hidden))
-        outputs = watch(block, watched, list(cuts.values()), bool(options.match_steps), onwards, advance)
+        outputs = watch(block, watched, list(cuts.values()), bool(options.match_steps), onwards, advance, aims)
 
     tensors = dict(block.stored)
     for cut in cuts.values():
         tensors = cut.cut(tensors)
     block.evict()
     release_freed()
-    made_block = made.block(target, {key: tensor.contiguous() for key, tensor in tensors.items()})
-    if options.refit:
-        for cut in cuts.values():
-            cut.refit(made_block, entering)
+    result = {key: tensor.contiguous() for key, tensor in tensors.items()}
     rows = {name: row for name, cut in cuts.items() if (row := cut.row())}
-    if outputs and rows:
-        for cut in cuts.values():
-            outputs = cut.aim(outputs)
-    matched = match_made(made_block, entering, outputs, options, progress) if options.match_steps and rows else None
-    result = made_block.stored
-    made_block.evict()
+    fitted = matched = None
+    if options.refit or options.match_steps:
+        made_block = made.block(target, result)
+        if options.refit:
+            for cut in cuts.values():
+                cut.refit(made_block, entering)
+        rows = {name: row for name, cut in cuts.items() if (row := cut.row())}
+        last = made_block.name == made.block_names[-1]
+        if options.refit and aims and last and rows:
+            fitted = fit_to_logits(made_block, entering, made, aims.hidden)
+        if options.match_steps and rows:
+            for cut in cuts.values():
+                outputs = cut.aim(outputs)
+            loss: Loss = OutputError(aims.hidden if aims else outputs)
+            if aims and last:
+                loss = LogitDivergence(made, aims.hidden)
+            matched = match_made(made_block, entering, loss, options, progress)
+        result = made_block.stored
+        made_block.evict()
     seconds = time.perf_counter() - started
-    return Made(result, BlockRecord(block.name, rows, asdict(matched) if matched else None, seconds))
+    return Made(result, BlockRecord(block.name, rows, asdict(matched) if matched else None, seconds, fitted))
 
 
 def watch(
-    block: Block, acts: Activations, cuts: Sequence[Cut], keep: bool, onwards: bool, advance: Callable[[], None]
+    block: Block,
+    acts: Activations,
+    cuts: Sequence[Cut],
+    keep: bool,
+    onwards: bool,
+    advance: Callable[[], None],
+    aims: Activations | None = None,
 ) -> list[Tensor]:
     """Run every batch through the block, which is whole; returns its outputs where they are to be kept. `onwards` they take
-    the place of the inputs."""
+    the place of the inputs. What they lack of `aims` is told to the cuts."""
     outputs: list[Tensor] = []
     for batch, hidden in enumerate(acts.hidden):
         with ExitStack() as stack:
             for cut in cuts:
                 stack.enter_context(cut.watching(batch))
             output = block.call(acts, batch).to(hidden.device)
+        for cut in cuts:
+            cut.watched(output, aims.hidden[batch] if aims else None)
         if keep:
             outputs.append(output)
         if onwards:
@@ -111,11 +133,8 @@ def watch(
     return outputs
 
 
-def match_made(
-    made: Block, acts: Activations, targets: Sequence[Tensor], options: ShrinkOptions, progress: Progress
-) -> Match:
-    """Tune every matrix of the made block, routers aside, so that its output comes back to the whole one's; what is 0 in
-    them stays 0."""
+def match_made(made: Block, acts: Activations, loss: Loss, options: ShrinkOptions, progress: Progress) -> Match:
+    """Tune every matrix of the made block, routers aside, so that the loss of its output is small; what is 0 in them stays 0."""
     weights = [weight for weight in made.weights if weight.prunable]
     free = {key: torch.zeros(tensor.shape, dtype=torch.bool) for key, tensor in made.stored.items()}
     for weight in weights:
@@ -124,7 +143,7 @@ def match_made(
     matched = match(
         made,
         acts,
-        OutputError(targets),
+        loss,
         movable,
         steps=options.match_steps,
         seed=options.seed,

@@ -90,13 +90,18 @@ def adds_up(block: Block, acts: Activations, weight: Weight, matrix: Tensor) -> 
     """Whether the output of a block is its output without the matrix, and Wh."""
     entering, output = entering_last(block, acts, 0, weight.slot)
     parameter = block.module.get_parameter(weight.slot[0])
+    return adds(parameter, entering @ matrix.T, output, lambda: block.call(acts, 0))
+
+
+def adds(parameter: Tensor, expected: Tensor, output: Tensor, run: Callable[[], Tensor]) -> bool:
+    """Whether `output` is what `run` gives without this matrix, and `expected` (tokens, width), what the matrix gives."""
     own = parameter.data
     try:
         parameter.data = torch.zeros_like(own)
-        without = block.call(acts, 0)
+        without = run()
     finally:
         parameter.data = own
-    expected, found = entering @ matrix.T, (output.float() - without.float()).flatten(0, -2)
+    found = (output.float() - without.float()).flatten(0, -2)
     rounding = 2 * torch.finfo(output.dtype).eps * length(output)
     return length(found - expected) <= ADDED * length(expected) + rounding
 

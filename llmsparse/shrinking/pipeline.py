@@ -47,7 +47,7 @@ def shrink(
         made = StreamedModel(reader, device=plan.device, dtype=plan.dtype, trust_remote_code=trusted)
         onwards = plan.recipe.one_pass  # whole blocks hand calibration on to whole blocks
         through_made = plan.watches and (plan.fits or not onwards)
-        streams = plan.streams(made, calibration=through_made)
+        streams = plan.streams(made, calibration=through_made, aims=plan.aims)
         watched = plan.model.embed(plan.batches) if onwards and plan.watches else streams.calibration
         entering = streams.calibration_as_made
         report = ShrinkReport(**plan.described(), parameters=plan.total_parameters, reductions=plan.reductions)
@@ -58,12 +58,15 @@ def shrink(
                 block.run(watched, into=watched)
             if target is None:
                 continue
-            work = partial(shrink_block, block, target, made, watched, entering, plan.options, run.progress, onwards)
+            work = partial(
+                shrink_block, block, target, made, watched, entering, plan.options, run.progress, onwards, streams.aims
+            )
             found = run.block(block.name, BlockRecord, work)
             report.blocks.append(found.record)
-            written = made.block(target, found.tensors)
-            streams.through_made(written)
-            written.evict()
+            if streams.flow:
+                written = made.block(target, found.tensors)
+                streams.through_made(written)
+                written.evict()
             release_freed()
         report.perplexity = streams.perplexity()
         return run.publish(report)

@@ -59,6 +59,14 @@ class ShrinkPlan(RunPlan[ShrinkRecipe]):
         """Calibration text is run through the whole blocks."""
         return bool(self.recipe.match_steps) or any(reduction.watches for reduction in self.reductions)
 
+    @property
+    def aims(self) -> bool:
+        """What is fitted is fitted to what the source's own blocks make, not to what its block makes behind made ones; the
+        same where blocks go, which are made up for by themselves, and in one pass."""
+        kinds = [reduction.name for reduction in self.reductions]
+        wanted = any(reduction.aims for reduction in self.reductions)
+        return self.fits and wanted and "blocks" not in kinds and not self.recipe.one_pass
+
     @cached_property
     def batches(self) -> list[Tensor]:
         """As many at least as a fit needs to hold some out."""
@@ -135,7 +143,9 @@ class ShrinkPlan(RunPlan[ShrinkRecipe]):
         numbers = max(sum(torch.Size(shape).numel() for shape, _ in specs.values()) for specs in sizes)
         stored = max(sum(torch.Size(s).numel() * d.itemsize for s, d in specs.values()) for specs in sizes)
         stored = stored if self.device.type == "cpu" else 0
-        calibration = self.windows.ids.numel() * (self.watches + (self.recipe.one_pass and self.fits) + self.fits)
+        calibration = self.windows.ids.numel() * (
+            self.watches + (self.recipe.one_pass and self.fits) + self.fits + self.aims
+        )
         streams = (calibration + 2 * self.windows.held_out.numel()) * width * itemsize
         matching = 4 * 4 * numbers if self.recipe.match_steps else 0  # masters, their gradients and what Adam remembers
         working = 8 * self.batches[0].numel() * width * 4

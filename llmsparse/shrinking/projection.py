@@ -21,6 +21,7 @@ from llmsparse.sparsity.stats import Gram
 
 ROUNDS = 64  # in which pieces go
 SURGEON_DAMP = 0.01  # λ as a fraction of the mean of the diagonal
+PULL = 0.5  # of what the blocks before lack: all of it is more than this input can tell, and worse
 
 
 @dataclass
@@ -36,17 +37,23 @@ class Seen:
     gram: Gram | None = None
     squares: Tensor | None = None  # of each piece its part of XᵀX, (pieces, size, size)
     held: list[Tensor] = field(default_factory=list[Tensor])  # rows of the tokens held back
+    lacks: Tensor | None = None  # Xᵀ times what the output is to have besides, (width, out)
+    held_lacks: list[Tensor] = field(default_factory=list[Tensor])  # (tokens, out) of the tokens held back
 
-    def update(self, x: Tensor) -> None:
-        """Take in x (tokens, width)."""
+    def update(self, x: Tensor, lack: Tensor | None = None) -> None:
+        """Take in x (tokens, width), and what the output (tokens, out) is to have besides Wx."""
         number = torch.arange(self.tokens, self.tokens + len(x), device=x.device)
         self.tokens += len(x)
         if not self.fits:
             self.squares = self._within(x.float()) + (0 if self.squares is None else self.squares)
             return
         judge = number % HELD_BACK == HELD_BACK - 1
+        if lack is not None:
+            lack = PULL * lack.float()
+            self.lacks = x[~judge].float().T @ lack[~judge] + (0 if self.lacks is None else self.lacks)
         if sum(map(len, self.held)) < self.judges:
             self.held.append(x[judge].clone())
+            self.held_lacks += [] if lack is None else [lack[judge]]
         self.gram = self.gram or Gram(self.width, self.device)
         self.gram.update(x[~judge])
 
@@ -103,6 +110,8 @@ def least_missed(weight: Tensor, seen: Seen, count: int) -> Tensor:
     damping = SURGEON_DAMP * products.diagonal().mean()
     inverse = torch.linalg.inv(products + damping * torch.eye(seen.width, dtype=torch.float64, device=device))
     weight = weight.double().clone()  # (out, width)
+    if seen.lacks is not None:
+        weight += (inverse @ seen.lacks.double()).T  # fitted, with all pieces
     left = torch.arange(seen.pieces, device=device)
     within = torch.arange(size, device=device)
     for rounds in range(min(ROUNDS, seen.pieces - count), 0, -1):
@@ -129,10 +138,12 @@ def fit_columns(weight: Tensor, columns: Tensor, seen: Seen) -> Fitted:
         return Fitted(start, None, None, None)
     gram = seen.gram.xtx[columns]  # (what stays, width)
     rows = [x.float() for x in seen.held]
-    judges = [(x[:, columns], x @ weight.T) for x in rows]
+    lacks = seen.held_lacks or [torch.zeros(())] * len(rows)
+    judges = [(x[:, columns], x @ weight.T + lack.to(x.device)) for x, lack in zip(rows, lacks, strict=True)]
     whole = sum(y.square().sum().item() for _, y in judges)
     if not gram.any() or not whole:
         return Fitted(start, None, None, None)
-    fitted = fit(gram[:, columns].contiguous(), gram @ weight.T, start, judges)
+    targets = gram @ weight.T + (0 if seen.lacks is None else seen.lacks[columns])
+    fitted = fit(gram[:, columns].contiguous(), targets, start, judges)
     before, after = (error(one, judges) / whole for one in (start, fitted.weight))
     return Fitted(fitted.weight, before, after, fitted.damp)

@@ -62,6 +62,10 @@ class Cut:
         """Open while calibration batch number `batch` runs through the whole block."""
         return nullcontext()
 
+    def watched(self, output: Tensor, aim: Tensor | None) -> None:
+        """Called behind each batch with what the whole block made of it, and with what the source's own made, behind its own
+        blocks, where the made block should come to that; (batch, tokens, width)."""
+
     def cut(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """On-disk tensors of the block → those that stay; called once, when all batches have run. Shapes, dtypes and
         names are those of `Reduction.resized`. Never writes into the tensors that it is given."""
@@ -86,6 +90,7 @@ class Reduction(ABC):
 
     name: ClassVar[str]  # its key in the recipe
     watches: bool = True  # some of its cuts do
+    aims: bool = False  # its cuts and what is fitted after them go by what the source's own blocks make
 
     @abstractmethod
     def change(self, raw: dict[str, Any]) -> None:

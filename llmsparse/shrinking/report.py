@@ -46,6 +46,7 @@ class ShrinkReport(RunReport):
             "perplexity": self.perplexity,
             "calibration": self.protocol,
             "blocks": [{"name": block.name} | block.rows for block in self.blocks],
+            "logits": [{"block": block.name, **block.logits} for block in self.blocks if block.logits],
             "matching": [{"block": block.name, **block.match} for block in self.blocks if block.match],
             "warnings": self.warnings,
             "recipe": self.recipe,
@@ -67,6 +68,9 @@ class ShrinkReport(RunReport):
             after = sum(match["after"] for match in matches) / len(matches)
             steps = matches[0]["steps"]
             lines.append(("matching", f"{steps} steps a block, mean error of the output {before:.4f} → {after:.4f}"))
+        for fit in (block.logits for block in self.blocks if block.logits):
+            text = f"{fit['before']:.4f} → {fit['after']:.4f} nats from the source's, by {fit['projection']}"
+            lines.append(("logits", text))
         if self.perplexity:
             lines += perplexity_lines(self.perplexity)
         return lines

@@ -8,7 +8,7 @@ is tried out: with what is cut set to zero, what stays must not change. That als
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -18,9 +18,12 @@ from torch import Tensor
 
 from llmsparse.calibration.least_squares import HELD_BACK, JUDGES
 from llmsparse.errors import CheckpointError, NumericalError
+from llmsparse.models.block import unwrap
 from llmsparse.models.streamed import Block, Slot, StreamedModel
 from llmsparse.models.tap import Tap
-from llmsparse.shrinking.narrowing import Unit, cut_parameters, positions
+from llmsparse.shrinking.folding import adds
+from llmsparse.shrinking.narrowed_block import narrow
+from llmsparse.shrinking.narrowing import Unit, positions
 from llmsparse.shrinking.projection import Seen, energies, fit_columns, least_missed, loudest
 from llmsparse.shrinking.reduction import Cut, Reduction, Rows, Source, Specs
 
@@ -39,6 +42,10 @@ class Narrower(Reduction):
     units: list[list[Unit]]  # of each block
     fits: bool
     layouts: dict[Unit, int] = field(default_factory=dict[Unit, int])  # as they were found on the first block of a kind
+    adding: dict[Unit, bool] = field(
+        default_factory=dict[Unit, bool]
+    )  # Wx adds to the output of a block as it is; the same
+    aims: ClassVar[bool] = True  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def change(self, raw: dict[str, Any]) -> None:
         raw.update(self.fields)
@@ -53,15 +60,20 @@ class Narrower(Reduction):
         return {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in cut.items()}
 
     def memory_bytes(self, tokens: int, batches: int) -> int:
-        """XᵀX of every projection of a block, rows of the tokens held back, and the equations of one that are solved."""
-        return max(sum(self._held(unit, tokens) for unit in units) for units in self.units)
+        """XᵀX of every projection of a block, rows of the tokens held back, and the equations of one that are solved; what enters
+        them in a batch."""
+        entering = max(sum(unit.into.before for unit in units) for units in self.units)
+        held = max(sum(self._held(unit, tokens) for unit in units) for units in self.units)
+        return held + 4 * entering * -(-tokens // max(1, batches))
 
     def _held(self, unit: Unit, tokens: int) -> int:
         width, experts = unit.into.before, unit.experts or 1
         if not self.fits:
             return 4 * experts * width * width // unit.pieces
-        rows = min(tokens // HELD_BACK, JUDGES)  # in fp32, and what is left of them
-        return 4 * (experts * width * width + 2 * rows * width + 3 * unit.into.after**2 + width * unit.into.after)
+        rows, hidden = min(tokens // HELD_BACK, JUDGES), self.model.hidden_size  # in fp32, and what is left of them
+        lacking = (width + rows) * hidden
+        equations = 3 * unit.into.after**2 + width * unit.into.after
+        return 4 * (experts * width * width + 2 * rows * width + lacking + equations)
 
     def begin(self, block: Block) -> Cut:
         units = self.units[block.index]
@@ -95,19 +107,15 @@ class NarrowerCut(Cut):
         self._call: tuple[Any, Any] | None = None  # of the first batch
         self._rows: list[dict[str, Any]] = []
         self._unit = {unit.into.name: unit for unit in units}
+        self._batch: dict[Slot, list[Tensor]] = {}  # what entered in the batch that runs
 
     @contextmanager
     def watching(self, batch: int) -> Generator[None]:
         first = batch == 0 and any(unit not in self._plan.layouts for unit in self._units)
 
         def note(slot: Slot, x: Tensor) -> None:  # x (tokens, width)
-            unit = self._unit.get(slot[0])
-            if unit is None or not len(x):
-                return
-            if slot not in self._seen:
-                judges = JUDGES // (unit.experts or 1)
-                self._seen[slot] = Seen(x.shape[-1], unit.pieces, x.device, self._plan.fits, judges)
-            self._seen[slot].update(x)
+            if slot[0] in self._unit and len(x):
+                self._batch.setdefault(slot, []).append(x.clone())
 
         def keep(module: Any, args: Any, kwargs: Any) -> None:
             self._call = (args, kwargs)
@@ -119,6 +127,33 @@ class NarrowerCut(Cut):
         finally:
             if hook is not None:
                 hook.remove()
+
+    def watched(self, output: Tensor, aim: Tensor | None) -> None:
+        for slot in list(self._batch):
+            unit, x = self._unit[slot[0]], torch.cat(self._batch.pop(slot))
+            lack = None
+            if (
+                aim is not None
+                and unit.experts is None
+                and len(x) == output[..., 0].numel()
+                and self._adds(unit, x, output)
+            ):
+                lack = (aim.to(x.device).float() - output.to(x.device).float()).flatten(0, -2)
+            if slot not in self._seen:
+                judges = JUDGES // (unit.experts or 1)
+                self._seen[slot] = Seen(x.shape[-1], unit.pieces, x.device, self._plan.fits, judges)
+            self._seen[slot].update(x, lack)
+
+    @torch.no_grad()
+    def _adds(self, unit: Unit, x: Tensor, output: Tensor) -> bool:
+        """Whether the output of a block is its output without a projection, and Wx; tried out on the first batch of the first
+        of all blocks that are alike."""
+        known = self._plan.adding
+        if unit not in known and self._call is not None:
+            (args, kwargs), module = self._call, self._block.module
+            parameter, expected = module.get_parameter(unit.into.name), x.float() @ self._matrices(unit)[0].T
+            known[unit] = adds(parameter, expected, output.to(x.device), lambda: unwrap(module(*args, **kwargs)))
+        return known.get(unit, False)
 
     def cut(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Choose what stays, find out how it is laid out, cut it out, and fit the projections."""
@@ -234,51 +269,6 @@ def zeroed(tensor: Tensor, unit: Unit, name: str, layout: int, kept: Sequence[Te
         places = positions(axis, layout, unit.pieces, goes.nonzero()[:, 0]).to(tensor.device)
         (found if unit.experts is None else found[number]).index_fill_(axis.dim, places, 0)
     return found
-
-
-def narrow(
-    model: StreamedModel,
-    index: int,
-    tensors: Mapping[str, Tensor],
-    units: Iterable[Unit],
-    layouts: Sequence[int],
-    kept: Sequence[Sequence[Tensor]],
-    fitted: Mapping[str, Sequence[Tensor | None]],
-) -> dict[str, Tensor]:
-    """On-disk tensors of block `index` with the units cut to the pieces that are kept. `fitted`: projection → its matrices
-    (out, what stays), which take the place of what was cut. NumericalError for a value that the stored dtype does not reach.
-    """
-    found = dict(tensors)
-    prefix = model.block_names[index] + "."
-    for unit, layout, some in zip(units, layouts, kept, strict=True):
-        names = {prefix + axis.name for axis in unit.axes}
-        keys = [
-            key for group in model.naming.groups.values() if names.intersection(group.targets) for key in group.keys
-        ]
-        inside = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in model.naming.to_module({key: found[key] for key in keys})
-        }
-        cut = inside | cut_parameters(unit, layout, inside, some)
-        if unit.into.name in fitted:
-            cut[unit.into.name] = _with_fitted(unit, cut[unit.into.name], fitted[unit.into.name], prefix)
-        found |= model.naming.to_disk({prefix + name: tensor for name, tensor in cut.items()})
-    return found
-
-
-def _with_fitted(unit: Unit, cut: Tensor, fitted: Sequence[Tensor | None], prefix: str) -> Tensor:
-    """A projection as it is stored, with fitted matrices (out, in) in the place of its own."""
-    weight = cut.clone()
-    for matrix, own in zip(fitted, [weight] if unit.experts is None else weight, strict=True):
-        if matrix is not None:
-            own.copy_(matrix if unit.into.dim == -1 else matrix.T)
-    if not bool(weight.isfinite().all()):
-        dtype = str(cut.dtype).removeprefix("torch.")
-        raise NumericalError(
-            f"{prefix}{unit.into.name}: the refit made values that {dtype}, which it is stored in, does not reach; use --no-refit, "
-            "or a checkpoint in bfloat16 or float32"
-        )
-    return weight
 
 
 def laid_out(source: Source) -> dict[str, bool]:

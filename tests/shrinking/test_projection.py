@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llmsparse.calibration.least_squares import DAMPS, HELD_BACK
 from llmsparse.errors import NumericalError
-from llmsparse.shrinking.projection import Seen, energies, fit_columns, least_missed, loudest
+from llmsparse.shrinking.projection import PULL, Seen, energies, fit_columns, least_missed, loudest
 
 CPU = torch.device("cpu")
 
@@ -107,3 +107,26 @@ def test_pieces_that_others_can_stand_in_for_go_before_quieter_ones() -> None:
     assert loudest(weight, seen, 3).tolist() != (found := least_missed(weight, seen, 3).tolist())
     assert {0, 1} < set(found)
     assert fit_columns(weight, torch.tensor(found), seen).after == pytest.approx(0, abs=1e-4)
+
+
+def test_what_the_blocks_before_lack_is_fitted_too_by_half() -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, weight, more = (
+        correlated(400, 12),
+        torch.randn(5, 12, generator=generator),
+        torch.randn(5, 12, generator=generator),
+    )
+    seen = Seen(12, 12, CPU, fits=True)
+    for part in x.split(7):
+        seen.update(part, part @ more.T)
+    fitted = fit_columns(weight, torch.arange(12), seen)
+    assert torch.allclose(fitted.weight, weight + PULL * more, atol=0.05)
+    assert fitted.after is not None and fitted.before is not None and fitted.after < 0.01 * fitted.before
+
+
+def test_what_goes_is_chosen_by_what_the_rest_is_to_give() -> None:
+    x = torch.eye(4).repeat(100, 1)
+    weight, seen = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), Seen(4, 4, CPU, fits=True)
+    seen.update(x, x @ torch.tensor([[10.0, 0.0, -6.0, 0.0]]).T)  # so that W comes to be 6, 2, 0, 4
+    assert least_missed(weight, seen_of(x, 4), 2).tolist() == [2, 3]
+    assert least_missed(weight, seen, 2).tolist() == [0, 3]

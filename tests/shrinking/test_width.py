@@ -159,3 +159,19 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert why in str(raised.value)
     assert "\n" not in str(raised.value)
     assert sorted(path.name for path in folder.iterdir()) == ["model", "windows.safetensors"]
+
+
+@pytest.mark.parametrize(("name", "does"), [("llama", True), ("phi3", True), ("gemma2", False)])
+def test_a_fit_makes_up_for_the_blocks_before_where_it_adds_to_the_output(
+    name: str, does: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last block of a model that lost channels in the first: with nothing to make up for, its matrix comes out otherwise."""
+    folder = random_folder(tiny_config(name), tmp_path)
+    shrink(folder, ffn="50%")
+    made = load(folder / "out")
+    monkeypatch.setattr("llmsparse.shrinking.projection.PULL", 0.0)
+    shrink(folder, ffn="50%", overwrite=True)
+    other = load(folder / "out")
+    first, *_, last = [layer.mlp.down_proj.weight for layer in made.model.layers]
+    assert torch.equal(first, other.model.layers[0].mlp.down_proj.weight)
+    assert torch.equal(last, other.model.layers[-1].mlp.down_proj.weight) != does

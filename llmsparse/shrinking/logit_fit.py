@@ -1,0 +1,157 @@
+"""The last matrix of the last block, fitted to the logits of the source: behind it there is nothing but the head.
+
+An error of a block's output is not an error of the model: what the head does not look at costs nothing, and a token whose next
+is nearly certain costs little. Behind the last block that can be told. W̃ = W + Δ makes the divergence Σ KL(source ‖ made) small:
+a few rounds of Newton's method in its Gauss-Newton form, JᵀFJ with F of the softmax, each solved by conjugate gradients; no
+matrix of all weights by all weights is ever made. Tokens held back say when to stop.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsparse.calibration.least_squares import JUDGES
+from llmsparse.calibration.matching import HELD_OUT_SHARE
+from llmsparse.calibration.matching_loss import LOGITS_AT_ONCE
+from llmsparse.models.streamed import Activations, Block, StreamedModel
+from llmsparse.shrinking.folding import adds_up, entering_last, last_matrix
+from llmsparse.sparsity.patterns import is_sparse
+
+ROUNDS, STEPS = 8, 3  # of Newton's method, and of conjugate gradients in each
+DAMP = 0.3  # of the curvature along the gradient
+PATIENCE = 3  # steps without a gain on the tokens held back
+LEAST_GAIN = 0.01  # of the divergence: a round that gains less is the last
+AT_ONCE = 1024  # tokens, at most: a model makes masks of their square
+
+
+def fit_to_logits(made: Block, acts: Activations, model: StreamedModel, aims: list[Tensor]) -> dict[str, Any] | None:
+    """Fit the last matrix of `made`, in `made.stored`, and `made.reload()`; `acts` enter it, `aims` are what came out of the
+    source's last block, (batch, tokens, width) a batch. Returns {"before", "after"}, nats a token held back; None where no fit
+    is better, or the matrix does not add to the output as it is. `model`: what `made` is the last block of."""
+    weight = last_matrix(made, model.hidden_size)
+    batches = range(0, len(aims), -(-sum(aim[..., 0].numel() for aim in aims) // JUDGES))
+    if weight is None or len(batches) < 2:
+        return None
+    device = made.module.get_parameter(weight.slot[0]).device
+    start = made.view(weight).to(device, torch.float32, copy=True)  # (out, in)
+    if is_sparse(start) or not adds_up(made, acts, weight, start):
+        return None
+    parts: list[Tokens] = []
+    for batch in batches:
+        entering, output = entering_last(made, acts, batch, weight.slot)
+        parts.append(Tokens(model, entering, output.float().flatten(0, -2), aims[batch].to(device).flatten(0, -2)))
+    judges, train = parts[::HELD_OUT_SHARE], [part for n, part in enumerate(parts) if n % HELD_OUT_SHARE]
+
+    found = _Descent(train, judges, start.new_zeros(start.shape))
+    before = found.least
+    for _ in range(ROUNDS):
+        if not found.round():
+            break
+    if not found.least < before:
+        return None
+    made.stored = made.stored | {weight.key: made.stored[weight.key].clone()}
+    made.store(weight, start + found.best)
+    made.reload({weight.key})
+    return {"projection": weight.name, "before": before, "after": found.least}
+
+
+class _Descent:
+    """Where Newton's method is: Δ (out, in), and the best so far of those that were judged."""
+
+    def __init__(self, train: list[Tokens], judges: list[Tokens], start: Tensor) -> None:
+        self._train, self._judges = train, judges
+        self._change = self.best = start
+        self.least = self._judge(start)
+
+    def round(self) -> bool:
+        """One step of Newton's method; False where little is to be had any more."""
+        residual = -sum_of(part.gradient(self._change) for part in self._train)
+        step, direction, size = torch.zeros_like(residual), residual, residual.square().sum()
+        damping, idle, before = 0.0, 0, self.least
+        for _ in range(STEPS):
+            if not size > 0 or idle == PATIENCE:
+                break
+            curved = sum_of(part.curvature(self._change, direction) for part in self._train)
+            damping = damping or DAMP * ((direction * curved).sum() / size).item()
+            curved = curved + damping * direction
+            length = size / (direction * curved).sum()
+            step, residual = step + length * direction, residual - length * curved
+            size, last = residual.square().sum(), size
+            direction = residual + size / last * direction
+            error = self._judge(self._change + step)
+            idle = 0 if error < self.least else idle + 1
+            if error < self.least:
+                self.best, self.least = self._change + step, error
+        self._change = self.best
+        return self.least < (1 - LEAST_GAIN) * before and idle < PATIENCE
+
+    def _judge(self, change: Tensor) -> float:
+        """Nats a token that is held back."""
+        return sum(part.divergence(change) for part in self._judges) / sum(len(part.h) for part in self._judges)
+
+
+def sum_of(tensors: Iterator[Tensor]) -> Tensor:
+    total = next(tensors)
+    for tensor in tensors:
+        total = total + tensor
+    return total
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Some tokens behind the last block."""
+
+    model: StreamedModel
+    h: Tensor  # (tokens, in) fp32: what enters the matrix
+    output: Tensor  # (tokens, width) fp32, of the block as it was
+    aim: Tensor  # (tokens, width), of the source
+
+    @torch.no_grad()
+    def divergence(self, change: Tensor) -> float:
+        """Σ KL(source ‖ made) with W + Δ."""
+        total = 0.0
+        for h, output, aim in self._some():
+            wanted, made = self._logits(aim).log_softmax(-1), self._logits(output + h @ change.T).log_softmax(-1)
+            total += (wanted.exp() * (wanted - made)).sum().item()
+        return total
+
+    def gradient(self, change: Tensor) -> Tensor:
+        """Of that by Δ, (out, in)."""
+        total = torch.zeros_like(change)
+        for h, output, aim in self._some():
+            point = (output + h @ change.T).requires_grad_()
+            with torch.enable_grad():
+                logits = self._logits(point)
+            with torch.no_grad():
+                wrong = logits.softmax(-1) - self._logits(aim).softmax(-1)
+            total += torch.autograd.grad(logits, point, wrong)[0].T @ h
+        return total
+
+    def curvature(self, change: Tensor, direction: Tensor) -> Tensor:
+        """Its second derivative times a direction (out, in), without that of the logits themselves."""
+        total = torch.zeros_like(change)
+        for h, output, _ in self._some():
+            point = (output + h @ change.T).requires_grad_()
+            with torch.enable_grad():
+                logits = self._logits(point)
+                some = torch.zeros_like(logits, requires_grad=True)
+                (back,) = torch.autograd.grad(logits, point, some, create_graph=True)  # linear in `some`: Jᵀ
+            (along,) = torch.autograd.grad(back, some, h @ direction.T, retain_graph=True)  # J times that
+            with torch.no_grad():
+                p = logits.softmax(-1)
+                weighed = p * (along - (p * along).sum(-1, keepdim=True))
+            total += torch.autograd.grad(logits, point, weighed)[0].T @ h
+        return total
+
+    def _some(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        at_once = min(AT_ONCE, max(1, LOGITS_AT_ONCE // self.model.vocabulary))
+        return zip(self.h.split(at_once), self.output.split(at_once), self.aim.split(at_once), strict=True)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(hidden[None].to(self.model.dtype))[0].float()  # (tokens, vocabulary)

@@ -8,7 +8,7 @@ added to the model (as in ReplaceMe, arXiv 2505.02819, whose linear map is folde
 # pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ def fold(
     """Fit the last matrix of `made`, in `made.stored`; `acts` enter it, `beyond` takes its outputs, one (batch, tokens, width) a
     batch, through what went. None where no fit is better on tokens held back, or where the last matrix does not add to the
     output as it is: behind a norm, or in experts."""
-    weight = last_matrix(made, hidden_size)
+    weight = last_matrix(made.weights, hidden_size)
     if weight is None:
         return None
     device = made.module.get_parameter(weight.slot[0]).device
@@ -80,9 +80,9 @@ def fold(
     return Folded(weight.name, error(fitted.weight, judges) / added, fitted.damp)
 
 
-def last_matrix(block: Block, hidden_size: int) -> Weight | None:
-    """The one that a block multiplies with last of those that give a hidden state; None where that is an expert's."""
-    giving = [weight for weight in block.weights if weight.prunable and weight.shape[0] == hidden_size]
+def last_matrix(weights: Iterable[Weight], hidden_size: int) -> Weight | None:
+    """Of a block's, the one that it multiplies with last of those that give a hidden state; None where that is an expert's."""
+    giving = [weight for weight in weights if weight.prunable and weight.shape[0] == hidden_size]
     return giving[-1] if giving and giving[-1].kind == "linear" else None
 
 

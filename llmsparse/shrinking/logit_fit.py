@@ -28,15 +28,21 @@ DAMP = 0.3  # of the curvature along the gradient
 PATIENCE = 3  # steps without a gain on the tokens held back
 LEAST_GAIN = 0.01  # of the divergence: a round that gains less is the last
 AT_ONCE = 1024  # tokens, at most: a model makes masks of their square
+HELD = 2**28  # numbers held of tokens, at most: half a GB in bfloat16
+MATRICES = 9  # of the size of the weight, in fp32: what a step holds, measured
+LOGITS = 8  # of as many tokens as are worked on at once, in fp32: the curvature's
 
 
 def fit_to_logits(made: Block, acts: Activations, model: StreamedModel, aims: list[Tensor]) -> dict[str, Any] | None:
     """Fit the last matrix of `made`, in `made.stored`, and `made.reload()`; `acts` enter it, `aims` are what came out of the
     source's last block, (batch, tokens, width) a batch. Returns {"before", "after"}, nats a token held back; None where no fit
     is better, or the matrix does not add to the output as it is. `model`: what `made` is the last block of."""
-    weight = last_matrix(made, model.hidden_size)
-    batches = range(0, len(aims), -(-sum(aim[..., 0].numel() for aim in aims) // JUDGES))
-    if weight is None or len(batches) < 2:
+    weight = last_matrix(made.weights, model.hidden_size)
+    if weight is None:
+        return None
+    most = tokens_at_most(weight.shape[1], model.hidden_size)
+    batches = range(0, len(aims), -(-sum(aim[..., 0].numel() for aim in aims) // most))
+    if len(batches) < 2:
         return None
     device = made.module.get_parameter(weight.slot[0]).device
     start = made.view(weight).to(device, torch.float32, copy=True)  # (out, in)
@@ -45,7 +51,8 @@ def fit_to_logits(made: Block, acts: Activations, model: StreamedModel, aims: li
     parts: list[Tokens] = []
     for batch in batches:
         entering, output = entering_last(made, acts, batch, weight.slot)
-        parts.append(Tokens(model, entering, output.float().flatten(0, -2), aims[batch].to(device).flatten(0, -2)))
+        entering = entering.to(model.dtype)  # as it was: nothing is lost
+        parts.append(Tokens(model, entering, output.flatten(0, -2), aims[batch].to(device).flatten(0, -2)))
     judges, train = parts[::HELD_OUT_SHARE], [part for n, part in enumerate(parts) if n % HELD_OUT_SHARE]
 
     found = _Descent(train, judges, start.new_zeros(start.shape))
@@ -61,6 +68,24 @@ def fit_to_logits(made: Block, acts: Activations, model: StreamedModel, aims: li
     return {"projection": weight.name, "before": before, "after": found.least}
 
 
+def tokens_at_most(inputs: int, width: int) -> int:
+    """So many that no more than HELD numbers are held of what enters the matrix, of outputs and of aims."""
+    return max(1, min(JUDGES, HELD // (inputs + 2 * width)))
+
+
+def fit_bytes(model: StreamedModel, inputs: int, tokens: int) -> int:
+    """An estimate of what the fit of a matrix (width, inputs) holds, of so many tokens: these, the head, matrices of the size of
+    the weight, and logits."""
+    width, itemsize, vocabulary = model.hidden_size, model.dtype.itemsize, model.vocabulary
+    held = min(tokens, tokens_at_most(inputs, width)) * (inputs + 2 * width) * itemsize
+    at_once = min(tokens, _at_once(vocabulary))
+    return held + vocabulary * width * itemsize + 4 * (MATRICES * inputs * width + LOGITS * at_once * vocabulary)
+
+
+def _at_once(vocabulary: int) -> int:
+    return min(AT_ONCE, max(1, LOGITS_AT_ONCE // vocabulary))
+
+
 class _Descent:
     """Where Newton's method is: Δ (out, in), and the best so far of those that were judged."""
 
@@ -71,19 +96,21 @@ class _Descent:
 
     def round(self) -> bool:
         """One step of Newton's method; False where little is to be had any more."""
-        residual = -sum_of(part.gradient(self._change) for part in self._train)
-        step, direction, size = torch.zeros_like(residual), residual, residual.square().sum()
+        residual = sum_of(part.gradient(self._change) for part in self._train).neg_()
+        step, direction, size = torch.zeros_like(residual), residual.clone(), residual.square().sum()
         damping, idle, before = 0.0, 0, self.least
         for _ in range(STEPS):
             if not size > 0 or idle == PATIENCE:
                 break
             curved = sum_of(part.curvature(self._change, direction) for part in self._train)
             damping = damping or DAMP * ((direction * curved).sum() / size).item()
-            curved = curved + damping * direction
-            length = size / (direction * curved).sum()
-            step, residual = step + length * direction, residual - length * curved
+            curved.add_(direction, alpha=damping)
+            length = (size / (direction * curved).sum()).item()
+            step.add_(direction, alpha=length)
+            residual.sub_(curved, alpha=length)
+            del curved
             size, last = residual.square().sum(), size
-            direction = residual + size / last * direction
+            direction.mul_(size / last).add_(residual)
             error = self._judge(self._change + step)
             idle = 0 if error < self.least else idle + 1
             if error < self.least:
@@ -97,9 +124,10 @@ class _Descent:
 
 
 def sum_of(tensors: Iterator[Tensor]) -> Tensor:
+    """In the place of the first."""
     total = next(tensors)
     for tensor in tensors:
-        total = total + tensor
+        total.add_(tensor)
     return total
 
 
@@ -108,8 +136,8 @@ class Tokens:
     """Some tokens behind the last block."""
 
     model: StreamedModel
-    h: Tensor  # (tokens, in) fp32: what enters the matrix
-    output: Tensor  # (tokens, width) fp32, of the block as it was
+    h: Tensor  # (tokens, in): what enters the matrix
+    output: Tensor  # (tokens, width), of the block as it was
     aim: Tensor  # (tokens, width), of the source
 
     @torch.no_grad()
@@ -150,8 +178,10 @@ class Tokens:
         return total
 
     def _some(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        at_once = min(AT_ONCE, max(1, LOGITS_AT_ONCE // self.model.vocabulary))
-        return zip(self.h.split(at_once), self.output.split(at_once), self.aim.split(at_once), strict=True)
+        """As many as are worked on at once, in fp32."""
+        at_once = _at_once(self.model.vocabulary)
+        for h, output, aim in zip(*(one.split(at_once) for one in (self.h, self.output, self.aim)), strict=True):
+            yield h.float(), output.float(), aim
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.model.logits(hidden[None].to(self.model.dtype))[0].float()  # (tokens, vocabulary)

@@ -25,6 +25,8 @@ from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
 from llmsparse.runs.plan import RunPlan
 from llmsparse.shrinking.block import ShrinkOptions
+from llmsparse.shrinking.folding import last_matrix
+from llmsparse.shrinking.logit_fit import fit_bytes
 from llmsparse.shrinking.recipe import ShrinkRecipe
 from llmsparse.shrinking.reduction import Reduction, Source, Specs
 from llmsparse.shrinking.reductions import plan_reductions
@@ -151,8 +153,19 @@ class ShrinkPlan(RunPlan[ShrinkRecipe]):
         working = 8 * self.batches[0].numel() * width * 4
         head = self.model.vocabulary * width * itemsize
         held = sum(reduction.memory_bytes(self.windows.ids.numel(), len(self.batches)) for reduction in self.reductions)
-        blocks = 3 * stored + numbers * itemsize + matching + working + held
-        return self.footprint + freed_bytes(self.device, stored) + streams + max(2 * head, blocks)
+        blocks = 3 * stored + numbers * itemsize + working
+        worked = max(matching + held, self._logit_fit_bytes)
+        return self.footprint + freed_bytes(self.device, stored) + streams + max(2 * head, blocks + worked)
+
+    @property
+    def _logit_fit_bytes(self) -> int:
+        """Of fitting the last matrix of the last block to logits."""
+        last = len(self.model.block_names) - 1
+        weight = last_matrix(self.model.weights(last), self.model.hidden_size)
+        if weight is None or not (self.aims and self.recipe.refit):
+            return 0
+        shape, _ = self.block_specs(last)[weight.key]
+        return fit_bytes(self.model, torch.Size(shape).numel() // self.model.hidden_size, self.windows.ids.numel())
 
     def to_json(self) -> dict[str, Any]:
         before, after = self.total_parameters

@@ -107,8 +107,9 @@ def least_missed(weight: Tensor, seen: Seen, count: int) -> Tensor:
     assert seen.gram is not None
     size, device = seen.width // seen.pieces, weight.device
     products = seen.gram.xtx.double()
-    damping = SURGEON_DAMP * products.diagonal().mean()
-    inverse = torch.linalg.inv(products + damping * torch.eye(seen.width, dtype=torch.float64, device=device))
+    products.diagonal().add_(SURGEON_DAMP * products.diagonal().mean())
+    inverse = torch.linalg.inv(products)
+    del products
     weight = weight.double().clone()  # (out, width)
     if seen.lacks is not None:
         weight += (inverse @ seen.lacks.double()).T  # fitted, with all pieces
@@ -123,7 +124,7 @@ def least_missed(weight: Tensor, seen: Seen, count: int) -> Tensor:
         gone = columns[goes].flatten()
         change = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])  # (gone, width)
         weight -= weight[:, gone] @ change
-        inverse -= inverse[:, gone] @ change
+        inverse.addmm_(inverse[:, gone], change, alpha=-1)
         stays = torch.ones(len(left), dtype=torch.bool, device=device)
         stays[goes] = False
         left = left[stays]

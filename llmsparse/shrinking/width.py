@@ -72,7 +72,9 @@ class Narrower(Reduction):
             return 4 * experts * width * width // unit.pieces
         rows, hidden = min(tokens // HELD_BACK, JUDGES), self.model.hidden_size  # in fp32, and what is left of them
         lacking = (width + rows) * hidden
-        equations = 3 * unit.into.after**2 + width * unit.into.after
+        equations = max(
+            3 * unit.into.after**2 + width * unit.into.after, 6 * width**2
+        )  # or three in fp64, to choose by
         return 4 * (experts * width * width + 2 * rows * width + lacking + equations)
 
     def begin(self, block: Block) -> Cut:

@@ -60,7 +60,7 @@ def test_a_matrix_behind_a_norm_or_in_experts_does_not_add_up(name: str, does: b
     streamed = stream(random_folder(tiny_config(name), tmp_path) / "model")
     acts = streamed.embed([torch.randint(3, 90, (2, 9))])
     block = streamed.block(0)
-    weight = last_matrix(block, 32)
+    weight = last_matrix(block.weights, 32)
     assert (weight is not None and adds_up(block, acts, weight, block.view(weight))) == does
 
 

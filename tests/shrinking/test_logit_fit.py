@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmsparse.models.streamed import Activations, Block, StreamedModel
-from llmsparse.shrinking.logit_fit import Tokens, fit_to_logits
+from llmsparse.shrinking.logit_fit import HELD, Tokens, fit_to_logits, tokens_at_most
 from tests.architectures import VOCABULARY, random_model, stream, tiny_config
 from tests.shrinking.small_models import random_folder, saved, shrink
 
@@ -92,6 +92,16 @@ def test_zeros_of_a_sparse_matrix_stay(narrow: tuple[StreamedModel, Block, Activ
     block.stored = block.stored | {down.key: block.view(down) * (torch.arange(block.view(down).shape[1]) % 2)}
     block.reload()
     assert fit_to_logits(block, acts, model, aims) is None
+
+
+def test_a_large_matrix_is_fitted_on_fewer_tokens(
+    narrow: tuple[StreamedModel, Block, Activations, list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tokens_at_most(1536, 576) == 16384
+    assert 8192 < tokens_at_most(11008, 4096) <= HELD // (11008 + 2 * 4096)
+    model, block, acts, aims = narrow
+    monkeypatch.setattr("llmsparse.shrinking.logit_fit.HELD", 1)
+    assert fit_to_logits(block, acts, model, aims) is None, "none are left to judge by"
 
 
 def test_narrower_models_are_fitted_to_logits_and_say_so(tmp_path: Path) -> None:

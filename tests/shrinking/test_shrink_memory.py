@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from llmsparse.models.new_config import empty_model
 from llmsparse.storage.checkpoint import CheckpointWriter
@@ -45,11 +45,25 @@ def write_mixture(folder: Path, blocks: int, inner: int) -> Path:
 
 
 def measured(verb: str, model: Path, folder: Path, **environment: str) -> tuple[int, int]:
-    """What the plan says that `verb` needs on the model, and what it needed."""
+    """What the plan says that `verb` needs on a mixture, and what it needed."""
+    keys: dict[str, Any] = {"experts": "50%"} if verb == "shrink" else {}
+    return measured_on(
+        torch.randint(0, 384, (8, 64), generator=torch.Generator().manual_seed(0)),
+        verb,
+        model,
+        folder,
+        keys,
+        environment,
+    )
+
+
+def measured_on(
+    ids: torch.Tensor, verb: str, model: Path, folder: Path, keys: dict[str, Any], environment: dict[str, str]
+) -> tuple[int, int]:
+    """The same with these windows and keys of the recipe."""
     tokens = folder / "tokens.safetensors"
-    save_file({"input_ids": torch.randint(0, 384, (12, 64), generator=torch.Generator().manual_seed(0))}, tokens)
-    keys: dict[str, Any] = {"calibration": str(tokens), "calibration_samples": 8, "device": "cpu"}
-    keys |= {"experts": "50%"} if verb == "shrink" else {}
+    save_file({"input_ids": ids}, tokens)
+    keys = {"calibration": str(tokens), "calibration_samples": len(ids), "device": "cpu"} | keys
     asked = json.dumps(keys | {"model": str(model), "output": str(folder / f"out-{model.name}")})
     run = subprocess.run(
         [sys.executable, "-c", RUN, verb, asked], check=True, stdout=subprocess.PIPE, text=True,
@@ -79,3 +93,13 @@ def test_a_mixture_is_shrunk_in_a_third_of_its_own_size(verb: str, tmp_path: Pat
     estimate, peak = measured(verb, model, tmp_path)
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     assert 3 * peak <= size, (estimate, peak, size)
+
+
+@pytest.mark.slow
+def test_a_fit_to_logits_needs_what_the_plan_says(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 8192}
+    sizes |= {"intermediate_size": 1024, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**sizes))
+    model.save_pretrained(tmp_path / "model")
+    ids = torch.randint(0, 8192, (32, 256), generator=torch.Generator().manual_seed(0))
+    measured_on(ids, "shrink", tmp_path / "model", tmp_path, {"ffn": "75%"}, {})

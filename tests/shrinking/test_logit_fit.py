@@ -116,4 +116,6 @@ def test_narrower_models_are_fitted_to_logits_and_say_so(tmp_path: Path) -> None
     fitted = [block.logits for block in report.blocks]
     assert all(one is None for one in fitted[:-1]) and fitted[-1] is not None
     assert "nats" in dict(report.findings())["logits"]
-    assert all(block.logits is None for block in shrink(folder, ffn="50%", refit=False, overwrite=True).blocks)
+    matched = shrink(folder, ffn="50%", calibration_samples=80, refit=False, match_steps=2, overwrite=True).blocks
+    assert all(block.logits is None for block in matched), "only a refit fits them"
+    assert [block.match and block.match["of"] for block in matched] == ["output"] * (len(matched) - 1) + ["logits"]

@@ -86,13 +86,18 @@ class OnDemand:
     """ExpertMemory without threads: the same experts stay, one that is not there is read when it is its turn."""
 
     def __init__(
-        self, prepare: Callable[..., Any], arenas: Sequence[Arena], beside: Sequence[Any], size: Callable[[Key], int]
+        self,
+        prepare: Callable[..., Any],
+        arenas: Sequence[Arena],
+        beside: Sequence[Any],
+        size: Callable[[Key], int],
+        ended: Callable[[], None],
     ) -> None:
-        self.tally, self.room = Tally(), len(arenas)
+        self.tally, self.room, self.close = Tally(), len(arenas), ended
         self._prepare, self._free, self._own, self._size = prepare, list(arenas), beside[0], size
         self._held: OrderedDict[Key, tuple[Arena, Any]] = OrderedDict()
 
-    def arriving(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    def arriving(self, layer: int, experts: Sequence[int], ahead: object = None) -> Iterator[tuple[int, Any]]:
         for key in ((layer, expert) for expert in experts):
             self.tally.asked += 1
             self.tally.found += key in self._held
@@ -107,13 +112,11 @@ class OnDemand:
     def foresee(self, keys: Sequence[Key]) -> None:
         pass
 
-    def close(self) -> None:
-        pass
-
 
 class MappedFile(direct.DirectFile):
     """Read by touching pages of a mapping, which are given up again."""
 
+    by_number = False
     _mapping: mmap.mmap | None = None
 
     def read(self, begin: int, end: int, memory: mmap.mmap, at: int) -> int:
@@ -131,6 +134,7 @@ class MappedFile(direct.DirectFile):
 class ModelledDisk(direct.DirectFile):
     """A disk that hands over `BYTES_A_SECOND`, one read after the other, whoever asks; its bytes are in the page cache."""
 
+    by_number = False
     BYTES_A_SECOND = 0.0
     free = 0.0  # from when on
     turn = threading.Lock()

@@ -3,7 +3,6 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-import mmap
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -86,9 +85,9 @@ def keep_on_disk(
     ones. RecipeError where the bytes are too few, MachineError where a backend cannot run the experts."""
     files: dict[Path, DirectFile] = {}
     layers = [_stored(path, leaves, reader, backend, files) for path, leaves in modules.items()]
-    scratches = [mmap.mmap(-1, max(one.scratch_bytes() for one in layers)) for _ in range(READERS)]
+    scratches = pages.Arena.row(READERS, max(one.scratch_bytes() for one in layers))
     each = max(_prepared_bytes(one, scratches[0]) for one in layers)
-    beside = sum(map(len, scratches)) + sum(one.index_bytes() for one in layers)
+    beside = sum(scratch.size for scratch in scratches) + sum(one.index_bytes() for one in layers)
     experts, room = sum(one.count for one in layers), (size - beside) // each
     if room < LEAST:
         raise RecipeError(
@@ -101,7 +100,7 @@ def keep_on_disk(
         for stack in layer.stacks.values():
             stack.prepared = held
 
-    def prepare(key: Key, arena: pages.Arena, scratch: mmap.mmap) -> dict[str, PackedMatrix]:
+    def prepare(key: Key, arena: pages.Arena, scratch: pages.Arena) -> dict[str, PackedMatrix]:
         return layers[key[0]].prepare(key[1], arena, scratch)
 
     def close() -> None:
@@ -127,7 +126,7 @@ def _stored(
     return StoredExperts(path, stacks, {file: files.setdefault(file, DirectFile(file)) for file in own})
 
 
-def _prepared_bytes(layer: StoredExperts, scratch: mmap.mmap) -> int:
+def _prepared_bytes(layer: StoredExperts, scratch: pages.Arena) -> int:
     """Memory of the layer's largest expert."""
     (arena,) = pages.Arena.row(1, MOST * max(layer.stored_bytes() // layer.count, layer.size(layer.largest)))
     layer.prepare(layer.largest, arena, scratch)

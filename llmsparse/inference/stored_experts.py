@@ -3,20 +3,25 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmsparse.backends import BACKENDS
 from llmsparse.backends.choice import Choice
 from llmsparse.backends.cpu import pages
+from llmsparse.backends.cpu.stored import Span, StoredMatrix, load
+from llmsparse.backends.cpu_bitmask import CpuBitmask
+from llmsparse.backends.protocol import RunsMany
 from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.formats import PackedTensor, layout, restore, stored_bytes
-from llmsparse.formats.one_matrix import check_index, index_of, matrix, spans
+from llmsparse.formats.one_matrix import Spans, check_index, ends_of, index_of, matrix, spans
+from llmsparse.inference import graphed
 from llmsparse.inference.linear import PackedMatrix
 from llmsparse.storage.direct import DirectFile, room_for
 from llmsparse.storage.shard import TensorSpec, read_into
@@ -27,6 +32,17 @@ STAYS = "stays on disk: load the model without expert_memory to move or to edit 
 
 class PassingMatrix(PackedMatrix):
     """One whose memory is another's soon: there is no way back through it."""
+
+    @classmethod
+    def holding(cls, prepared: Any, stack: StoredStack) -> PassingMatrix:
+        """What a stack's backend has already."""
+        made = cls.__new__(cls)
+        made.choice, made.backend, made.transposed = stack.choice, BACKENDS[stack.choice.backend], stack.transposed
+        made.device, made.dtype, made.copy, made.prepared = stack.device, stack.dtype, None, prepared
+        made.described = {**stack.described, "shape": list(prepared.shape), "nnz": prepared.nnz}
+        made.out_features, made.runs_many = prepared.shape[0], isinstance(made.backend, RunsMany)
+        made.handle = graphed.name(made)
+        return made
 
     def dense(self) -> Tensor:
         raise RecipeError(
@@ -45,6 +61,7 @@ class StoredStack:
     specs: Mapping[str, TensorSpec]  # suffix → where it lies
     index: Tensor | None
     prepared: Tensor | None = None  # the memory in which its experts lie with others
+    _spans: dict[int, Spans] = field(default_factory=dict[int, Spans])
 
     together = False
     copy = None
@@ -53,6 +70,18 @@ class StoredStack:
     @property
     def transposed(self) -> bool:
         return bool(self.described.get("transposed"))
+
+    def spans(self, expert: int) -> Spans:
+        """Where an expert lies in the tensors, but for the index."""
+        if expert not in self._spans:
+            self._spans[expert] = spans(self.described, self.index, expert)
+        return self._spans[expert]
+
+    @cached_property
+    def as_stored(self) -> bool:
+        """Whether it is multiplied by the kernels for bitmasks in the dtype that it is stored in."""
+        stored: torch.dtype = getattr(torch, self.described["dtype"])
+        return self.choice.backend == CpuBitmask.name and stored == self.dtype
 
     def packed(self) -> PackedTensor:
         """The whole, read for the moment."""
@@ -87,7 +116,7 @@ class StoredExperts:
 
     def size(self, expert: int) -> int:
         """Bytes of an expert on disk."""
-        return sum(end - begin for stack in self.stacks.values() for begin, end in _spans(stack, expert).values())
+        return sum(end - begin for stack in self.stacks.values() for begin, end in stack.spans(expert).values())
 
     @property
     def largest(self) -> int:
@@ -97,7 +126,7 @@ class StoredExperts:
     def scratch_bytes(self) -> int:
         """Of memory that `prepare` reads into."""
         return max(
-            sum(room_for(end - begin) for begin, end in _spans(stack, expert).values())
+            sum(room_for(end - begin) for begin, end in stack.spans(expert).values())
             for stack in self.stacks.values()
             for expert in range(self.count)
         )
@@ -108,10 +137,18 @@ class StoredExperts:
     def index_bytes(self) -> int:
         return sum(stack.index.nbytes for stack in self.stacks.values() if stack.index is not None)
 
-    def prepare(self, expert: int, arena: pages.Arena, scratch: mmap.mmap) -> dict[str, PackedMatrix]:
+    def prepare(self, expert: int, arena: pages.Arena, scratch: pages.Arena) -> dict[str, PackedMatrix]:
         """An expert's matrices by the name of their stack, in `arena`. CheckpointError where they are damaged."""
-        made: dict[str, PackedMatrix] = {}
+        lying = self._lying(expert, scratch)
         with torch.no_grad(), pages.within(arena):
+            loaded = None if lying is None else load(lying)
+        if loaded is not None:
+            return {
+                leaf: PassingMatrix.holding(weight, stack)
+                for (leaf, stack), weight in zip(self.stacks.items(), loaded, strict=True)
+            }
+        made: dict[str, PackedMatrix] = {}
+        with torch.no_grad(), pages.within(arena):  # more slowly, and whatever is wrong is said
             for leaf, stack in self.stacks.items():
                 try:
                     made[leaf] = PassingMatrix(self._read(stack, expert, scratch), stack.choice, stack.transposed)
@@ -119,16 +156,38 @@ class StoredExperts:
                     raise CheckpointError(f"{stack.name}, expert {expert}: {error}") from error
         return made
 
-    def _read(self, stack: StoredStack, expert: int, scratch: mmap.mmap) -> PackedTensor:
+    def _lying(self, expert: int, scratch: pages.Arena) -> list[StoredMatrix] | None:
+        """Where an expert's matrices lie, for C to read them; None where it cannot."""
+        if not all(stack.as_stored for stack in self.stacks.values()):
+            return None
+        try:
+            found = {file: one.descriptor() for file, one in self._files.items() if one.by_number}
+        except OSError:
+            return None
+        if len(found) < len(self._files):
+            return None
+        lying: list[StoredMatrix] = []
+        for stack in self.stacks.values():
+            at, parts = scratch.address, list[Span]()
+            for suffix in ("", "_mask"):
+                (begin, end), spec = stack.spans(expert)[suffix], stack.specs[suffix]
+                parts.append(Span(spec.begin + begin, spec.begin + end, at, *found[spec.file]))
+                at += room_for(end - begin)
+            shape = (int(stack.described["shape"][-2]), int(stack.described["shape"][-1]))
+            ends = None if stack.index is None else ends_of(stack.described, stack.index, expert)
+            lying.append(StoredMatrix(shape, str(stack.described["pattern"]), stack.dtype, *parts, ends))
+        return lying
+
+    def _read(self, stack: StoredStack, expert: int, scratch: pages.Arena) -> PackedTensor:
         parts: dict[str, Tensor] = {}
-        at = 0
-        for suffix, (begin, end) in _spans(stack, expert).items():
+        at = scratch.begin
+        for suffix, (begin, end) in stack.spans(expert).items():
             spec = stack.specs[suffix]
             found = (
-                self._files[spec.file].read(spec.begin + begin, spec.begin + end, scratch, at) if end > begin else at
+                self._files[spec.file].read(spec.begin + begin, spec.begin + end, scratch.memory, at) if end > begin else at
             )
             part = (
-                torch.frombuffer(scratch, dtype=torch.uint8, count=end - begin, offset=found) if end > begin else _NONE
+                torch.frombuffer(scratch.memory, dtype=torch.uint8, count=end - begin, offset=found) if end > begin else _NONE
             )
             misplaced = found % spec.dtype.itemsize  # as in a file whose header is of an odd length
             parts[suffix] = pages.copy(part) if suffix in KEPT else part.clone() if misplaced else part
@@ -160,7 +219,3 @@ def read_whole(spec: TensorSpec) -> Tensor:
 def specs_of(name: str, described: Mapping[str, Any], spec: Callable[[str], TensorSpec]) -> dict[str, TensorSpec]:
     """Suffix → where a tensor of a weight lies."""
     return {suffix: spec(name + suffix) for suffix in layout(described)}
-
-
-def _spans(stack: StoredStack, expert: int) -> dict[str, tuple[int, int]]:
-    return spans(stack.described, stack.index, expert)

@@ -12,6 +12,7 @@ import mmap
 import os
 import threading
 from pathlib import Path
+from typing import ClassVar
 
 from llmsparse.errors import CheckpointError
 
@@ -26,6 +27,8 @@ def room_for(size: int) -> int:
 class DirectFile:
     """A file that is read in pieces, by any number of threads at once."""
 
+    by_number: ClassVar[bool] = True  # `read` does no more than C could by `descriptor`
+
     def __init__(self, file: Path) -> None:
         self.file = file
         self._opened = threading.Lock()
@@ -39,7 +42,7 @@ class DirectFile:
         first = begin // BLOCK * BLOCK
         last = -(-end // BLOCK) * BLOCK
         try:
-            number, direct = self._descriptor()
+            number, direct = self.descriptor()
             try:
                 got = _fill(number, memory, at, first, last, end)
             except OSError as error:
@@ -65,8 +68,8 @@ class DirectFile:
                 os.close(number)
             self._number, self._left = None, []
 
-    def _descriptor(self) -> tuple[int, bool]:
-        """What the file is read by, and whether past the page cache."""
+    def descriptor(self) -> tuple[int, bool]:
+        """What the file is read by, and whether past the page cache. OSError where it cannot be opened."""
         with self._opened:
             if self._number is None:
                 if self._direct:
@@ -82,7 +85,7 @@ class DirectFile:
             if self._direct and self._number is not None:
                 self._left.append(self._number)
                 self._direct, self._number = False, os.open(self.file, os.O_RDONLY)
-        return self._descriptor()
+        return self.descriptor()
 
 
 def _fill(number: int, memory: mmap.mmap, at: int, first: int, last: int, end: int) -> int:

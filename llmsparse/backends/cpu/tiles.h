@@ -70,6 +70,13 @@ static void share_out(const struct weight *const *w, int64_t count, void (*run)(
         for (int64_t i = 0; i < count; i++) run(job, i, 0, tiles_of(w[i]));
 }
 
+/* __builtin_popcount is a call where the compiler may not count on the instruction. */
+INLINE int64_t ones(uint64_t n) {
+    n -= (n >> 1) & 0x5555555555555555u;
+    n = (n & 0x3333333333333333u) + ((n >> 2) & 0x3333333333333333u);
+    return (int64_t)((((n + (n >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u) >> 56);
+}
+
 /* The first row that disagrees with the mask or the offsets, or -1: after this nothing can be read out of bounds. */
 int64_t first_bad_row(const uint8_t *mask, const int64_t *offsets, int64_t rows, int64_t columns, int64_t nnz) {
     int64_t width = (columns + 7) / 8;
@@ -79,9 +86,9 @@ int64_t first_bad_row(const uint8_t *mask, const int64_t *offsets, int64_t rows,
         for (; b + 8 <= width; b += 8) {
             uint64_t word;
             memcpy(&word, mask + b, 8);
-            count += __builtin_popcountll(word);
+            count += ones(word);
         }
-        for (; b < width; b++) count += __builtin_popcount(mask[b]);
+        for (; b < width; b++) count += ones(mask[b]);
         if (offsets[row + 1] != offsets[row] + count || offsets[row + 1] > nnz) return row;
         if (columns % 8 && mask[width - 1] >> columns % 8) return row;
     }
@@ -96,13 +103,6 @@ struct moving {
     int back;
 };
 
-/* __builtin_popcount is a call where the compiler may not count on the instruction. */
-static int64_t ones(uint32_t n) {
-    n -= (n >> 1) & 0x55555555u;
-    n = (n & 0x33333333u) + ((n >> 2) & 0x33333333u);
-    return (((n + (n >> 4)) & 0x0f0f0f0fu) * 0x01010101u) >> 24;
-}
-
 static void move(const void *job, int64_t which, int64_t first, int64_t last) {
     const struct moving *v = job;
     (void)which;
@@ -116,7 +116,7 @@ static void move(const void *job, int64_t which, int64_t first, int64_t last) {
         int64_t rows = rows_of(w, tile), at[ROWS], *offsets = v->offsets + tile * ROWS;
         for (int64_t i = 0, begin = w->starts[tile]; i < rows; i++) {
             at[i] = v->back ? begin : offsets[i];
-            for (int64_t g = 0; v->back && g < groups; g++) begin += __builtin_popcount(masks[g * ROWS + i]);
+            for (int64_t g = 0; v->back && g < groups; g++) begin += ones(masks[g * ROWS + i]);
             if (v->back) offsets[i] = at[i];
             if (v->back && tile * ROWS + i + 1 == w->rows) offsets[i + 1] = begin;
         }

@@ -39,7 +39,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 import llmsparse
 from llmsparse.backends.cpu.pages import Arena
 from llmsparse.inference import decode, foresight, on_disk
-from llmsparse.inference.expert_memory import Key, Tally
+from llmsparse.inference.expert_memory import Tally
+from llmsparse.inference.expert_readers import ExpertReaders, Key
 from llmsparse.inference.leaving import on_disk_of
 from llmsparse.inference.load import load_model
 from llmsparse.storage import direct
@@ -85,16 +86,9 @@ def build(folder: Path, name: str) -> Path:
 class OnDemand:
     """ExpertMemory without threads: the same experts stay, one that is not there is read when it is its turn."""
 
-    def __init__(
-        self,
-        prepare: Callable[..., Any],
-        arenas: Sequence[Arena],
-        beside: Sequence[Any],
-        size: Callable[[Key], int],
-        ended: Callable[[], None],
-    ) -> None:
-        self.tally, self.room, self.close = Tally(), len(arenas), ended
-        self._prepare, self._free, self._own, self._size = prepare, list(arenas), beside[0], size
+    def __init__(self, readers: ExpertReaders, arenas: Sequence[Arena], size: Callable[[Key], int]) -> None:
+        self.tally, self.room, self.close = Tally(), len(arenas), readers.close
+        self._readers, self._free, self._size = readers, list(arenas), size
         self._held: OrderedDict[Key, tuple[Arena, Any]] = OrderedDict()
 
     def arriving(self, layer: int, experts: Sequence[int], ahead: object = None) -> Iterator[tuple[int, Any]]:
@@ -103,7 +97,7 @@ class OnDemand:
             self.tally.found += key in self._held
             if key not in self._held:
                 arena = self._free.pop() if self._free else self._held.popitem(last=False)[1][0]
-                self._held[key] = arena, self._prepare(key, arena, self._own)
+                self._held[key] = arena, self._readers.now(key, arena)
                 self.tally.read += 1
                 self.tally.read_bytes += self._size(key)
             self._held.move_to_end(key)

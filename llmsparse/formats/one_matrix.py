@@ -37,7 +37,7 @@ def spans(described: Mapping[str, Any], index: Tensor | None, number: int) -> Sp
     matrices, found = math.prod(described["shape"][:-2]), Spans()
     for suffix, (shape, dtype) in layout(described).items():
         if suffix == "" and index is not None:
-            ends = ends_of(described, index, number)
+            ends = _ends(described, index, number)
             found[""] = int(ends[0]) * dtype.itemsize, int(ends[-1]) * dtype.itemsize
         elif suffix not in INDEX:
             each = math.prod(shape) * dtype.itemsize // matrices
@@ -51,7 +51,7 @@ def matrix(
     """The weight (out, in) that `parts`, bytes as `spans` has them, make, to unpack to `dtype`. They are not copied, and what
     they hold is not checked: that is left to whoever repacks them."""
     out, width = (int(size) for size in described["shape"][-2:])
-    ends = None if index is None else ends_of(described, index, number)
+    ends = None if index is None else _ends(described, index, number)
     ends = None if ends is None else ends - ends[0]
     stored: torch.dtype = getattr(torch, described["dtype"])
     if format_of(described) is Nested:
@@ -68,7 +68,7 @@ def matrix(
     return packed if dtype == stored else packed.moved(packed.device, dtype)
 
 
-def ends_of(described: Mapping[str, Any], index: Tensor, number: int) -> Tensor:
+def _ends(described: Mapping[str, Any], index: Tensor, number: int) -> Tensor:
     """The part of the index that is about one matrix."""
     each = (len(index) - 1) // math.prod(described["shape"][:-2])
     return index[number * each : (number + 1) * each + 1]

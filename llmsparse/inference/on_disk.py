@@ -18,10 +18,11 @@ from llmsparse.backends.cpu import pages
 from llmsparse.backends.protocol import WeightSpec
 from llmsparse.errors import RecipeError
 from llmsparse.formats import stored_bytes
-from llmsparse.inference.expert_memory import ExpertMemory, Key
+from llmsparse.inference.expert_memory import ExpertMemory
+from llmsparse.inference.expert_readers import Key, NativeReaders, ThreadReaders
 from llmsparse.inference.foresight import Foresight
 from llmsparse.inference.linear import PackedMatrix
-from llmsparse.inference.stored_experts import STAYS, StoredExperts, StoredStack, read_index, specs_of
+from llmsparse.inference.stored_experts import STAYS, ReadyExpert, StoredExperts, StoredStack, read_index, specs_of
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.direct import DirectFile
 from llmsparse.storage.disk import spell_least, spell_size
@@ -48,7 +49,8 @@ class OnDisk:
     ) -> Iterator[tuple[int, Mapping[str, PackedMatrix]]]:
         """The experts that a layer wants for x (tokens, width), k for a token, each as it comes."""
         ahead = partial(self._foresight.after, layer, x, k) if self._foresight.known else None
-        return self.memory.arriving(layer, wanted, ahead)
+        for expert, ready in self.memory.arriving(layer, wanted, ahead):
+            yield expert, ready.matrices
 
     def __deepcopy__(self, memo: object) -> OnDisk:
         raise RecipeError(f"the mixture {STAYS}")
@@ -100,14 +102,16 @@ def keep_on_disk(
         for stack in layer.stacks.values():
             stack.prepared = held
 
-    def prepare(key: Key, arena: pages.Arena, scratch: pages.Arena) -> dict[str, PackedMatrix]:
+    def prepare(key: Key, arena: pages.Arena, scratch: pages.Arena) -> ReadyExpert:
         return layers[key[0]].prepare(key[1], arena, scratch)
 
     def close() -> None:
         for file in files.values():
             file.close()
 
-    memory = ExpertMemory(prepare, arenas, scratches, lambda key: layers[key[0]].size(key[1]), close)
+    native = all(layer.by_number for layer in layers)
+    readers = NativeReaders(layers, scratches, close) if native else ThreadReaders(prepare, scratches, close)
+    memory = ExpertMemory(readers, arenas, lambda key: layers[key[0]].size(key[1]))
     foresight = Foresight.of(model, [(path, model.get_submodule(path)) for path in modules])
     weakref.finalize(model, memory.close)
     return OnDisk(layers, foresight, memory, len(arenas) * each + beside)

@@ -3,7 +3,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +15,12 @@ from torch import Tensor
 from llmsparse.backends import BACKENDS
 from llmsparse.backends.choice import Choice
 from llmsparse.backends.cpu import pages
-from llmsparse.backends.cpu.stored import Span, StoredMatrix, load
+from llmsparse.backends.cpu.stored import LoadedMatrix, Loading, Span, StoredMatrix, load, rows_bytes
 from llmsparse.backends.cpu_bitmask import CpuBitmask
 from llmsparse.backends.protocol import RunsMany
 from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.formats import PackedTensor, layout, restore, stored_bytes
-from llmsparse.formats.one_matrix import Spans, check_index, ends_of, index_of, matrix, spans
+from llmsparse.formats.one_matrix import Spans, check_index, index_of, matrix, spans
 from llmsparse.inference import graphed
 from llmsparse.inference.linear import PackedMatrix
 from llmsparse.storage.direct import DirectFile, room_for
@@ -62,6 +62,7 @@ class StoredStack:
     index: Tensor | None
     prepared: Tensor | None = None  # the memory in which its experts lie with others
     _spans: dict[int, Spans] = field(default_factory=dict[int, Spans])
+    _address: int | None = None  # of the index
 
     together = False
     copy = None
@@ -76,6 +77,24 @@ class StoredStack:
         if expert not in self._spans:
             self._spans[expert] = spans(self.described, self.index, expert)
         return self._spans[expert]
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """Of a matrix."""
+        return int(self.described["shape"][-2]), int(self.described["shape"][-1])
+
+    @property
+    def pattern(self) -> str:
+        return str(self.described["pattern"])
+
+    def index_of(self, expert: int) -> tuple[int, int]:
+        """The address of where an expert's rows begin in the index, and the bytes of a number; 0 and 0 without one."""
+        if self.index is None:
+            return 0, 0
+        if self._address is None:
+            self._address = self.index.data_ptr()
+        each = self.index.element_size()
+        return self._address + expert * self.shape[0] * each, each
 
     @cached_property
     def as_stored(self) -> bool:
@@ -107,6 +126,20 @@ class StoredStack:
         return self
 
 
+class ReadyExpert:
+    """An expert in memory, whose matrices are made when they are wanted: by the name of their stack."""
+
+    def __init__(self, stacks: Mapping[str, StoredStack], held: Mapping[str, PackedMatrix] | Sequence[LoadedMatrix]) -> None:
+        self._stacks, self._held = stacks, held
+
+    @cached_property
+    def matrices(self) -> Mapping[str, PackedMatrix]:
+        if isinstance(self._held, Mapping):
+            return self._held
+        pairs = zip(self._stacks.items(), self._held, strict=True)
+        return {leaf: PassingMatrix.holding(one.weight(), stack) for (leaf, stack), one in pairs}
+
+
 class StoredExperts:
     """The experts of one module."""
 
@@ -129,7 +162,7 @@ class StoredExperts:
             sum(room_for(end - begin) for begin, end in stack.spans(expert).values())
             for stack in self.stacks.values()
             for expert in range(self.count)
-        )
+        ) + max(map(rows_bytes, (stack.shape[0] for stack in self.stacks.values())))
 
     def stored_bytes(self) -> int:
         return sum(stored_bytes(stack.described) for stack in self.stacks.values())
@@ -137,16 +170,10 @@ class StoredExperts:
     def index_bytes(self) -> int:
         return sum(stack.index.nbytes for stack in self.stacks.values() if stack.index is not None)
 
-    def prepare(self, expert: int, arena: pages.Arena, scratch: pages.Arena) -> dict[str, PackedMatrix]:
-        """An expert's matrices by the name of their stack, in `arena`. CheckpointError where they are damaged."""
-        lying = self._lying(expert, scratch)
-        with torch.no_grad(), pages.within(arena):
-            loaded = None if lying is None else load(lying)
-        if loaded is not None:
-            return {
-                leaf: PassingMatrix.holding(weight, stack)
-                for (leaf, stack), weight in zip(self.stacks.items(), loaded, strict=True)
-            }
+    def prepare(self, expert: int, arena: pages.Arena, scratch: pages.Arena) -> ReadyExpert:
+        """An expert, in `arena`. CheckpointError where it is damaged."""
+        if self.by_number and load(loading := Loading(self.lying(expert), arena), scratch):
+            return self.ready(loading)
         made: dict[str, PackedMatrix] = {}
         with torch.no_grad(), pages.within(arena):  # more slowly, and whatever is wrong is said
             for leaf, stack in self.stacks.items():
@@ -154,29 +181,30 @@ class StoredExperts:
                     made[leaf] = PassingMatrix(self._read(stack, expert, scratch), stack.choice, stack.transposed)
                 except CheckpointError as error:
                     raise CheckpointError(f"{stack.name}, expert {expert}: {error}") from error
-        return made
+        return ReadyExpert(self.stacks, made)
 
-    def _lying(self, expert: int, scratch: pages.Arena) -> list[StoredMatrix] | None:
-        """Where an expert's matrices lie, for C to read them; None where it cannot."""
-        if not all(stack.as_stored for stack in self.stacks.values()):
-            return None
-        try:
-            found = {file: one.descriptor() for file, one in self._files.items() if one.by_number}
-        except OSError:
-            return None
-        if len(found) < len(self._files):
-            return None
+    def ready(self, loading: Loading) -> ReadyExpert:
+        """What has been loaded."""
+        return ReadyExpert(self.stacks, loading.loaded)
+
+    def lying(self, expert: int) -> list[StoredMatrix]:
+        """Where an expert's matrices lie, for C to read them. CheckpointError where a file cannot be opened."""
+        found = {file: one.descriptor() for file, one in self._files.items()}
         lying: list[StoredMatrix] = []
         for stack in self.stacks.values():
-            at, parts = scratch.address, list[Span]()
-            for suffix in ("", "_mask"):
-                (begin, end), spec = stack.spans(expert)[suffix], stack.specs[suffix]
-                parts.append(Span(spec.begin + begin, spec.begin + end, at, *found[spec.file]))
-                at += room_for(end - begin)
-            shape = (int(stack.described["shape"][-2]), int(stack.described["shape"][-1]))
-            ends = None if stack.index is None else ends_of(stack.described, stack.index, expert)
-            lying.append(StoredMatrix(shape, str(stack.described["pattern"]), stack.dtype, *parts, ends))
+            values, mask = (
+                Span(stack.specs[suffix].begin + begin, stack.specs[suffix].begin + end, *found[stack.specs[suffix].file])
+                for suffix, (begin, end) in stack.spans(expert).items()
+            )
+            offsets, each = stack.index_of(expert)
+            lying.append(StoredMatrix(stack.shape, stack.pattern, stack.dtype, values, mask, offsets, each))
         return lying
+
+    @cached_property
+    def by_number(self) -> bool:
+        """Whether C can read them."""
+        stacks, files = self.stacks.values(), self._files.values()
+        return all(stack.as_stored for stack in stacks) and all(file.by_number for file in files)
 
     def _read(self, stack: StoredStack, expert: int, scratch: pages.Arena) -> PackedTensor:
         parts: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@
  */
 #include "tiles.h"
 
-#include "stored.h"
+#include "readers.h"
 
 enum { MOST = 4 };     /* rows of x in one pass over a tile */
 enum { AHEAD = 8192 }; /* bytes prefetched ahead: of 0, 1, 2, 4, 8, 12 and 16 KB the best on Zen 5, 1.2 to 1.6 times none */

@@ -46,7 +46,15 @@ SIGNATURES = {
     "first_bad_row": (c_int64, (c_void_p, c_void_p, c_int64, c_int64, c_int64)),
     "repack": (None, (c_void_p, c_void_p, c_void_p, c_void_p, c_int32)),
     "restore": (None, (c_void_p, c_void_p, c_void_p, c_void_p, c_int32)),
-    "load_stored": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p)),
+    "load_stored": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
+    "readers_open": (c_void_p, (c_int64, c_void_p, c_int64, c_int64)),
+    "readers_submit": (None, (c_void_p, c_void_p)),
+    "readers_hurry": (None, (c_void_p, c_void_p)),
+    "readers_recall": (c_int32, (c_void_p, c_void_p)),
+    "readers_finished": (c_int64, (c_void_p,)),
+    "readers_wait": (None, (c_void_p, c_int64)),
+    "readers_close": (None, (c_void_p,)),
+    "readers_join": (None, (c_void_p,)),
     "kernel_name": (c_char_p, (c_int32,)),
     "kernel_fits": (c_int32, (c_int32, c_int32, c_int32)),
     "matvec": (c_int32, (c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int32, c_int32, c_int32)),
@@ -54,7 +62,7 @@ SIGNATURES = {
 }
 
 
-LIBRARY = KernelLibrary("CPU kernels", ("bitmask.c", "tiles.h", "stored.h", "x86.h", "avx.h", "floats.h", "team.h"), SIGNATURES)
+LIBRARY = KernelLibrary("CPU kernels", ("bitmask.c", "tiles.h", "stored.h", "readers.h", "x86.h", "avx.h", "floats.h", "team.h"), SIGNATURES)
 
 
 def why_not() -> str | None:

@@ -64,14 +64,20 @@ class Arena:
         """Of its first byte."""
         return torch.frombuffer(self.memory, dtype=torch.uint8, count=1, offset=self.begin).data_ptr()
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
-        """Whatever numbers lie there; None where there is no more room."""
-        size = math.prod(shape) * dtype.itemsize
+    def take(self, size: int) -> int | None:
+        """Where in the mapping the next `size` bytes begin; None where there is no more room."""
         if not size or self.taken + _aligned(size) > self.size:
             return None
-        offset = self.begin + self.taken
         self.taken += _aligned(size)
-        return torch.frombuffer(self.memory, dtype=dtype, count=math.prod(shape), offset=offset).view(tuple(shape))
+        return self.begin + self.taken - _aligned(size)
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+        """None where there is no more room."""
+        offset = self.take(math.prod(shape) * dtype.itemsize)
+        if offset is None:
+            return None
+        tensor = torch.frombuffer(self.memory, dtype=dtype, count=math.prod(shape), offset=offset)
+        return tensor.view(tuple(shape)).zero_()
 
 
 class _Filled(threading.local):
@@ -83,7 +89,7 @@ _FILLED = _Filled()
 
 @contextmanager
 def within(arena: Arena) -> Generator[None]:
-    """Within it `zeros`, `empty` and `copy` of this thread take their memory from an arena, from its beginning, as far as it reaches."""
+    """Within it `zeros` and `copy` of this thread take their memory from an arena, from its beginning, as far as it reaches."""
     arena.taken, before = 0, _FILLED.arena
     _FILLED.arena = arena
     try:
@@ -94,21 +100,14 @@ def within(arena: Arena) -> Generator[None]:
 
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor of zeros on the CPU, aligned to a cache line."""
-    if _FILLED.arena is not None and (placed := _FILLED.arena.empty(shape, dtype)) is not None:
-        return placed.zero_()
+    if _FILLED.arena is not None and (placed := _FILLED.arena.zeros(shape, dtype)) is not None:
+        return placed
     size = math.prod(shape) * dtype.itemsize
     if not size or why_not() is not None:
         return torch.zeros(tuple(shape), dtype=dtype)
     with torch.inference_mode(False):
         memory, offset = _place(size)
         return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offset).view(tuple(shape))
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The same without the zeros, where memory has been used before."""
-    if _FILLED.arena is not None and (placed := _FILLED.arena.empty(shape, dtype)) is not None:
-        return placed
-    return zeros(shape, dtype)
 
 
 def copy(tensor: Tensor) -> Tensor:

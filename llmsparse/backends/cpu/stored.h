@@ -1,7 +1,5 @@
-/* Matrices out of files into tiles, in one call: read past the page cache where a file is opened so, checked, and repacked.
- *
- * Whoever calls does not hold Python's lock meanwhile. What goes wrong is not told from what else may be wrong: the caller reads
- * again in its own way, and says so. */
+/* Matrices out of files into tiles: read past the page cache where a file is opened so, checked, and repacked. What goes wrong
+ * is not told from what else may be wrong: the caller reads again in its own way, and says so. */
 #include <errno.h>
 #include <fcntl.h>
 #include <unistd.h>
@@ -10,7 +8,6 @@ enum { BLOCK = 4096 }; /* where reads begin and end: as in storage/direct.py */
 
 struct span {
     int64_t begin, end; /* bytes of a file */
-    char *memory;       /* of whole blocks, on the boundary of one */
     int32_t file, direct;
 };
 
@@ -22,11 +19,14 @@ struct stored {
     int32_t offset_bytes; /* of a number of it */
 };
 
-/* Where the bytes are that were asked for, or NULL. */
-static const char *read_span(const struct span *s) {
+/* Bytes of memory that a span may fill. */
+static int64_t room_for(const struct span *s) { return (s->end - s->begin + BLOCK - 1) / BLOCK * BLOCK + BLOCK; }
+
+/* Where in `memory`, on the boundary of a block, the bytes are that were asked for, or NULL. */
+static const char *read_span(const struct span *s, char *memory) {
     int64_t first = s->begin / BLOCK * BLOCK, last = (s->end + BLOCK - 1) / BLOCK * BLOCK, place = first;
     while (s->begin < s->end && place < s->end) {
-        ssize_t got = pread(s->file, s->memory + (place - first), (size_t)(last - place), place);
+        ssize_t got = pread(s->file, memory + (place - first), (size_t)(last - place), place);
         if (got < 0 && errno == EINTR) continue;
         if (got <= 0) return NULL;
         place += got;
@@ -34,7 +34,7 @@ static const char *read_span(const struct span *s) {
 #ifdef POSIX_FADV_DONTNEED
     if (!s->direct) posix_fadvise(s->file, first, last - first, POSIX_FADV_DONTNEED);
 #endif
-    return s->memory + (s->begin - first);
+    return memory + (s->begin - first);
 }
 
 static int64_t offset_of(const struct stored *s, int64_t row) {
@@ -43,8 +43,9 @@ static int64_t offset_of(const struct stored *s, int64_t row) {
 }
 
 /* `starts` of w are set here, and what is behind its last value and its last row; `offsets` is room for rows + 1 of them. */
-static int32_t load(const struct weight *w, const struct stored *s, int64_t *offsets) {
-    const char *values = read_span(&s->values), *mask = values ? read_span(&s->mask) : NULL;
+static int32_t load(const struct weight *w, const struct stored *s, char *scratch, int64_t *offsets) {
+    const char *values = read_span(&s->values, scratch);
+    const char *mask = values ? read_span(&s->mask, scratch + room_for(&s->values)) : NULL;
     if (!mask) return -1;
     int64_t nnz = (s->values.end - s->values.begin) / w->dtype, tiles = tiles_of(w), first = offset_of(s, 0);
     for (int64_t row = 0; row <= w->rows; row++) offsets[row] = offset_of(s, row) - first;
@@ -58,9 +59,9 @@ static int32_t load(const struct weight *w, const struct stored *s, int64_t *off
     return 0;
 }
 
-/* 0 where all of `count` matrices are there and right. */
-int32_t load_stored(const struct weight *const *w, const struct stored *s, int64_t count, int64_t *offsets) {
+/* 0 where all of `count` matrices are there and right. `scratch`, on the boundary of a block, has room to read each of them. */
+int32_t load_stored(const struct weight *const *w, const struct stored *s, int64_t count, char *scratch, int64_t *offsets) {
     for (int64_t i = 0; i < count; i++)
-        if (load(w[i], &s[i], offsets)) return -1;
+        if (load(w[i], &s[i], scratch, offsets)) return -1;
     return 0;
 }

@@ -1,33 +1,52 @@
-"""Bitmask-packed matrices out of a file into the order of the CPU kernels, in one call of C: read, checked, repacked.
+"""Bitmask-packed matrices out of files into the order of the CPU kernels, by threads of C: read, checked, repacked.
 
-The interpreter's lock is held only before and after, so whoever multiplies meanwhile does not wait for it.
+Not by threads of Python: torch gives up the interpreter's lock and asks for it again in every call, so two threads that call
+it by turns wait for each other most of the time.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from llmsparse.backends.cpu import pages
 from llmsparse.backends.cpu.library import COLUMNS, DTYPES, ROWS, SLACK, Matrix, library
 from llmsparse.backends.cpu.weight import CpuWeight
+from llmsparse.storage.direct import room_for
 
 
-class Span(ctypes.Structure):
-    """`struct span` of stored.h: bytes of a file, and where they are to be read to, on the boundary of a block."""
+class _Span(ctypes.Structure):
+    _fields_ = (("begin", c_int64), ("end", c_int64), ("file", c_int32), ("direct", c_int32))
 
-    _fields_ = (("begin", c_int64), ("end", c_int64), ("memory", c_void_p), ("file", c_int32), ("direct", c_int32))
+
+QUEUED, READING, READ, FAILED = range(4)  # as in readers.h
+
+
+class _Job(ctypes.Structure):
+    _fields_ = (
+        ("w", c_void_p), ("s", c_void_p), ("count", c_int64), ("ahead", c_int64), ("state", c_int64), ("next", c_void_p),
+    )  # fmt: skip
 
 
 class _Stored(ctypes.Structure):
     _fields_ = (
-        ("values", Span), ("mask", Span), ("offsets", c_void_p), ("each", c_int64), ("offset_bytes", c_int32),
+        ("values", _Span), ("mask", _Span), ("offsets", c_void_p), ("each", c_int64), ("offset_bytes", c_int32),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes [begin, end) of a file; its descriptor, and whether that reads past the page cache."""
+
+    begin: int
+    end: int
+    file: int
+    direct: bool
 
 
 @dataclass(frozen=True)
@@ -39,30 +58,120 @@ class StoredMatrix:
     dtype: torch.dtype
     values: Span
     mask: Span
-    offsets: Tensor | None  # (out + 1,) where its rows begin in the values of the stack; None: all of them are as long
+    offsets: int  # address of out + 1 numbers, where its rows begin in the values of the stack; 0: all rows are as long
+    offset_bytes: int  # of one of them
+
+    @property
+    def nnz(self) -> int:
+        return (self.values.end - self.values.begin) // self.dtype.itemsize
 
 
-def load(matrices: Sequence[StoredMatrix]) -> list[CpuWeight] | None:
-    """What `prepare` makes of each; None where a file cannot be read in this way, or a matrix is damaged."""
-    count = len(matrices)
-    stored, pointers, weights = (_Stored * count)(), (c_void_p * count)(), list[CpuWeight]()
-    for place, matrix in enumerate(matrices):
-        out, width = matrix.shape
-        nnz = (matrix.values.end - matrix.values.begin) // matrix.dtype.itemsize
+def rows_bytes(rows: int) -> int:
+    """Bytes that a reader needs behind those that it reads into."""
+    return room_for(8 * (rows + 1))
+
+
+@dataclass(frozen=True)
+class LoadedMatrix:
+    """A matrix in tiles in an arena, as C has filled it."""
+
+    of: StoredMatrix
+    memory: pages.Arena
+    places: tuple[int, int, int]  # of values, masks and starts in the mapping of the arena
+    matrix: Matrix
+
+    def weight(self) -> CpuWeight:
+        out, width = self.of.shape
         tiles = -(-out // ROWS)
-        values = pages.empty((nnz + SLACK,), matrix.dtype)
-        masks = pages.empty((1, tiles, -(-width // COLUMNS), ROWS), torch.int32)
-        starts = pages.empty((tiles + 1,), torch.int64)
-        weight = CpuWeight(values, masks, starts, matrix.shape, matrix.pattern)
-        made = Matrix(
-            values.data_ptr(), masks.data_ptr(), starts.data_ptr(), out, width, DTYPES[matrix.dtype]
+        shapes = (self.of.nnz + SLACK,), (1, tiles, -(-width // COLUMNS), ROWS), (tiles + 1,)
+        tensors = (
+            torch.frombuffer(self.memory.memory, dtype=dtype, count=math.prod(shape), offset=place).view(shape)
+            for shape, dtype, place in zip(shapes, (self.of.dtype, torch.int32, torch.int64), self.places, strict=True)
         )
-        weight.__dict__["matrices"] = [made]
-        pointers[place] = ctypes.addressof(made)
-        ends = matrix.offsets
-        where = (None, 0) if ends is None else (ends.data_ptr(), ends.element_size())
-        stored[place] = _Stored(matrix.values, matrix.mask, where[0], nnz // out if out else 0, where[1])
-        weights.append(weight)
-    room = torch.empty(max(matrix.shape[0] for matrix in matrices) + 1, dtype=torch.int64)
-    status = library().load_stored(pointers, stored, count, room.data_ptr())
-    return None if status else weights
+        made = CpuWeight(*tensors, self.of.shape, self.of.pattern)
+        made.__dict__["matrices"] = [self.matrix]
+        return made
+
+
+class Loading:
+    """Matrices on their way into an arena, which they fill from its beginning."""
+
+    def __init__(self, matrices: Sequence[StoredMatrix], arena: pages.Arena) -> None:
+        """MemoryError where the arena has no room for them."""
+        self.count = len(matrices)
+        self._stored, self._pointers = (_Stored * self.count)(), (c_void_p * self.count)()
+        self.loaded: list[LoadedMatrix] = []
+        base, arena.taken = arena.address - arena.begin, 0
+        for number, matrix in enumerate(matrices):
+            (out, width), nnz, values, mask = matrix.shape, matrix.nnz, matrix.values, matrix.mask
+            tiles, groups = -(-out // ROWS), -(-width // COLUMNS)
+            sizes = (nnz + SLACK) * matrix.dtype.itemsize, 4 * tiles * groups * ROWS, 8 * (tiles + 1)
+            places = tuple(arena.take(size) for size in sizes)
+            if None in places:
+                raise MemoryError
+            made = Matrix(*(base + place for place in places), out, width, DTYPES[matrix.dtype])
+            self._stored[number] = _Stored(
+                _Span(values.begin, values.end, values.file, values.direct),
+                _Span(mask.begin, mask.end, mask.file, mask.direct),
+                matrix.offsets, nnz // max(1, out), matrix.offset_bytes,
+            )  # fmt: skip
+            self._pointers[number] = ctypes.addressof(made)
+            self.loaded.append(LoadedMatrix(matrix, arena, places, made))
+        self.job = _Job(ctypes.addressof(self._pointers), ctypes.addressof(self._stored), self.count)
+
+    @property
+    def finished(self) -> bool:
+        return self.job.state >= READ
+
+    @property
+    def failed(self) -> bool:
+        """Once it is finished: a file cannot be read in this way, or a matrix is damaged."""
+        return self.job.state == FAILED
+
+
+def load(loading: Loading, scratch: pages.Arena) -> bool:
+    """Read by whoever calls; whether it could be."""
+    room = max(rows_bytes(one.of.shape[0]) for one in loading.loaded)
+    status = library().load_stored(loading.job.w, loading.job.s, loading.job.count, scratch.address, scratch.address + scratch.size - room)
+    return not status
+
+
+class Readers:
+    """Threads that read: what is wanted now first, what is read ahead then."""
+
+    def __init__(self, scratches: Sequence[pages.Arena], rows: int) -> None:
+        """Scratches, side by side, have room to read any matrix that will come, and `rows_bytes` behind; one for a thread."""
+        first = scratches[0]
+        self._scratches = scratches
+        room = first.size - rows_bytes(rows)
+        self._readers = library().readers_open(len(scratches), first.address, first.size, room)
+        if not self._readers:
+            raise MemoryError
+
+    def submit(self, loading: Loading, ahead: bool) -> None:
+        loading.job.ahead = ahead
+        library().readers_submit(self._readers, ctypes.addressof(loading.job))
+
+    def hurry(self, loading: Loading) -> None:
+        """What was to be read ahead is wanted now."""
+        library().readers_hurry(self._readers, ctypes.addressof(loading.job))
+
+    def recall(self, loading: Loading) -> bool:
+        """Whether it was not begun, and will not be."""
+        return bool(library().readers_recall(self._readers, ctypes.addressof(loading.job)))
+
+    def finished(self) -> int:
+        """How many are, of all that were ever submitted."""
+        return library().readers_finished(self._readers)
+
+    def wait(self, seen: int) -> None:
+        """Until more than `seen` are finished, or it is closed."""
+        library().readers_wait(self._readers, seen)
+
+    def close(self) -> None:
+        """Nothing is begun any more."""
+        library().readers_close(self._readers)
+
+    def join(self) -> None:
+        """After `close`, once: until nobody reads."""
+        library().readers_join(self._readers)

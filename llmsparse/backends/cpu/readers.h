@@ -1,0 +1,120 @@
+/* Threads that fill weights from files as they are told. They are C's own: the interpreter's lock is none of their business, and
+ * whoever multiplies meanwhile does not wait for it. What is wanted now is read before what is read ahead. */
+#include <pthread.h>
+
+#include "stored.h"
+
+enum { QUEUED, READING, READ, FAILED };
+
+struct job {
+    const struct weight *const *w;
+    struct stored *s;
+    int64_t count, ahead, state;
+    struct job *next;
+};
+
+struct readers {
+    pthread_mutex_t lock;
+    pthread_cond_t work, done;
+    struct job *first;
+    int64_t finished; /* jobs, ever */
+    int64_t closed, threads, begun;
+    char *scratch; /* of all threads, `each` bytes for one */
+    int64_t each, room; /* where in its part there is room for offsets */
+    pthread_t thread[];
+};
+
+/* The job to be done next, no longer queued. */
+static struct job *next_job(struct readers *r) {
+    struct job **link = &r->first;
+    for (struct job **l = &r->first; *l; l = &(*l)->next)
+        if (!(*l)->ahead) {
+            link = l;
+            break;
+        }
+    struct job *job = *link;
+    if (job) *link = job->next, job->state = READING;
+    return job;
+}
+
+static void *read_jobs(void *data) {
+    struct readers *r = data;
+    pthread_mutex_lock(&r->lock);
+    char *scratch = r->scratch + r->begun++ * r->each;
+    while (!r->closed) {
+        struct job *job = next_job(r);
+        if (!job) {
+            pthread_cond_wait(&r->work, &r->lock);
+            continue;
+        }
+        pthread_mutex_unlock(&r->lock);
+        int32_t status = load_stored(job->w, job->s, job->count, scratch, (int64_t *)(scratch + r->room));
+        pthread_mutex_lock(&r->lock);
+        job->state = status ? FAILED : READ;
+        __atomic_store_n(&r->finished, r->finished + 1, __ATOMIC_RELEASE);
+        pthread_cond_broadcast(&r->done);
+    }
+    pthread_mutex_unlock(&r->lock);
+    return NULL;
+}
+
+/* NULL where there are no threads to be had. */
+struct readers *readers_open(int64_t threads, char *scratch, int64_t each, int64_t room) {
+    struct readers *r = calloc(1, sizeof *r + (size_t)threads * sizeof *r->thread);
+    if (!r) return NULL;
+    pthread_mutex_init(&r->lock, NULL), pthread_cond_init(&r->work, NULL), pthread_cond_init(&r->done, NULL);
+    r->scratch = scratch, r->each = each, r->room = room;
+    while (r->threads < threads && !pthread_create(&r->thread[r->threads], NULL, read_jobs, r)) r->threads++;
+    if (r->threads) return r;
+    free(r);
+    return NULL;
+}
+
+void readers_submit(struct readers *r, struct job *job) {
+    pthread_mutex_lock(&r->lock);
+    struct job **end = &r->first;
+    while (*end) end = &(*end)->next;
+    job->next = NULL, job->state = QUEUED, *end = job;
+    pthread_cond_signal(&r->work);
+    pthread_mutex_unlock(&r->lock);
+}
+
+/* A job that was read ahead is wanted now. */
+void readers_hurry(struct readers *r, struct job *job) {
+    pthread_mutex_lock(&r->lock);
+    job->ahead = 0;
+    pthread_mutex_unlock(&r->lock);
+}
+
+/* Whether a job was not begun; it is not queued any more. */
+int32_t readers_recall(struct readers *r, struct job *job) {
+    pthread_mutex_lock(&r->lock);
+    struct job **link = &r->first;
+    while (*link && *link != job) link = &(*link)->next;
+    int32_t found = *link != NULL;
+    if (found) *link = job->next;
+    pthread_mutex_unlock(&r->lock);
+    return found;
+}
+
+int64_t readers_finished(struct readers *r) { return __atomic_load_n(&r->finished, __ATOMIC_ACQUIRE); }
+
+/* Until more than `seen` jobs are finished, or none will be. */
+void readers_wait(struct readers *r, int64_t seen) {
+    pthread_mutex_lock(&r->lock);
+    while (r->finished <= seen && !r->closed) pthread_cond_wait(&r->done, &r->lock);
+    pthread_mutex_unlock(&r->lock);
+}
+
+/* No job is begun any more. */
+void readers_close(struct readers *r) {
+    pthread_mutex_lock(&r->lock);
+    r->closed = 1;
+    pthread_cond_broadcast(&r->work), pthread_cond_broadcast(&r->done);
+    pthread_mutex_unlock(&r->lock);
+}
+
+/* After it has been closed, once: until all threads are gone. */
+void readers_join(struct readers *r) {
+    for (int64_t i = 0; i < r->threads; i++) pthread_join(r->thread[i], NULL);
+}

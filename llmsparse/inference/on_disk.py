@@ -31,6 +31,7 @@ ATTRIBUTE = "on_disk"  # of a model whose experts stay there
 READERS = 2  # one reads while the other repacks
 KERNELS = {"bitmask": "cpu-bitmask", "nested": "cpu-nested"}  # format → what runs it where nothing is measured
 LEAST = 4  # experts in memory: two that are read, one that is multiplied, one that comes next
+PARTS = 16  # tensors of an expert, or less
 MOST = 16  # times an expert's bytes on disk: no kernel's layout takes more
 Leaves = Mapping[str, tuple[str, Mapping[str, Any], torch.dtype]]  # parameter → name in the folder, description, dtype
 
@@ -135,7 +136,10 @@ def _prepared_bytes(layer: StoredExperts, scratch: pages.Arena) -> int:
     (arena,) = pages.Arena.row(1, MOST * max(layer.stored_bytes() // layer.count, layer.size(layer.largest)))
     layer.prepare(layer.largest, arena, scratch)
     nested = any(stack.described.get("format") == "nested" for stack in layer.stacks.values())
-    return arena.taken + (arena.taken // 16 if nested else 0)  # what others take does not follow from their size
+    rounded = PARTS * pages.ALIGNED  # to whole lines of the cache, a little more for others
+    return (
+        arena.taken + rounded + (arena.taken // 16 if nested else 0)
+    )  # what others take does not follow from their size
 
 
 def _choice(name: str, described: Mapping[str, Any], dtype: torch.dtype, backend: str) -> Choice:

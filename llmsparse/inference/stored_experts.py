@@ -34,13 +34,11 @@ class PassingMatrix(PackedMatrix):
     """One whose memory is another's soon: there is no way back through it."""
 
     @classmethod
-    def holding(cls, prepared: Any, stack: StoredStack) -> PassingMatrix:
-        """What a stack's backend has already."""
+    def holding(cls, loaded: LoadedMatrix, stack: StoredStack) -> PassingMatrix:
+        """What has been read for a stack's backend already."""
         made = cls.__new__(cls)
-        made.choice, made.backend, made.transposed = stack.choice, BACKENDS[stack.choice.backend], stack.transposed
-        made.device, made.dtype, made.copy, made.prepared = stack.device, stack.dtype, None, prepared
-        made.described = {**stack.described, "shape": list(prepared.shape), "nnz": prepared.nnz}
-        made.out_features, made.runs_many = prepared.shape[0], isinstance(made.backend, RunsMany)
+        vars(made).update(stack.alike, prepared=loaded.weight())
+        made.described = {**stack.described, "shape": list(stack.shape), "nnz": loaded.of.nnz}
         made.handle = graphed.name(made)
         return made
 
@@ -87,6 +85,15 @@ class StoredStack:
     def pattern(self) -> str:
         return str(self.described["pattern"])
 
+    @cached_property
+    def alike(self) -> dict[str, Any]:
+        """What is the same in the matrices of all experts."""
+        backend = BACKENDS[self.choice.backend]
+        return {
+            "choice": self.choice, "backend": backend, "transposed": self.transposed, "device": self.device, "dtype": self.dtype,
+            "copy": None, "out_features": self.shape[0], "runs_many": isinstance(backend, RunsMany),
+        }  # fmt: skip
+
     def index_of(self, expert: int) -> tuple[int, int]:
         """The address of where an expert's rows begin in the index, and the bytes of a number; 0 and 0 without one."""
         if self.index is None:
@@ -129,7 +136,9 @@ class StoredStack:
 class ReadyExpert:
     """An expert in memory, whose matrices are made when they are wanted: by the name of their stack."""
 
-    def __init__(self, stacks: Mapping[str, StoredStack], held: Mapping[str, PackedMatrix] | Sequence[LoadedMatrix]) -> None:
+    def __init__(
+        self, stacks: Mapping[str, StoredStack], held: Mapping[str, PackedMatrix] | Sequence[LoadedMatrix]
+    ) -> None:
         self._stacks, self._held = stacks, held
 
     @cached_property
@@ -137,7 +146,7 @@ class ReadyExpert:
         if isinstance(self._held, Mapping):
             return self._held
         pairs = zip(self._stacks.items(), self._held, strict=True)
-        return {leaf: PassingMatrix.holding(one.weight(), stack) for (leaf, stack), one in pairs}
+        return {leaf: PassingMatrix.holding(one, stack) for (leaf, stack), one in pairs}
 
 
 class StoredExperts:
@@ -193,7 +202,9 @@ class StoredExperts:
         lying: list[StoredMatrix] = []
         for stack in self.stacks.values():
             values, mask = (
-                Span(stack.specs[suffix].begin + begin, stack.specs[suffix].begin + end, *found[stack.specs[suffix].file])
+                Span(
+                    stack.specs[suffix].begin + begin, stack.specs[suffix].begin + end, *found[stack.specs[suffix].file]
+                )
                 for suffix, (begin, end) in stack.spans(expert).items()
             )
             offsets, each = stack.index_of(expert)
@@ -212,10 +223,14 @@ class StoredExperts:
         for suffix, (begin, end) in stack.spans(expert).items():
             spec = stack.specs[suffix]
             found = (
-                self._files[spec.file].read(spec.begin + begin, spec.begin + end, scratch.memory, at) if end > begin else at
+                self._files[spec.file].read(spec.begin + begin, spec.begin + end, scratch.memory, at)
+                if end > begin
+                else at
             )
             part = (
-                torch.frombuffer(scratch.memory, dtype=torch.uint8, count=end - begin, offset=found) if end > begin else _NONE
+                torch.frombuffer(scratch.memory, dtype=torch.uint8, count=end - begin, offset=found)
+                if end > begin
+                else _NONE
             )
             misplaced = found % spec.dtype.itemsize  # as in a file whose header is of an odd length
             parts[suffix] = pages.copy(part) if suffix in KEPT else part.clone() if misplaced else part

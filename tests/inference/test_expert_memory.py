@@ -10,7 +10,8 @@ import pytest
 
 from llmsparse.backends.cpu.pages import Arena
 from llmsparse.errors import CheckpointError
-from llmsparse.inference.expert_memory import ExpertMemory, Key
+from llmsparse.inference.expert_memory import ExpertMemory
+from llmsparse.inference.expert_readers import Key, ThreadReaders
 
 
 class Reader:
@@ -32,7 +33,8 @@ class Reader:
 
 
 def memory_of(reader: Reader, room: int = 8, readers: int = 1) -> ExpertMemory:
-    return ExpertMemory(reader, Arena.row(room, 4096), [None] * readers, lambda key: 1, reader.ended.set)
+    threads = ThreadReaders(reader, [None] * readers, reader.ended.set)
+    return ExpertMemory(threads, Arena.row(room, 4096), lambda key: 1)
 
 
 def test_what_the_running_layer_wants_is_asked_for_before_anybody_looks_ahead() -> None:

@@ -55,6 +55,7 @@ SIGNATURES = {
     "readers_wait": (None, (c_void_p, c_int64)),
     "readers_close": (None, (c_void_p,)),
     "readers_join": (None, (c_void_p,)),
+    "readers_free": (None, (c_void_p,)),
     "kernel_name": (c_char_p, (c_int32,)),
     "kernel_fits": (c_int32, (c_int32, c_int32, c_int32)),
     "matvec": (c_int32, (c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_int32, c_int32, c_int32)),
@@ -62,7 +63,9 @@ SIGNATURES = {
 }
 
 
-LIBRARY = KernelLibrary("CPU kernels", ("bitmask.c", "tiles.h", "stored.h", "readers.h", "x86.h", "avx.h", "floats.h", "team.h"), SIGNATURES)
+LIBRARY = KernelLibrary(
+    "CPU kernels", ("bitmask.c", "tiles.h", "stored.h", "readers.h", "x86.h", "avx.h", "floats.h", "team.h"), SIGNATURES
+)
 
 
 def why_not() -> str | None:

@@ -64,19 +64,19 @@ class Arena:
         """Of its first byte."""
         return torch.frombuffer(self.memory, dtype=torch.uint8, count=1, offset=self.begin).data_ptr()
 
-    def take(self, size: int) -> int | None:
-        """Where in the mapping the next `size` bytes begin; None where there is no more room."""
-        if not size or self.taken + _aligned(size) > self.size:
-            return None
-        self.taken += _aligned(size)
-        return self.begin + self.taken - _aligned(size)
+    def take(self, size: int) -> int:
+        """Where in the mapping the next `size` bytes begin. MemoryError where there is no more room."""
+        begin, self.taken = self.begin + self.taken, self.taken + _aligned(size)
+        if self.taken > self.size:
+            raise MemoryError
+        return begin
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
         """None where there is no more room."""
-        offset = self.take(math.prod(shape) * dtype.itemsize)
-        if offset is None:
+        size = math.prod(shape) * dtype.itemsize
+        if not size or self.taken + _aligned(size) > self.size:
             return None
-        tensor = torch.frombuffer(self.memory, dtype=dtype, count=math.prod(shape), offset=offset)
+        tensor = torch.frombuffer(self.memory, dtype=dtype, count=math.prod(shape), offset=self.take(size))
         return tensor.view(tuple(shape)).zero_()
 
 

@@ -1,6 +1,9 @@
 /* Threads that fill weights from files as they are told. They are C's own: the interpreter's lock is none of their business, and
  * whoever multiplies meanwhile does not wait for it. What is wanted now is read before what is read ahead. */
 #include <pthread.h>
+#ifdef __linux__
+#include <sys/prctl.h>
+#endif
 
 #include "stored.h"
 
@@ -39,6 +42,9 @@ static struct job *next_job(struct readers *r) {
 
 static void *read_jobs(void *data) {
     struct readers *r = data;
+#ifdef __linux__
+    prctl(PR_SET_NAME, "experts"); /* as `top -H` shows them */
+#endif
     pthread_mutex_lock(&r->lock);
     char *scratch = r->scratch + r->begun++ * r->each;
     while (!r->closed) {
@@ -114,7 +120,9 @@ void readers_close(struct readers *r) {
     pthread_mutex_unlock(&r->lock);
 }
 
-/* After it has been closed, once: until all threads are gone. */
+/* After it has been closed, once: until all threads are gone. Others may still ask what is finished. */
 void readers_join(struct readers *r) {
     for (int64_t i = 0; i < r->threads; i++) pthread_join(r->thread[i], NULL);
 }
+
+void readers_free(struct readers *r) { free(r); }

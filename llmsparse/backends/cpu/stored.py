@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import math
+import weakref
 from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from llmsparse.backends.cpu import pages
 from llmsparse.backends.cpu.library import COLUMNS, DTYPES, ROWS, SLACK, Matrix, library
 from llmsparse.backends.cpu.weight import CpuWeight
-from llmsparse.storage.direct import room_for
+from llmsparse.storage.direct import BLOCK
 
 
 class _Span(ctypes.Structure):
@@ -68,7 +70,7 @@ class StoredMatrix:
 
 def rows_bytes(rows: int) -> int:
     """Bytes that a reader needs behind those that it reads into."""
-    return room_for(8 * (rows + 1))
+    return -(-8 * (rows + 1) // BLOCK) * BLOCK
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,19 @@ class LoadedMatrix:
     def weight(self) -> CpuWeight:
         out, width = self.of.shape
         tiles = -(-out // ROWS)
-        shapes = (self.of.nnz + SLACK,), (1, tiles, -(-width // COLUMNS), ROWS), (tiles + 1,)
-        tensors = (
-            torch.frombuffer(self.memory.memory, dtype=dtype, count=math.prod(shape), offset=place).view(shape)
-            for shape, dtype, place in zip(shapes, (self.of.dtype, torch.int32, torch.int64), self.places, strict=True)
+        values, masks, starts = self.places
+        made = CpuWeight(
+            self._tensor((self.of.nnz + SLACK,), self.of.dtype, values),
+            self._tensor((1, tiles, -(-width // COLUMNS), ROWS), torch.int32, masks),
+            self._tensor((tiles + 1,), torch.int64, starts),
+            self.of.shape,
+            self.of.pattern,
         )
-        made = CpuWeight(*tensors, self.of.shape, self.of.pattern)
         made.__dict__["matrices"] = [self.matrix]
         return made
+
+    def _tensor(self, shape: tuple[int, ...], dtype: torch.dtype, place: int) -> Tensor:
+        return torch.frombuffer(self.memory.memory, dtype=dtype, count=math.prod(shape), offset=place).view(shape)
 
 
 class Loading:
@@ -98,17 +105,15 @@ class Loading:
 
     def __init__(self, matrices: Sequence[StoredMatrix], arena: pages.Arena) -> None:
         """MemoryError where the arena has no room for them."""
-        self.count = len(matrices)
-        self._stored, self._pointers = (_Stored * self.count)(), (c_void_p * self.count)()
+        count = len(matrices)
+        self._stored, self._pointers = (_Stored * count)(), (c_void_p * count)()
         self.loaded: list[LoadedMatrix] = []
         base, arena.taken = arena.address - arena.begin, 0
         for number, matrix in enumerate(matrices):
             (out, width), nnz, values, mask = matrix.shape, matrix.nnz, matrix.values, matrix.mask
             tiles, groups = -(-out // ROWS), -(-width // COLUMNS)
             sizes = (nnz + SLACK) * matrix.dtype.itemsize, 4 * tiles * groups * ROWS, 8 * (tiles + 1)
-            places = tuple(arena.take(size) for size in sizes)
-            if None in places:
-                raise MemoryError
+            places = arena.take(sizes[0]), arena.take(sizes[1]), arena.take(sizes[2])
             made = Matrix(*(base + place for place in places), out, width, DTYPES[matrix.dtype])
             self._stored[number] = _Stored(
                 _Span(values.begin, values.end, values.file, values.direct),
@@ -117,7 +122,7 @@ class Loading:
             )  # fmt: skip
             self._pointers[number] = ctypes.addressof(made)
             self.loaded.append(LoadedMatrix(matrix, arena, places, made))
-        self.job = _Job(ctypes.addressof(self._pointers), ctypes.addressof(self._stored), self.count)
+        self.job = _Job(ctypes.addressof(self._pointers), ctypes.addressof(self._stored), count)
 
     @property
     def finished(self) -> bool:
@@ -132,7 +137,9 @@ class Loading:
 def load(loading: Loading, scratch: pages.Arena) -> bool:
     """Read by whoever calls; whether it could be."""
     room = max(rows_bytes(one.of.shape[0]) for one in loading.loaded)
-    status = library().load_stored(loading.job.w, loading.job.s, loading.job.count, scratch.address, scratch.address + scratch.size - room)
+    status = library().load_stored(
+        loading.job.w, loading.job.s, loading.job.count, scratch.address, scratch.address + scratch.size - room
+    )
     return not status
 
 
@@ -175,3 +182,4 @@ class Readers:
     def join(self) -> None:
         """After `close`, once: until nobody reads."""
         library().readers_join(self._readers)
+        weakref.finalize(self, library().readers_free, self._readers)  # others may still ask what is finished

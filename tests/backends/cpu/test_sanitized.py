@@ -17,7 +17,16 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno
 
 @pytest.fixture(
     scope="module",
-    params=["fuzz", "fuzz_experts", "fuzz_dense", "fuzz_attention", "fuzz_norm", "fuzz_nested", "fuzz_columns"],
+    params=[
+        "fuzz",
+        "fuzz_experts",
+        "fuzz_dense",
+        "fuzz_attention",
+        "fuzz_norm",
+        "fuzz_nested",
+        "fuzz_columns",
+        "fuzz_readers",
+    ],
 )
 def fuzz(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("fuzz") / request.param

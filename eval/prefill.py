@@ -44,7 +44,9 @@ def build(folder: Path) -> dict[str, Any]:
         num_key_value_heads=8, head_dim=64, max_position_embeddings=4096, tie_word_embeddings=True,
     )  # fmt: skip
     dense: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    linears = [one.weight for name, one in dense.named_modules() if isinstance(one, torch.nn.Linear) and name != "lm_head"]
+    linears = [
+        one.weight for name, one in dense.named_modules() if isinstance(one, torch.nn.Linear) and name != "lm_head"
+    ]
     kept = [weight.clone() for weight in linears]
     made: dict[str, Any] = {"dense": dense}
 

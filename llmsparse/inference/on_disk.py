@@ -90,7 +90,11 @@ def keep_on_disk(
     layers = [_stored(path, leaves, reader, backend, files) for path, leaves in modules.items()]
     scratches = pages.Arena.row(READERS, max(one.scratch_bytes() for one in layers))
     each = max(_prepared_bytes(one, scratches[0]) for one in layers)
-    beside = sum(scratch.size for scratch in scratches) + sum(one.index_bytes() for one in layers)
+    beside = (
+        sum(scratch.size for scratch in scratches)
+        + READERS * max(one.beside_bytes() for one in layers)
+        + sum(one.index_bytes() for one in layers)
+    )
     experts, room = sum(one.count for one in layers), (size - beside) // each
     if room < LEAST:
         raise RecipeError(

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from llmsparse.backends import BACKENDS
 from llmsparse.backends.choice import Choice
-from llmsparse.backends.cpu import pages
+from llmsparse.backends.cpu import nested, pages
 from llmsparse.backends.cpu.stored import LoadedMatrix, Loading, Span, StoredMatrix, load, rows_bytes
 from llmsparse.backends.cpu_bitmask import CpuBitmask
 from llmsparse.backends.protocol import RunsMany
 from llmsparse.errors import CheckpointError, RecipeError
-from llmsparse.formats import PackedTensor, layout, restore, stored_bytes
+from llmsparse.formats import PackedTensor, format_of, layout, restore, stored_bytes
+from llmsparse.formats.nested import Nested
 from llmsparse.formats.one_matrix import Spans, check_index, index_of, matrix, spans
 from llmsparse.inference import graphed
 from llmsparse.inference.linear import PackedMatrix
@@ -172,6 +173,11 @@ class StoredExperts:
             for stack in self.stacks.values()
             for expert in range(self.count)
         ) + max(map(rows_bytes, (stack.shape[0] for stack in self.stacks.values())))
+
+    def beside_bytes(self) -> int:
+        """Of memory that `prepare` takes for a while, beside the scratch."""
+        few = [stack for stack in self.stacks.values() if format_of(stack.described) is Nested]
+        return max((nested.beside(*stack.shape) for stack in few), default=0)
 
     def stored_bytes(self) -> int:
         return sum(stored_bytes(stack.described) for stack in self.stacks.values())

@@ -102,10 +102,23 @@ def test_experts_in_few_bits_stay_on_disk_too(backend: str, few_bits: Path) -> N
         assert torch.equal(logits(ours), logits(whole)) and torch.equal(logits(ours, 1, 30), logits(whole, 1, 30))
 
 
+@pytest.mark.skipif(nested.why_not() is not None, reason="the kernels cannot be built here")
+def test_numbers_of_experts_in_few_bits_are_in_the_memory_that_is_allowed(tmp_path: Path) -> None:
+    """Each reader unpacks a matrix into whole bytes, and looks through them, before it repacks it."""
+    few = few_bits_of(tmp_path, hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    with pytest.raises(RecipeError) as refused:
+        model_of(few, 1, backend="cpu-nested")
+    found = re.search(r"beside ([\d.]+) kB to read with", str(refused.value))
+    assert found is not None and 1000 * float(found[1]) > 2 * 2 * 512 * 256  # gate and up are the larger
+
+
 @pytest.fixture(scope="module")
 def few_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("few_bits")
-    random_model(tiny_config("mixtral", vocab_size=512)).save_pretrained(root / "dense")
+    return few_bits_of(tmp_path_factory.mktemp("few_bits"))
+
+
+def few_bits_of(root: Path, **shape: int) -> Path:
+    random_model(tiny_config("mixtral", vocab_size=512, **shape)).save_pretrained(root / "dense")
     save_file({"input_ids": torch.randint(0, 512, (4, 32))}, root / "ids.safetensors")
     llmsparse.quantize(
         str(root / "dense"), bits=2.5, output=root / "few", calibration=str(root / "ids.safetensors"),

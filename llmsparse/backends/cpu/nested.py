@@ -183,7 +183,7 @@ def prepare(packed: Nested) -> CpuNested:
     q = numbers_of(packed)
     *lead, out, width = packed.shape
     matrices, tiles, runs = math.prod(lead), -(-out // ROWS), -(-width // RUN)
-    beyond = int(((q < SMALLEST) | (q > HIGHEST)).sum())
+    beyond = int((q < SMALLEST).sum()) + int((q > HIGHEST).sum())
     wide = beyond > WIDE * q.numel()
     shape, kind = ((ROWS,), torch.int64) if wide else ((RUN,), torch.uint8)
     pairs = pages.zeros((matrices, tiles, runs, *shape), kind)
@@ -206,6 +206,11 @@ def prepare(packed: Nested) -> CpuNested:
     for matrix, numbers in zip(made.matrices, q.view(-1, out, width), strict=True):
         c.nested_fill(ctypes.byref(matrix), numbers.data_ptr())
     return made
+
+
+def beside(rows: int, columns: int) -> int:
+    """Bytes that `prepare` needs for a while: a matrix's numbers, and a mask of them."""
+    return 2 * rows * columns
 
 
 def numbers_of(packed: Nested) -> Tensor:

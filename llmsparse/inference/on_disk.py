@@ -28,9 +28,9 @@ from llmsparse.storage.direct import DirectFile
 from llmsparse.storage.disk import spell_least, spell_size
 
 ATTRIBUTE = "on_disk"  # of a model whose experts stay there
-READERS = 2  # one reads while the other repacks
+READERS = 3  # they read and repack by turns; what is read ahead leaves one of them free
 KERNELS = {"bitmask": "cpu-bitmask", "nested": "cpu-nested"}  # format → what runs it where nothing is measured
-LEAST = 4  # experts in memory: two that are read, one that is multiplied, one that comes next
+LEAST = READERS + 1  # experts in memory: those that are read, and one that is multiplied
 PARTS = 16  # tensors of an expert, or less
 MOST = 16  # times an expert's bytes on disk: no kernel's layout takes more
 Leaves = Mapping[str, tuple[str, Mapping[str, Any], torch.dtype]]  # parameter → name in the folder, description, dtype

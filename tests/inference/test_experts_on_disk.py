@@ -36,7 +36,7 @@ from llmsparse.storage.checkpoint import CheckpointReader
 
 Folders = Callable[..., tuple[Path, Path]]
 CPU = torch.device("cpu")
-FEW = "70KB"  # holds some of the tiny experts, beside what is read into
+FEW = "100KB"  # holds some of the tiny experts, beside what is read into
 PROMPT = "def parse("
 
 pytestmark = [
@@ -88,7 +88,7 @@ def test_experts_of_a_pattern_need_no_index(pattern: str, folders: Folders) -> N
 
 def test_in_another_dtype_it_computes_the_same(folders: Folders) -> None:
     packed = folders("mixtral")[1]
-    ours, whole = model_of(packed, "90KB", dtype="float32"), model_of(packed, None, dtype="float32")
+    ours, whole = model_of(packed, "120KB", dtype="float32"), model_of(packed, None, dtype="float32")
     assert logits(ours).dtype == torch.float32 and torch.equal(logits(ours), logits(whole))
 
 
@@ -109,7 +109,7 @@ def test_numbers_of_experts_in_few_bits_are_in_the_memory_that_is_allowed(tmp_pa
     with pytest.raises(RecipeError) as refused:
         model_of(few, 1, backend="cpu-nested")
     found = re.search(r"beside ([\d.]+) kB to read with", str(refused.value))
-    assert found is not None and 1000 * float(found[1]) > 2 * 2 * 512 * 256  # gate and up are the larger
+    assert found is not None and 1000 * float(found[1]) > 3 * 2 * 512 * 256  # gate and up are the larger
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_a_router_chooses_ahead_what_it_chooses_then(family: str, folders: Folde
 
 
 def test_what_was_foreseen_is_counted(folders: Folders) -> None:
-    ours = model_of(folders("mixtral")[1], "90KB")
+    ours = model_of(folders("mixtral")[1], "120KB")
     on_disk = on_disk_of(ours)
     assert on_disk is not None
     for _ in range(3):
@@ -191,7 +191,7 @@ def test_threads_end_with_the_model(folders: Folders) -> None:
     before = threads()
     ours = model_of(folders("mixtral")[1])
     reading = threads() - before
-    assert len(reading) == 2
+    assert len(reading) == 3
     del ours
     gc.collect()
     assert gone(reading)
@@ -224,7 +224,7 @@ def test_made_dense_or_let_go_it_reads_no_more(folders: Folders) -> None:
     assert on_disk_of(ours) is None
     del other
     gc.collect()
-    assert len(readers) == 4 and gone(readers)
+    assert len(readers) == 6 and gone(readers)
     assert set(os.listdir("/proc/self/fd")) == before
 
 
@@ -234,7 +234,7 @@ from pathlib import Path
 import torch
 from llmsparse.inference.leaving import on_disk_of
 from llmsparse.inference.load import load_model
-model = load_model(Path(sys.argv[1]), device=torch.device("cpu"), backend="cpu-bitmask", expert_memory="70KB")
+model = load_model(Path(sys.argv[1]), device=torch.device("cpu"), backend="cpu-bitmask", expert_memory="100KB")
 for turn in range(int(sys.argv[2])):
     on_disk_of(model).memory.foresee([(turn % 2, expert) for expert in range(4)])
 """

@@ -18,6 +18,9 @@ enum { AHEAD = 4096 }; /* bytes prefetched ahead */
 
 /* The numbers of a row of a run → q (RUN,); the escapes behind it. */
 typedef const uint8_t *row_kernel(const struct nested *w, int64_t tile, int64_t run, int row, const uint8_t *escapes, int8_t *q);
+/* The same multiplied with its step, RUN of w's dtype. */
+typedef const uint8_t *weight_kernel(const struct nested *w, int64_t tile, int64_t run, int row, const uint8_t *escapes, float step,
+                                     char *to);
 typedef void tile_kernel(TILE); /* sums (M, ROWS) without what is listed, of x (M, stride) as laid out for it */
 typedef void lay_kernel(const struct nested *w, const void *x, char *to); /* x (columns,) of w's dtype → (stride,) */
 
@@ -114,16 +117,17 @@ static const struct kernel {
     tile_kernel *tile[MOST];
     row_kernel *row;
     lay_kernel *lay;
+    weight_kernel *weights; /* or NULL */
 } kernels[] = { /* the fastest first */
 #if X86
-    {"avx512-bf16", BF16, 0, has_bf16, EACH_M(avx512_bf16), numbers_avx512, lay_bf16},
-    {"avx512", FP32, 1, has_vbmi2, EACH_M(avx512), numbers_avx512, lay_fours},
-    {"avx2", FP32, 1, has_avx2, EACH_M(avx2), numbers_avx2, lay_plain},
-    {"avx512-vnni", INT8, 1, has_vnni, EACH_M(avx512_vnni), numbers_avx512, record_avx512},
-    {"avx2-int8", INT8, 0, has_avx2, EACH_M(int8_avx2), numbers_avx2, record_avx2},
+    {"avx512-bf16", BF16, 0, has_bf16, EACH_M(avx512_bf16), numbers_avx512, lay_bf16, weights_avx512},
+    {"avx512", FP32, 1, has_vbmi2, EACH_M(avx512), numbers_avx512, lay_fours, weights_avx512},
+    {"avx2", FP32, 1, has_avx2, EACH_M(avx2), numbers_avx2, lay_plain, NULL},
+    {"avx512-vnni", INT8, 1, has_vnni, EACH_M(avx512_vnni), numbers_avx512, record_avx512, weights_avx512},
+    {"avx2-int8", INT8, 0, has_avx2, EACH_M(int8_avx2), numbers_avx2, record_avx2, NULL},
 #endif
-    {"portable", FP32, 1, always, EACH_M(portable), numbers_portable, lay_plain},
-    {"portable-int8", INT8, 1, always, EACH_M(int8_portable), numbers_portable, record_portable},
+    {"portable", FP32, 1, always, EACH_M(portable), numbers_portable, lay_plain, NULL},
+    {"portable-int8", INT8, 1, always, EACH_M(int8_portable), numbers_portable, record_portable, NULL},
 };
 enum { KERNELS = sizeof kernels / sizeof *kernels };
 
@@ -201,20 +205,27 @@ struct unpacking {
 static void unpack(const void *job, int64_t first, int64_t last) {
     const struct unpacking *u = job;
     const struct nested *w = u->w;
+    int64_t groups = (w->columns + w->group - 1) / w->group;
     for (int64_t tile = first; tile < last; tile++) {
         const uint8_t *escapes = w->escapes + w->starts[tile];
-        for (int64_t r = 0; r < runs_of(w); r++)
+        for (int64_t r = 0, of_step = 0, left = w->group; r < runs_of(w); r++, left -= RUN) {
+            if (left <= 0) of_step++, left = w->group;
             for (int i = 0; i < rows_in(w, tile); i++) {
                 int8_t q[RUN];
                 char v[RUN * FP32] __attribute__((aligned(64)));
                 int64_t row = tile * ROWS + i, at = row * w->columns + r * RUN;
                 int64_t some = w->columns - r * RUN < RUN ? w->columns - r * RUN : RUN;
+                float step = widen(w->steps[row * groups + of_step]);
+                if (u->kernel->weights && !u->q && some == RUN) {
+                    escapes = u->kernel->weights(w, tile, r, i, escapes, step, u->out + at * w->dtype);
+                    continue;
+                }
                 escapes = u->kernel->row(w, tile, r, i, escapes, q);
                 if (u->q) memcpy(u->q + at, q, (size_t)some);
-                float step = step_of(w, row, r * RUN);
                 for (int c = 0; u->out && c < RUN; c++) put(v, c, w->dtype, weight_of(step, q[c], w->stored));
                 if (u->out) memcpy(u->out + at * w->dtype, v, (size_t)(some * w->dtype));
             }
+        }
         for (int64_t row = tile * ROWS; row < tile * ROWS + rows_in(w, tile); row++)
             for (int64_t e = w->listed[row]; e < w->listed[row + 1]; e++) {
                 int64_t c = w->columns_listed[e], at = row * w->columns + c;
@@ -223,6 +234,9 @@ static void unpack(const void *job, int64_t first, int64_t last) {
                 if (u->out) put(u->out, at, w->dtype, weight_of(step_of(w, row, c), q, w->stored));
             }
     }
+#if X86
+    _mm_sfence(); /* what was streamed is seen by whoever is told that this is done */
+#endif
 }
 
 /* W, of its dtype, or its numbers. */

@@ -62,6 +62,35 @@ WITH_VBMI2 INLINE __m512 table_of(float step, int stored) {
     return rounded(_mm512_mul_ps(_mm512_set1_ps(step), _mm512_cvtepi32_ps(all)), stored);
 }
 
+/* The weights of a row of a run, of w's dtype; the escapes behind it. */
+WITH_VBMI2 static const uint8_t *weights_avx512(const struct nested *w, int64_t tile, int64_t run, int row, const uint8_t *escapes,
+                                                float step, char *to) {
+    int64_t at = tile * runs_of(w) + run;
+    int aligned = (uintptr_t)to % LINE == 0; /* whole lines, which whoever multiplies reads from memory as he would a dense weight */
+    if (!w->wide && w->stored == BF16 && w->dtype == BF16) {
+        __m512i v = offset_numbers(_mm512_loadu_si512(w->pairs + at * RUN), row, _mm512_loadu_si512(escapes));
+        __m256i all = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(table_of(step, BF16)), 16));
+        __m512i table = _mm512_castsi256_si512(all);
+        __m512i low = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(_mm512_castsi512_si256(v)), table);
+        __m512i high = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(v, 1)), table);
+        if (aligned) _mm512_stream_si512((void *)to, low), _mm512_stream_si512((void *)(to + LINE), high);
+        else _mm512_storeu_si512(to, low), _mm512_storeu_si512(to + LINE, high);
+        return row % 2 || row == rows_in(w, tile) - 1 ? escapes + w->counts[at * ROWS / 2 + row / 2] : escapes;
+    }
+    int8_t q[RUN];
+    escapes = numbers_avx512(w, tile, run, row, escapes, q);
+    UNROLL for (int c = 0; c < RUN; c += 16) {
+        __m512 v = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(q + c))));
+        v = rounded(_mm512_mul_ps(_mm512_set1_ps(step), v), w->stored);
+        if (w->dtype == FP32) _mm512_storeu_ps(to + c * FP32, v);
+        else {
+            __m512i bits = _mm512_srli_epi32(_mm512_castps_si512(rounded(v, BF16)), 16);
+            _mm256_storeu_si256((__m256i *)(to + c * BF16), _mm512_cvtepi32_epi16(bits));
+        }
+    }
+    return escapes;
+}
+
 /* A run of x for `avx512`: column 4l + n is number 16n + l, so that the bytes of lane l of numbers, one after the other, are those of
  * column 4l + n of a vector, and a look-up that takes the lowest bits of a lane needs no more than a shift. */
 WITH_VBMI2 static void lay_fours(const struct nested *w, const void *x, char *to) {

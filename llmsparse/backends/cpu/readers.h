@@ -1,5 +1,6 @@
 /* Threads that fill weights from files as they are told. They are C's own: the interpreter's lock is none of their business, and
- * whoever multiplies meanwhile does not wait for it. What is wanted now is read before what is read ahead. */
+ * whoever multiplies meanwhile does not wait for it. What is wanted now is read before what is read ahead, which stops for it:
+ * one thread is kept for that. */
 #include <pthread.h>
 #ifdef __linux__
 #include <sys/prctl.h>
@@ -14,13 +15,21 @@ struct job {
     struct stored *s;
     int64_t count, ahead, state;
     struct job *next;
+    int64_t early; /* it was begun ahead */
+};
+
+struct own {
+    struct readers *r;
+    struct job *job;
 };
 
 struct readers {
     pthread_mutex_t lock;
     pthread_cond_t work, done;
     struct job *first;
-    int64_t finished; /* jobs, ever */
+    int64_t finished;    /* jobs, ever */
+    int64_t wanted;      /* that are not read ahead, and not finished */
+    int64_t early, most; /* that are being read ahead, and how many may be */
     int64_t closed, threads, begun;
     char *scratch; /* of all threads, `each` bytes for one */
     int64_t each, room; /* where in its part there is room for offsets */
@@ -30,14 +39,20 @@ struct readers {
 /* The job to be done next, no longer queued. */
 static struct job *next_job(struct readers *r) {
     struct job **link = &r->first;
-    for (struct job **l = &r->first; *l; l = &(*l)->next)
-        if (!(*l)->ahead) {
-            link = l;
-            break;
-        }
+    while (*link && (*link)->ahead) link = &(*link)->next;
+    if (!*link && r->early < r->most) link = &r->first;
     struct job *job = *link;
-    if (job) *link = job->next, job->state = READING;
+    if (job) *link = job->next, job->state = READING, r->early += job->early = job->ahead;
     return job;
+}
+
+static int may_read_on(void *whom) {
+    struct own *o = whom;
+    pthread_mutex_lock(&o->r->lock);
+    while (o->job->ahead && o->r->wanted && o->r->threads > 1 && !o->r->closed) pthread_cond_wait(&o->r->work, &o->r->lock);
+    int open = !o->r->closed;
+    pthread_mutex_unlock(&o->r->lock);
+    return open;
 }
 
 static void *read_jobs(void *data) {
@@ -54,8 +69,12 @@ static void *read_jobs(void *data) {
             continue;
         }
         pthread_mutex_unlock(&r->lock);
-        int32_t status = load_stored(job->w, job->s, job->count, scratch, (int64_t *)(scratch + r->room));
+        struct own own = {r, job};
+        int32_t status = load_all(job->w, job->s, job->count, scratch, (int64_t *)(scratch + r->room), may_read_on, &own);
         pthread_mutex_lock(&r->lock);
+        r->early -= job->early;
+        if (!job->ahead) r->wanted--;
+        pthread_cond_broadcast(&r->work);
         job->state = status ? FAILED : READ;
         __atomic_store_n(&r->finished, r->finished + 1, __ATOMIC_RELEASE);
         pthread_cond_broadcast(&r->done);
@@ -69,8 +88,10 @@ struct readers *readers_open(int64_t threads, char *scratch, int64_t each, int64
     struct readers *r = calloc(1, sizeof *r + (size_t)threads * sizeof *r->thread);
     if (!r) return NULL;
     pthread_mutex_init(&r->lock, NULL), pthread_cond_init(&r->work, NULL), pthread_cond_init(&r->done, NULL);
-    r->scratch = scratch, r->each = each, r->room = room;
+    r->scratch = scratch, r->each = each, r->room = room, r->most = threads > 1 ? threads - 1 : 1;
+    pthread_mutex_lock(&r->lock); /* they count each other */
     while (r->threads < threads && !pthread_create(&r->thread[r->threads], NULL, read_jobs, r)) r->threads++;
+    pthread_mutex_unlock(&r->lock);
     if (r->threads) return r;
     free(r);
     return NULL;
@@ -81,14 +102,17 @@ void readers_submit(struct readers *r, struct job *job) {
     struct job **end = &r->first;
     while (*end) end = &(*end)->next;
     job->next = NULL, job->state = QUEUED, *end = job;
-    pthread_cond_signal(&r->work);
+    if (!job->ahead) r->wanted++;
+    pthread_cond_broadcast(&r->work);
     pthread_mutex_unlock(&r->lock);
 }
 
 /* A job that was read ahead is wanted now. */
 void readers_hurry(struct readers *r, struct job *job) {
     pthread_mutex_lock(&r->lock);
+    if (job->ahead && job->state < READ) r->wanted++;
     job->ahead = 0;
+    pthread_cond_broadcast(&r->work);
     pthread_mutex_unlock(&r->lock);
 }
 
@@ -99,6 +123,7 @@ int32_t readers_recall(struct readers *r, struct job *job) {
     while (*link && *link != job) link = &(*link)->next;
     int32_t found = *link != NULL;
     if (found) *link = job->next;
+    if (found && !job->ahead) r->wanted--;
     pthread_mutex_unlock(&r->lock);
     return found;
 }

@@ -4,7 +4,10 @@
 #include <fcntl.h>
 #include <unistd.h>
 
-enum { BLOCK = 4096 }; /* where reads begin and end: as in storage/direct.py */
+enum { BLOCK = 4096 };      /* where reads begin and end: as in storage/direct.py */
+enum { PIECE = 256 * BLOCK }; /* of a read that gives way to others */
+
+typedef int may_go_on(void *whom); /* before each piece; 0: nobody wants it any more */
 
 struct span {
     int64_t begin, end; /* bytes of a file */
@@ -23,10 +26,12 @@ struct stored {
 static int64_t room_for(const struct span *s) { return (s->end - s->begin + BLOCK - 1) / BLOCK * BLOCK + BLOCK; }
 
 /* Where in `memory`, on the boundary of a block, the bytes are that were asked for, or NULL. */
-static const char *read_span(const struct span *s, char *memory) {
+static const char *read_span(const struct span *s, char *memory, may_go_on *ask, void *whom) {
     int64_t first = s->begin / BLOCK * BLOCK, last = (s->end + BLOCK - 1) / BLOCK * BLOCK, place = first;
     while (s->begin < s->end && place < s->end) {
-        ssize_t got = pread(s->file, memory + (place - first), (size_t)(last - place), place);
+        if (ask && !ask(whom)) return NULL;
+        int64_t size = ask && last - place > PIECE ? PIECE : last - place;
+        ssize_t got = pread(s->file, memory + (place - first), (size_t)size, place);
         if (got < 0 && errno == EINTR) continue;
         if (got <= 0) return NULL;
         place += got;
@@ -43,9 +48,9 @@ static int64_t offset_of(const struct stored *s, int64_t row) {
 }
 
 /* `starts` of w are set here, and what is behind its last value and its last row; `offsets` is room for rows + 1 of them. */
-static int32_t load(const struct weight *w, const struct stored *s, char *scratch, int64_t *offsets) {
-    const char *values = read_span(&s->values, scratch);
-    const char *mask = values ? read_span(&s->mask, scratch + room_for(&s->values)) : NULL;
+static int32_t load(const struct weight *w, const struct stored *s, char *scratch, int64_t *offsets, may_go_on *ask, void *whom) {
+    const char *values = read_span(&s->values, scratch, ask, whom);
+    const char *mask = values ? read_span(&s->mask, scratch + room_for(&s->values), ask, whom) : NULL;
     if (!mask) return -1;
     int64_t nnz = (s->values.end - s->values.begin) / w->dtype, tiles = tiles_of(w), first = offset_of(s, 0);
     for (int64_t row = 0; row <= w->rows; row++) offsets[row] = offset_of(s, row) - first;
@@ -59,9 +64,14 @@ static int32_t load(const struct weight *w, const struct stored *s, char *scratc
     return 0;
 }
 
+static int32_t load_all(const struct weight *const *w, const struct stored *s, int64_t count, char *scratch, int64_t *offsets,
+                        may_go_on *ask, void *whom) {
+    for (int64_t i = 0; i < count; i++)
+        if (load(w[i], &s[i], scratch, offsets, ask, whom)) return -1;
+    return 0;
+}
+
 /* 0 where all of `count` matrices are there and right. `scratch`, on the boundary of a block, has room to read each of them. */
 int32_t load_stored(const struct weight *const *w, const struct stored *s, int64_t count, char *scratch, int64_t *offsets) {
-    for (int64_t i = 0; i < count; i++)
-        if (load(w[i], &s[i], scratch, offsets)) return -1;
-    return 0;
+    return load_all(w, s, count, scratch, offsets, NULL, NULL);
 }

@@ -32,6 +32,7 @@ QUEUED, READING, READ, FAILED = range(4)  # as in readers.h
 class _Job(ctypes.Structure):
     _fields_ = (
         ("w", c_void_p), ("s", c_void_p), ("count", c_int64), ("ahead", c_int64), ("state", c_int64), ("next", c_void_p),
+        ("early", c_int64),
     )  # fmt: skip
 
 

@@ -83,7 +83,7 @@ int main(int count, char **arguments) {
         for (int j = 0; j < JOBS; j++) jobs[j] = random_one(file, &end);
         for (int j = 0; j < JOBS; j++) {
             struct one *o = &jobs[j];
-            o->pointer = &o->w, o->job = (struct job){&o->pointer, &o->s, 1, (int64_t)draw(2), 0, NULL};
+            o->pointer = &o->w, o->job = (struct job){&o->pointer, &o->s, 1, (int64_t)draw(2), 0, NULL, 0};
             readers_submit(r, &o->job);
         }
         if (draw(2)) readers_hurry(r, &jobs[JOBS - 1].job);

@@ -83,8 +83,10 @@ def test_products_equal_float64_at_odd_shapes(
 def test_groups_of_columns_have_steps_of_their_own(kernel: str, stored: torch.dtype, dtype: torch.dtype) -> None:
     for spread in (1.0, 40.0):
         packed = weight_of(6, 256, stored=stored, spread=spread, group=64)
-        x = torch.randn(2, 256).to(dtype)
-        check(packed, x, nested.matvec(held(packed, dtype, kernel), x, kernel=kernel))
+        x, made = torch.randn(2, 256).to(dtype), held(packed, dtype, kernel)
+        check(packed, x, nested.matvec(made, x, kernel=kernel))
+        whole = torch.empty(packed.shape, dtype=dtype)
+        assert torch.equal(nested.expand(made, whole, kernel=kernel), packed.unpack().to(dtype))
 
 
 @every_kernel

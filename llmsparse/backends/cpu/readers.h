@@ -1,6 +1,6 @@
 /* Threads that fill weights from files as they are told. They are C's own: the interpreter's lock is none of their business, and
- * whoever multiplies meanwhile does not wait for it. What is wanted now is read before what is read ahead, which stops for it:
- * one thread is kept for that. */
+ * whoever multiplies meanwhile does not wait for it. What is wanted now is read before what is read ahead, for which one
+ * thread fewer is used, and which stops for it between two pieces: so that a large one does not share the disk with it. */
 #include <pthread.h>
 #ifdef __linux__
 #include <sys/prctl.h>

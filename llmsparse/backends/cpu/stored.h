@@ -4,10 +4,12 @@
 #include <fcntl.h>
 #include <unistd.h>
 
-enum { BLOCK = 4096 };      /* where reads begin and end: as in storage/direct.py */
-enum { PIECE = 256 * BLOCK }; /* of a read that gives way to others */
+#ifndef PIECE
+#define PIECE (1 << 20) /* bytes of a read after which it gives way to others */
+#endif
+enum { BLOCK = 4096 };  /* where reads begin and end: as in storage/direct.py */
 
-typedef int may_go_on(void *whom); /* before each piece; 0: nobody wants it any more */
+typedef int may_go_on(void *whom); /* between pieces; 0: nobody wants it any more */
 
 struct span {
     int64_t begin, end; /* bytes of a file */
@@ -29,7 +31,7 @@ static int64_t room_for(const struct span *s) { return (s->end - s->begin + BLOC
 static const char *read_span(const struct span *s, char *memory, may_go_on *ask, void *whom) {
     int64_t first = s->begin / BLOCK * BLOCK, last = (s->end + BLOCK - 1) / BLOCK * BLOCK, place = first;
     while (s->begin < s->end && place < s->end) {
-        if (ask && !ask(whom)) return NULL;
+        if (ask && place > first && !ask(whom)) return NULL;
         int64_t size = ask && last - place > PIECE ? PIECE : last - place;
         ssize_t got = pread(s->file, memory + (place - first), (size_t)size, place);
         if (got < 0 && errno == EINTR) continue;

@@ -1,6 +1,7 @@
 /* Random matrices written into a file at random places, and read by threads: `fuzz_readers ROUNDS SEED`, as fuzz.c. Each is what
  * `repack` makes of it in memory, or is refused where the file is cut, or a bit of it flipped. */
 #define _GNU_SOURCE
+#define PIECE 4096 /* so that there are several */
 #include "bitmask.c"
 
 #include "fuzz.h"

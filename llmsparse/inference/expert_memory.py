@@ -8,6 +8,7 @@ expert that comes late is waited for, so what is computed does not depend on wha
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 import weakref
@@ -18,7 +19,7 @@ from typing import Any
 
 from llmsparse.backends.cpu.pages import Arena
 from llmsparse.errors import RecipeError
-from llmsparse.inference.expert_readers import ExpertReaders, Key
+from llmsparse.inference.expert_readers import ExpertReaders, Key, Unread
 
 
 @dataclass
@@ -29,7 +30,8 @@ class Tally:
     found: int = 0  # in memory when they were asked for
     foreseen: int = 0  # of those asked for: read ahead, or on their way
     read: int = 0
-    read_ahead: int = 0  # reads begun because an expert was foreseen
+    read_ahead: int = 0  # reads that were begun because an expert was foreseen, and came to an end
+    repeated: int = 0  # reads in which C failed
     read_bytes: int = 0
     waited_seconds: float = 0.0
 
@@ -54,7 +56,8 @@ class ExpertMemory:
         self._readers, self._size = readers, size
         self._free = list(arenas)
         self._held: OrderedDict[Key, tuple[Arena, Any]] = OrderedDict()  # used longest ago first
-        self._reading: dict[Key, Arena] = {}  # submitted to readers
+        self._reading: dict[Key, Arena] = {}  # submitted to readers, and what is to be read again
+        self._again: set[Key] = set()  # of those: whoever waits for it reads it
         self._wanted: deque[Key] = deque()
         self._foreseen: list[Key] = []
         self._early: set[Key] = set()  # of those being read: because they were foreseen
@@ -62,7 +65,8 @@ class ExpertMemory:
         self._needed: Counter[Key] = Counter()
         self._failed: dict[Key, Exception] = {}
         self._closed = False
-        self._lock = threading.Lock()
+        self._process = os.getpid()  # a fork of it has no threads that read
+        self._lock = threading.RLock()  # a finalizer that closes may run in the thread that has it
         _ALL.add(self)
 
     def arriving(
@@ -72,26 +76,28 @@ class ExpertMemory:
         asked for. Raises what reading raised.
 
         `ahead` tells what to `foresee`; it is asked while the experts are on their way."""
-        pending = [(layer, expert) for expert in experts]
-        with self._lock:
-            self._ask(pending)
+        self._refuse_closed()
+        asked: list[Key] = []
         try:
+            with self._lock:
+                self._ask([(layer, expert) for expert in experts], asked)
             if ahead is not None:
                 self.foresee(ahead())
-            while pending:
-                key, held = self._next(pending)
+            while asked:
+                key, held = self._next(asked)
                 yield key[1], held
                 with self._lock:
-                    pending.remove(key)
+                    asked.remove(key)
                     self._release(key)
         finally:
             with self._lock:
-                for key in pending:
+                for key in asked:
                     self._release(key)
 
     def foresee(self, keys: Sequence[Key]) -> None:
         """Read these while there is nothing to read for a layer that runs; the first come first. Takes the place of what was
         foreseen before."""
+        self._refuse_closed()
         with self._lock:
             self._collect()
             self._foreseen = list(keys[: self.room // 2])
@@ -100,22 +106,33 @@ class ExpertMemory:
             self._submit()
 
     def close(self) -> None:
-        """Nothing is read any more."""
-        with self._lock:
+        """Nothing is read any more. In a fork of the process, nothing is done: who reads is not there."""
+        if os.getpid() == self._process:
             self._closed = True
-        self._readers.close()
+            self._readers.close()
 
     def end(self) -> None:
         """Close, and wait until nobody reads."""
-        self.close()
-        self._readers.end()
+        if os.getpid() == self._process:
+            self.close()
+            self._readers.end()
 
-    def _ask(self, keys: Sequence[Key]) -> None:
+    def _refuse_closed(self) -> None:
+        if os.getpid() != self._process:
+            raise RecipeError(
+                "experts of this model are read by another process: load the model in this one, after the fork"
+            )
+        if self._closed:
+            raise RecipeError("experts of this model are no longer read: it has been made dense, or let go")
+
+    def _ask(self, keys: Sequence[Key], asked: list[Key]) -> None:
+        """`asked`: those that are needed from now on."""
         self._collect()
         for key in keys:
             if key not in self._needed:
                 self._failed.pop(key, None)  # of another time
             self._needed[key] += 1
+            asked.append(key)
             self.tally.asked += 1
             self.tally.found += key in self._held
             self.tally.foreseen += key in self._ahead
@@ -131,6 +148,7 @@ class ExpertMemory:
         started = time.perf_counter()
         while True:
             with self._lock:
+                self._refuse_closed()
                 seen = self._readers.finished()
                 self._collect()
                 for key in pending:
@@ -140,37 +158,68 @@ class ExpertMemory:
                         return key, self._held[key][1]
                     if key in self._failed:
                         raise self._failed[key]
-                if self._closed:
-                    raise RecipeError("experts of this model are no longer read: it has been made dense, or let go")
-            self._readers.wait(seen)
+                again = next((key for key in pending if key in self._again), None)
+                if again is not None:
+                    self._again.remove(again)
+            if again is None:
+                self._readers.wait(seen)
+            else:
+                self._repeat(again, self._reading[again])
+
+    def _repeat(self, key: Key, arena: Arena) -> None:
+        """Read what C could not, while others need not wait."""
+        try:
+            made = self._readers.now(key, arena)
+        except Exception as error:  # whoever waits for it is told
+            made = error
+        except BaseException:
+            with self._lock:
+                self._again.add(key)
+            raise
+        with self._lock:
+            self._note(key, made)
+            self._submit()
 
     def _release(self, key: Key) -> None:
         self._needed[key] -= 1
         if self._needed[key] <= 0:
             del self._needed[key]
+            if key in self._again:
+                self._again.remove(key)
+                self._free.append(self._reading.pop(key))
             self._submit()
 
     def _collect(self) -> None:
         """Take over what has been read."""
         done = self._readers.done()
         for key, made in done:
-            arena = self._reading.pop(key)
-            self.tally.read_ahead += key in self._early
-            self._early.discard(key)
-            if isinstance(made, Exception):
-                self._failed[key] = made
-                self._ahead.discard(key)
-                self._free.append(arena)
-                continue
-            self._held[key] = (arena, made)
-            self.tally.read += 1
-            self.tally.read_bytes += self._size(key)
+            if key in self._reading and key not in self._again:  # else this was interrupted when it had noted it
+                self.tally.read_ahead += key in self._early
+                self._early.discard(key)
+                self.tally.repeated += isinstance(made, Unread)
+                if isinstance(made, Unread) and key in self._needed:
+                    self._again.add(key)
+                else:
+                    self._note(key, made)
+            self._readers.taken(key)
         if done:
             self._submit()
 
+    def _note(self, key: Key, made: Any) -> None:
+        """What has become of one that was being read."""
+        if isinstance(made, Exception):
+            self._failed[key] = made
+            self._ahead.discard(key)
+            self._free.append(self._reading.pop(key))
+        else:
+            self._held[key] = self._reading[key], made
+            del self._reading[key]
+            self.tally.read += 1
+            self.tally.read_bytes += self._size(key)
+
     def _submit(self) -> None:
         """Have read what there is room for."""
-        if self._closed:
+        if self._closed or os.getpid() != self._process:
             return
         while self._wanted:
             key = self._wanted[0]
@@ -178,18 +227,26 @@ class ExpertMemory:
                 arena = self._vacate(self._foreseen) or self._vacate(()) or self._recalled()
                 if arena is None:
                     return  # one comes free when a layer is done with an expert
-                self._reading[key] = arena
-                self._readers.submit(key, arena, False)
+                self._begin(key, arena, False)
             self._wanted.popleft()
         for key in self._foreseen:
             if key not in self._held and key not in self._reading and key not in self._failed:
                 arena = self._vacate(self._foreseen)
                 if arena is None:
                     return
-                self._reading[key] = arena
                 self._early.add(key)
                 self._ahead.add(key)
-                self._readers.submit(key, arena, True)
+                self._begin(key, arena, True)
+
+    def _begin(self, key: Key, arena: Arena, ahead: bool) -> None:
+        self._reading[key] = arena
+        try:
+            self._readers.submit(key, arena, ahead)
+        except BaseException as error:
+            if self._recall(key) and isinstance(error, Exception):
+                self._failed[key] = error  # who waits for it is told
+                return
+            raise
 
     def _vacate(self, spared: Sequence[Key]) -> Arena | None:
         if self._free:
@@ -210,7 +267,7 @@ class ExpertMemory:
     def _recall(self, key: Key) -> bool:
         if not self._readers.recall(key):
             return False
+        self._free.append(self._reading.pop(key))
         self._early.discard(key)
         self._ahead.discard(key)
-        self._free.append(self._reading.pop(key))
         return True

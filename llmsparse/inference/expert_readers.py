@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from llmsparse.backends.cpu import pages
 from llmsparse.backends.cpu.pages import Arena
 from llmsparse.backends.cpu.stored import Loading, Readers
+from llmsparse.errors import MachineError
 from llmsparse.inference.stored_experts import StoredExperts
 
 Key = tuple[int, int]  # number of the layer, number of the expert
 Prepare = Callable[[Key, Arena, Any], Any]  # what it returns lies in the arena; the last is the thread's own
+SOON = 0.2  # seconds after which who waits looks whether there is anything to wait for
+
+
+class Unread(Exception):
+    """Threads of C could not read an expert: `now` can, or says what is wrong."""
 
 
 class ExpertReaders(Protocol):
-    """Only `wait`, `now` and `end` take time."""
+    """Only `wait`, `now`, `close` and `end` take time."""
 
-    def submit(self, key: Key, arena: Arena, ahead: bool) -> None: ...
+    def submit(self, key: Key, arena: Arena, ahead: bool) -> None:
+        """Of one that is not under way. Where this raises, `recall` says whether it is."""
+        ...
 
     def hurry(self, key: Key) -> None:
         """What was to be read ahead is wanted now."""
@@ -30,15 +37,17 @@ class ExpertReaders(Protocol):
         ...
 
     def done(self) -> list[tuple[Key, Any]]:
-        """What has been finished since the last time: what was prepared, or the error."""
+        """What has been finished and not `taken`: what was prepared, or the error. Nothing once it is closed."""
         ...
+
+    def taken(self, key: Key) -> None: ...
 
     def finished(self) -> int:
         """How many are, ever."""
         ...
 
     def wait(self, seen: int) -> None:
-        """Until more than `seen` are finished, or it is closed."""
+        """Until more than `seen` are finished, or it is closed; not for long."""
         ...
 
     def now(self, key: Key, arena: Arena) -> Any:
@@ -54,57 +63,75 @@ class ExpertReaders(Protocol):
         ...
 
 
+@dataclass(eq=False)
+class _Job:
+    arena: Arena
+    ahead: bool
+    begun: bool = False
+    finished: bool = False
+    made: Any = None
+
+
 class ThreadReaders:
     """Threads of Python, one for each of `beside`, what it needs to prepare an expert."""
 
-    def __init__(self, prepare: Prepare, beside: Sequence[Any], ended: Callable[[], None]) -> None:
-        """`ended` is called once nothing is read any more."""
-        self._prepare, self._beside, self._ended = prepare, beside, ended
-        self._wanted: list[tuple[Key, Arena]] = []
-        self._ahead: list[tuple[Key, Arena]] = []
-        self._done: list[tuple[Key, Any]] = []
+    def __init__(self, prepare: Prepare, beside: Sequence[Any], own: Any, ended: Callable[[], None]) -> None:
+        """`own` is that of whoever calls `now`; `ended` is called once nothing is read any more. MachineError."""
+        self._prepare, self._own, self._ended = prepare, own, ended
+        self._jobs: dict[Key, _Job] = {}
         self._finished, self._closed, self._reading = 0, False, len(beside)
-        self._changed = threading.Condition()
+        self._changed, self._one = threading.Condition(), threading.Lock()
         self._threads = [
-            threading.Thread(target=self._read, args=(own,), daemon=True, name="experts") for own in beside
+            threading.Thread(target=self._read, args=(each,), daemon=True, name="experts") for each in beside
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:
+            with self._changed:
+                self._reading -= sum(thread.ident is None for thread in self._threads)
+                self._closed = True
+                self._changed.notify_all()
+            raise MachineError(
+                f"experts on disk: {error} to read them; allow this user more threads (ulimit -u)"
+            ) from None
 
     def submit(self, key: Key, arena: Arena, ahead: bool) -> None:
         with self._changed:
-            (self._ahead if ahead else self._wanted).append((key, arena))
+            self._jobs[key] = _Job(arena, ahead)
             self._changed.notify_all()
 
     def hurry(self, key: Key) -> None:
         with self._changed:
-            for job in [job for job in self._ahead if job[0] == key]:
-                self._ahead.remove(job)
-                self._wanted.append(job)
+            if key in self._jobs:
+                self._jobs[key].ahead = False
 
     def recall(self, key: Key) -> bool:
         with self._changed:
-            for jobs in (self._wanted, self._ahead):
-                for job in [job for job in jobs if job[0] == key]:
-                    jobs.remove(job)
-                    return True
-        return False
+            if key in self._jobs and self._jobs[key].begun:
+                return False
+            self._jobs.pop(key, None)
+            return True
 
     def done(self) -> list[tuple[Key, Any]]:
         with self._changed:
-            done, self._done = self._done, []
-            return done
+            return [] if self._closed else [(key, job.made) for key, job in self._jobs.items() if job.finished]
+
+    def taken(self, key: Key) -> None:
+        with self._changed:
+            self._jobs.pop(key, None)
 
     def finished(self) -> int:
         return self._finished
 
     def wait(self, seen: int) -> None:
         with self._changed:
-            while self._finished <= seen and not self._closed:
-                self._changed.wait()
+            if self._finished <= seen and not self._closed:
+                self._changed.wait(SOON)
 
     def now(self, key: Key, arena: Arena) -> Any:
-        return self._prepare(key, arena, self._beside[0])
+        with self._one:
+            return self._prepare(key, arena, self._own)
 
     def close(self) -> None:
         with self._changed:
@@ -117,28 +144,30 @@ class ThreadReaders:
             thread.join()
 
     def _read(self, own: Any) -> None:
-        while (job := self._job()) is not None:
-            key, arena = job
+        while (found := self._next()) is not None:
+            key, job = found
             try:
-                made = self._prepare(key, arena, own)
+                made = self._prepare(key, job.arena, own)
             except Exception as error:  # whoever waits for it is told
                 made = error
             with self._changed:
-                self._done.append((key, made))
+                job.made, job.finished = made, True
                 self._finished += 1
                 self._changed.notify_all()
-            del made
+            del made, found, job
         with self._changed:
             self._reading -= 1
             if not self._reading:
                 self._ended()
 
-    def _job(self) -> tuple[Key, Arena] | None:
+    def _next(self) -> tuple[Key, _Job] | None:
         with self._changed:
             while not self._closed:
-                jobs = self._wanted or self._ahead
-                if jobs:
-                    return jobs.pop(0)
+                waiting = [(key, job) for key, job in self._jobs.items() if not job.begun]
+                if waiting:
+                    key, job = next((one for one in waiting if not one[1].ahead), waiting[0])
+                    job.begun = True
+                    return key, job
                 self._changed.wait()
         return None
 
@@ -146,36 +175,41 @@ class ThreadReaders:
 class NativeReaders:
     """Threads of C, one for each scratch: they do not hold up who multiplies meanwhile."""
 
-    def __init__(self, layers: Sequence[StoredExperts], scratches: Sequence[Arena], ended: Callable[[], None]) -> None:
-        """`ended` is called once nothing is read any more."""
-        self._layers, self._scratches, self._ended = layers, scratches, ended
+    def __init__(
+        self, layers: Sequence[StoredExperts], scratches: Sequence[Arena], own: Arena, ended: Callable[[], None]
+    ) -> None:
+        """`own` is what whoever calls `now` reads into; `ended` is called once nothing is read any more. MachineError."""
+        self._layers, self._own, self._ended = layers, own, ended
         rows = max(stack.shape[0] for layer in layers for stack in layer.stacks.values())
         self._readers = Readers(scratches, rows)
-        self._under_way: dict[Key, tuple[Arena, Loading]] = {}
-        self._told, self._open = 0, True
+        self._under_way: dict[Key, Loading] = {}
+        self._taken, self._open = 0, True
+        self._one, self._ending = threading.Lock(), threading.RLock()
 
     def submit(self, key: Key, arena: Arena, ahead: bool) -> None:
         loading = Loading(self._layers[key[0]].lying(key[1]), arena)
-        self._under_way[key] = arena, loading
+        self._under_way[key] = loading
         self._readers.submit(loading, ahead)
 
     def hurry(self, key: Key) -> None:
         if key in self._under_way:
-            self._readers.hurry(self._under_way[key][1])
+            self._readers.hurry(self._under_way[key])
 
     def recall(self, key: Key) -> bool:
-        if not self._readers.recall(self._under_way[key][1]):
+        loading = self._under_way.get(key)
+        if loading is not None and loading.submitted and not self._readers.recall(loading):
             return False
-        del self._under_way[key]
+        self._under_way.pop(key, None)
         return True
 
     def done(self) -> list[tuple[Key, Any]]:
-        finished = self._readers.finished()
-        if finished == self._told:
+        if not self._open or self._readers.finished() == self._taken:
             return []
-        keys = [key for key, (_, loading) in self._under_way.items() if loading.finished]
-        self._told += len(keys)
-        return [(key, self._result(key, *self._under_way.pop(key))) for key in keys]
+        return [(key, self._result(key, one)) for key, one in self._under_way.items() if one.finished]
+
+    def taken(self, key: Key) -> None:
+        if self._under_way.pop(key, None) is not None:
+            self._taken += 1
 
     def finished(self) -> int:
         return self._readers.finished()
@@ -184,27 +218,19 @@ class NativeReaders:
         self._readers.wait(seen)
 
     def now(self, key: Key, arena: Arena) -> Any:
-        return self._layers[key[0]].prepare(key[1], arena, self._own)
+        with self._one:
+            return self._layers[key[0]].prepare(key[1], arena, self._own)
 
     def close(self) -> None:
         self.end()  # C does not keep what it reads into
 
     def end(self) -> None:
-        if self._open:
-            self._open = False
-            self._readers.close()
-            self._readers.join()
-            self._ended()
+        with self._ending:
+            if self._open:
+                self._open = False
+                self._readers.close()
+                self._readers.join()
+                self._ended()
 
-    def _result(self, key: Key, arena: Arena, loading: Loading) -> Any:
-        if not loading.failed:
-            return self._layers[key[0]].ready(loading)
-        try:
-            return self.now(key, arena)
-        except Exception as error:  # whoever waits for it is told
-            return error
-
-    @cached_property
-    def _own(self) -> Arena:
-        """Memory of whoever calls, which others do not read into."""
-        return pages.Arena.row(1, self._scratches[0].size)[0]
+    def _result(self, key: Key, loading: Loading) -> Any:
+        return Unread() if loading.failed else self._layers[key[0]].ready(loading)

@@ -3,8 +3,9 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from llmsparse.backends.protocol import WeightSpec
 from llmsparse.errors import RecipeError
 from llmsparse.formats import stored_bytes
 from llmsparse.inference.expert_memory import ExpertMemory
-from llmsparse.inference.expert_readers import Key, NativeReaders, ThreadReaders
+from llmsparse.inference.expert_readers import ExpertReaders, Key, NativeReaders, ThreadReaders
 from llmsparse.inference.foresight import Foresight
 from llmsparse.inference.linear import PackedMatrix
 from llmsparse.inference.stored_experts import STAYS, ReadyExpert, StoredExperts, StoredStack, read_index, specs_of
@@ -85,16 +86,33 @@ def keep_on_disk(
     model: nn.Module, reader: CheckpointReader, modules: Mapping[str, Leaves], *, size: int, backend: str
 ) -> OnDisk:
     """Experts of `modules` that are read when they are used, in `size` bytes of memory: their stacks take the place of packed
-    ones. RecipeError where the bytes are too few, MachineError where a backend cannot run the experts."""
+    ones. RecipeError where the bytes are too few, MachineError where a backend cannot run the experts or no thread starts."""
     files: dict[Path, DirectFile] = {}
-    layers = [_stored(path, leaves, reader, backend, files) for path, leaves in modules.items()]
-    scratches = pages.Arena.row(READERS, max(one.scratch_bytes() for one in layers))
-    each = max(_prepared_bytes(one, scratches[0]) for one in layers)
-    beside = (
-        sum(scratch.size for scratch in scratches)
-        + READERS * max(one.beside_bytes() for one in layers)
-        + sum(one.index_bytes() for one in layers)
-    )
+
+    def close() -> None:
+        for file in files.values():
+            file.close()
+
+    with contextlib.ExitStack() as undone:
+        undone.callback(close)
+        layers = [_stored(path, leaves, reader, backend, files) for path, leaves in modules.items()]
+        *scratches, own = pages.Arena.row(READERS + 1, StoredExperts.scratch_bytes(layers))
+        each = max(_prepared_bytes(one, own) for one in layers)
+        beside = (
+            (READERS + 1) * own.size
+            + READERS * max(one.beside_bytes() for one in layers)
+            + sum(one.index_bytes() for one in layers)
+        )
+        arenas = _arenas(layers, size, beside, each)
+        foresight = Foresight.of(model, [(path, model.get_submodule(path)) for path in modules])
+        memory = ExpertMemory(_readers(layers, scratches, own, close), arenas, lambda key: layers[key[0]].size(key[1]))
+        weakref.finalize(model, memory.close)
+        undone.pop_all()
+    return OnDisk(layers, foresight, memory, len(arenas) * each + beside)
+
+
+def _arenas(layers: Sequence[StoredExperts], size: int, beside: int, each: int) -> list[pages.Arena]:
+    """As many of `each` bytes as `size` has room for beside what is read with, at most one for each expert. RecipeError."""
     experts, room = sum(one.count for one in layers), (size - beside) // each
     if room < LEAST:
         raise RecipeError(
@@ -106,20 +124,19 @@ def keep_on_disk(
     for layer in layers:
         for stack in layer.stacks.values():
             stack.prepared = held
+    return arenas
+
+
+def _readers(
+    layers: Sequence[StoredExperts], scratches: Sequence[pages.Arena], own: pages.Arena, ended: Callable[[], None]
+) -> ExpertReaders:
+    if all(layer.by_number for layer in layers):
+        return NativeReaders(layers, scratches, own, ended)
 
     def prepare(key: Key, arena: pages.Arena, scratch: pages.Arena) -> ReadyExpert:
         return layers[key[0]].prepare(key[1], arena, scratch)
 
-    def close() -> None:
-        for file in files.values():
-            file.close()
-
-    native = all(layer.by_number for layer in layers)
-    readers = NativeReaders(layers, scratches, close) if native else ThreadReaders(prepare, scratches, close)
-    memory = ExpertMemory(readers, arenas, lambda key: layers[key[0]].size(key[1]))
-    foresight = Foresight.of(model, [(path, model.get_submodule(path)) for path in modules])
-    weakref.finalize(model, memory.close)
-    return OnDisk(layers, foresight, memory, len(arenas) * each + beside)
+    return ThreadReaders(prepare, scratches, own, ended)
 
 
 def _stored(

@@ -3,6 +3,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -166,13 +167,16 @@ class StoredExperts:
         """The expert with the most bytes on disk."""
         return max(range(self.count), key=self.size)
 
-    def scratch_bytes(self) -> int:
-        """Of memory that `prepare` reads into."""
-        return max(
+    @staticmethod
+    def scratch_bytes(layers: Sequence[StoredExperts]) -> int:
+        """Of memory that any of `layers` can be read into. C keeps a place for the rows of all of them behind what is read."""
+        stacks = [stack for layer in layers for stack in layer.stacks.values()]
+        read = (
             sum(room_for(end - begin) for begin, end in stack.spans(expert).values())
-            for stack in self.stacks.values()
-            for expert in range(self.count)
-        ) + max(map(rows_bytes, (stack.shape[0] for stack in self.stacks.values())))
+            for stack in stacks
+            for expert in range(int(stack.described["shape"][0]))
+        )
+        return max(read) + rows_bytes(max(stack.shape[0] for stack in stacks))
 
     def beside_bytes(self) -> int:
         """Of memory that `prepare` takes for a while, beside the scratch."""
@@ -187,16 +191,23 @@ class StoredExperts:
 
     def prepare(self, expert: int, arena: pages.Arena, scratch: pages.Arena) -> ReadyExpert:
         """An expert, in `arena`. CheckpointError where it is damaged."""
-        if self.by_number and load(loading := Loading(self.lying(expert), arena), scratch):
-            return self.ready(loading)
+        with contextlib.ExitStack() as files:
+            for file in self._files.values():
+                files.enter_context(file.used())
+            if self.by_number and load(loading := Loading(self.lying(expert), arena), scratch):
+                return self.ready(loading)
+            return ReadyExpert(self.stacks, self._prepare(expert, arena, scratch))
+
+    def _prepare(self, expert: int, arena: pages.Arena, scratch: pages.Arena) -> dict[str, PackedMatrix]:
+        """More slowly than C does; whatever is wrong is said."""
         made: dict[str, PackedMatrix] = {}
-        with torch.no_grad(), pages.within(arena):  # more slowly, and whatever is wrong is said
+        with torch.no_grad(), pages.within(arena):
             for leaf, stack in self.stacks.items():
                 try:
                     made[leaf] = PassingMatrix(self._read(stack, expert, scratch), stack.choice, stack.transposed)
                 except CheckpointError as error:
                     raise CheckpointError(f"{stack.name}, expert {expert}: {error}") from error
-        return ReadyExpert(self.stacks, made)
+        return made
 
     def ready(self, loading: Loading) -> ReadyExpert:
         """What has been loaded."""

@@ -33,7 +33,7 @@ class Reader:
 
 
 def memory_of(reader: Reader, room: int = 8, readers: int = 1) -> ExpertMemory:
-    threads = ThreadReaders(reader, [None] * readers, reader.ended.set)
+    threads = ThreadReaders(reader, [None] * readers, None, reader.ended.set)
     return ExpertMemory(threads, Arena.row(room, 4096), lambda key: 1)
 
 

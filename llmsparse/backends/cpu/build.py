@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-FLAGS = ("-O3", "-std=gnu11", "-fno-strict-aliasing", "-fPIC", "-shared")
+FLAGS = ("-O3", "-std=gnu11", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread")
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_SECONDS = 300  # a compile takes 2 to 5
 

@@ -47,6 +47,7 @@ SIGNATURES = {
     "repack": (None, (c_void_p, c_void_p, c_void_p, c_void_p, c_int32)),
     "restore": (None, (c_void_p, c_void_p, c_void_p, c_void_p, c_int32)),
     "load_stored": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
+    "job_state": (c_int64, (c_void_p,)),
     "readers_open": (c_void_p, (c_int64, c_void_p, c_int64, c_int64)),
     "readers_submit": (None, (c_void_p, c_void_p)),
     "readers_hurry": (None, (c_void_p, c_void_p)),

@@ -2,13 +2,14 @@
  * whoever multiplies meanwhile does not wait for it. What is wanted now is read before what is read ahead, for which one
  * thread fewer is used, and which stops for it between two pieces: so that a large one does not share the disk with it. */
 #include <pthread.h>
+#include <time.h>
 #ifdef __linux__
 #include <sys/prctl.h>
 #endif
 
 #include "stored.h"
 
-enum { QUEUED, READING, READ, FAILED };
+enum { NEW, QUEUED, READING, READ, FAILED };
 
 struct job {
     const struct weight *const *w;
@@ -29,12 +30,17 @@ struct readers {
     struct job *first;
     int64_t finished;    /* jobs, ever */
     int64_t wanted;      /* that are not read ahead, and not finished */
-    int64_t early, most; /* that are being read ahead, and how many may be */
+    int64_t early, most; /* that are being read ahead, and how many may be: one thread fewer than there are */
     int64_t closed, threads, begun;
     char *scratch; /* of all threads, `each` bytes for one */
     int64_t each, room; /* where in its part there is room for offsets */
     pthread_t thread[];
 };
+
+/* Others look at it without the lock. */
+static void set_state(struct job *job, int64_t state) { __atomic_store_n(&job->state, state, __ATOMIC_RELEASE); }
+
+int64_t job_state(const struct job *job) { return __atomic_load_n(&job->state, __ATOMIC_ACQUIRE); }
 
 /* The job to be done next, no longer queued. */
 static struct job *next_job(struct readers *r) {
@@ -42,7 +48,7 @@ static struct job *next_job(struct readers *r) {
     while (*link && (*link)->ahead) link = &(*link)->next;
     if (!*link && r->early < r->most) link = &r->first;
     struct job *job = *link;
-    if (job) *link = job->next, job->state = READING, r->early += job->early = job->ahead;
+    if (job) *link = job->next, set_state(job, READING), r->early += job->early = job->ahead;
     return job;
 }
 
@@ -75,7 +81,7 @@ static void *read_jobs(void *data) {
         r->early -= job->early;
         if (!job->ahead) r->wanted--;
         pthread_cond_broadcast(&r->work);
-        job->state = status ? FAILED : READ;
+        set_state(job, status ? FAILED : READ);
         __atomic_store_n(&r->finished, r->finished + 1, __ATOMIC_RELEASE);
         pthread_cond_broadcast(&r->done);
     }
@@ -88,9 +94,10 @@ struct readers *readers_open(int64_t threads, char *scratch, int64_t each, int64
     struct readers *r = calloc(1, sizeof *r + (size_t)threads * sizeof *r->thread);
     if (!r) return NULL;
     pthread_mutex_init(&r->lock, NULL), pthread_cond_init(&r->work, NULL), pthread_cond_init(&r->done, NULL);
-    r->scratch = scratch, r->each = each, r->room = room, r->most = threads > 1 ? threads - 1 : 1;
+    r->scratch = scratch, r->each = each, r->room = room;
     pthread_mutex_lock(&r->lock); /* they count each other */
     while (r->threads < threads && !pthread_create(&r->thread[r->threads], NULL, read_jobs, r)) r->threads++;
+    r->most = r->threads > 1 ? r->threads - 1 : 1; /* there may be fewer than asked for */
     pthread_mutex_unlock(&r->lock);
     if (r->threads) return r;
     free(r);
@@ -101,7 +108,7 @@ void readers_submit(struct readers *r, struct job *job) {
     pthread_mutex_lock(&r->lock);
     struct job **end = &r->first;
     while (*end) end = &(*end)->next;
-    job->next = NULL, job->state = QUEUED, *end = job;
+    job->next = NULL, set_state(job, QUEUED), *end = job;
     if (!job->ahead) r->wanted++;
     pthread_cond_broadcast(&r->work);
     pthread_mutex_unlock(&r->lock);
@@ -123,17 +130,22 @@ int32_t readers_recall(struct readers *r, struct job *job) {
     while (*link && *link != job) link = &(*link)->next;
     int32_t found = *link != NULL;
     if (found) *link = job->next;
-    if (found && !job->ahead) r->wanted--;
+    if (found && !job->ahead && !--r->wanted) pthread_cond_broadcast(&r->work); /* what gave way to it goes on */
     pthread_mutex_unlock(&r->lock);
     return found;
 }
 
 int64_t readers_finished(struct readers *r) { return __atomic_load_n(&r->finished, __ATOMIC_ACQUIRE); }
 
-/* Until more than `seen` jobs are finished, or none will be. */
+/* Until more than `seen` jobs are finished, or none will be; at most for a fifth of a second, so that who waits can be
+ * interrupted. */
 void readers_wait(struct readers *r, int64_t seen) {
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until); /* of which condition variables know everywhere */
+    until.tv_nsec += 200000000;
+    if (until.tv_nsec >= 1000000000) until.tv_nsec -= 1000000000, until.tv_sec++;
     pthread_mutex_lock(&r->lock);
-    while (r->finished <= seen && !r->closed) pthread_cond_wait(&r->done, &r->lock);
+    for (int late = 0; r->finished <= seen && !r->closed && !late;) late = pthread_cond_timedwait(&r->done, &r->lock, &until);
     pthread_mutex_unlock(&r->lock);
 }
 

@@ -38,8 +38,8 @@ static const char *read_span(const struct span *s, char *memory, may_go_on *ask,
         if (got <= 0) return NULL;
         place += got;
     }
-#ifdef POSIX_FADV_DONTNEED
-    if (!s->direct) posix_fadvise(s->file, first, last - first, POSIX_FADV_DONTNEED);
+#ifdef POSIX_FADV_DONTNEED /* of no bytes it would mean all that follow */
+    if (!s->direct && first < last) posix_fadvise(s->file, first, last - first, POSIX_FADV_DONTNEED);
 #endif
     return memory + (s->begin - first);
 }

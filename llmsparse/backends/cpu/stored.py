@@ -19,6 +19,7 @@ from torch import Tensor
 from llmsparse.backends.cpu import pages
 from llmsparse.backends.cpu.library import COLUMNS, DTYPES, ROWS, SLACK, Matrix, library
 from llmsparse.backends.cpu.weight import CpuWeight
+from llmsparse.errors import MachineError
 from llmsparse.storage.direct import BLOCK
 
 
@@ -26,7 +27,7 @@ class _Span(ctypes.Structure):
     _fields_ = (("begin", c_int64), ("end", c_int64), ("file", c_int32), ("direct", c_int32))
 
 
-QUEUED, READING, READ, FAILED = range(4)  # as in readers.h
+NEW, QUEUED, READING, READ, FAILED = range(5)  # as in readers.h
 
 
 class _Job(ctypes.Structure):
@@ -126,13 +127,21 @@ class Loading:
         self.job = _Job(ctypes.addressof(self._pointers), ctypes.addressof(self._stored), count)
 
     @property
+    def submitted(self) -> bool:
+        return self._state != NEW
+
+    @property
     def finished(self) -> bool:
-        return self.job.state >= READ
+        return self._state >= READ
 
     @property
     def failed(self) -> bool:
         """Once it is finished: a file cannot be read in this way, or a matrix is damaged."""
-        return self.job.state == FAILED
+        return self._state == FAILED
+
+    @property
+    def _state(self) -> int:
+        return library().job_state(ctypes.addressof(self.job))
 
 
 def load(loading: Loading, scratch: pages.Arena) -> bool:
@@ -154,7 +163,9 @@ class Readers:
         room = first.size - rows_bytes(rows)
         self._readers = library().readers_open(len(scratches), first.address, first.size, room)
         if not self._readers:
-            raise MemoryError
+            raise MachineError(
+                "experts on disk: the system starts no thread to read them; allow this user more threads (ulimit -u)"
+            )
 
     def submit(self, loading: Loading, ahead: bool) -> None:
         loading.job.ahead = ahead
@@ -173,7 +184,7 @@ class Readers:
         return library().readers_finished(self._readers)
 
     def wait(self, seen: int) -> None:
-        """Until more than `seen` are finished, or it is closed."""
+        """Until more than `seen` are finished, or it is closed; not for long, so that who waits can be interrupted."""
         library().readers_wait(self._readers, seen)
 
     def close(self) -> None:
@@ -183,4 +194,5 @@ class Readers:
     def join(self) -> None:
         """After `close`, once: until nobody reads."""
         library().readers_join(self._readers)
-        weakref.finalize(self, library().readers_free, self._readers)  # others may still ask what is finished
+        freeing = weakref.finalize(self, library().readers_free, self._readers)  # others may still ask what is finished
+        freeing.atexit = False  # or wait, while Python ends

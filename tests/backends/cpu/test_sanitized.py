@@ -11,7 +11,7 @@ import pytest
 from llmsparse.backends.cpu import build
 from llmsparse.backends.cpu.kernel_library import HERE
 
-FLAGS = ("-O1", "-g", "-std=gnu11", "-fno-strict-aliasing", "-fopenmp", "-Wall", "-Wextra", "-Werror")
+FLAGS = ("-O1", "-g", "-std=gnu11", "-fno-strict-aliasing", "-fopenmp", "-pthread", "-Wall", "-Wextra", "-Werror")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 

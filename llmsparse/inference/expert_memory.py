@@ -88,11 +88,10 @@ class ExpertMemory:
                 yield key[1], held
                 with self._lock:
                     asked.remove(key)
-                    self._release(key)
+                    self._release([key])
         finally:
             with self._lock:
-                for key in asked:
-                    self._release(key)
+                self._release(asked)
 
     def foresee(self, keys: Sequence[Key]) -> None:
         """Read these while there is nothing to read for a layer that runs; the first come first. Takes the place of what was
@@ -180,14 +179,15 @@ class ExpertMemory:
             self._note(key, made)
             self._submit()
 
-    def _release(self, key: Key) -> None:
-        self._needed[key] -= 1
-        if self._needed[key] <= 0:
-            del self._needed[key]
-            if key in self._again:
-                self._again.remove(key)
-                self._free.append(self._reading.pop(key))
-            self._submit()
+    def _release(self, keys: Sequence[Key]) -> None:
+        for key in keys:
+            self._needed[key] -= 1
+            if self._needed[key] <= 0:
+                del self._needed[key]
+                if key in self._again:
+                    self._again.remove(key)
+                    self._free.append(self._reading.pop(key))
+        self._submit()
 
     def _collect(self) -> None:
         """Take over what has been read."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from llmsparse.backends.cpu.pages import Arena
-from llmsparse.errors import CheckpointError
+from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.inference.expert_memory import ExpertMemory
-from llmsparse.inference.expert_readers import Key, ThreadReaders
+from llmsparse.inference.expert_readers import Key, ThreadReaders, Unread
 
 
 class Reader:
@@ -80,3 +82,123 @@ def test_a_failure_of_another_time_is_forgotten_when_it_is_asked_for_again() -> 
     reader.broken.clear()
     assert list(memory.arriving(0, [0])) == [(0, (0, 0))]
     memory.close()
+
+
+def test_what_was_interrupted_half_way_is_read_when_it_is_asked_for_again() -> None:
+    """However far its bookkeeping had come."""
+    reader = Reader()
+    interrupted = ["size", "submit", "submitted", "taken"]
+
+    def interrupt(place: str) -> None:
+        if place in interrupted:
+            interrupted.remove(place)
+            raise KeyboardInterrupt
+
+    class Interrupted(ThreadReaders):
+        def submit(self, key: Key, arena: Arena, ahead: bool) -> None:
+            interrupt("submit")
+            super().submit(key, arena, ahead)
+            interrupt("submitted")
+
+        def taken(self, key: Key) -> None:
+            interrupt("taken")
+            super().taken(key)
+
+    def size(key: Key) -> int:
+        interrupt("size")
+        return 1
+
+    memory = ExpertMemory(Interrupted(reader, [None], None, reader.ended.set), Arena.row(2, 4096), size)
+    for layer in range(2, 12):
+        with contextlib.suppress(KeyboardInterrupt):
+            within_seconds(lambda layer=layer: list(memory.arriving(layer, [0, 1])))
+    assert not interrupted
+    assert within_seconds(lambda: sorted(memory.arriving(0, [0, 1]))) == [(0, (0, 0)), (1, (0, 1))]
+    assert within_seconds(lambda: list(memory.arriving(1, [0]))) == [(0, (1, 0))]
+    memory.close()
+
+
+def within_seconds(work: Callable[[], Any]) -> Any:
+    """What it gives, unless it waits for ever."""
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert found, "it waits for ever"
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    return found[0]
+
+
+def test_what_cannot_be_submitted_is_told_to_who_asks() -> None:
+    class Refusing(ThreadReaders):
+        def submit(self, key: Key, arena: Arena, ahead: bool) -> None:
+            if key[0] == 1:
+                raise CheckpointError(f"{key} is not there")
+            super().submit(key, arena, ahead)
+
+    reader = Reader()
+    memory = ExpertMemory(Refusing(reader, [None], None, reader.ended.set), Arena.row(4, 4096), lambda key: 1)
+    assert list(memory.arriving(0, [0], lambda: [(1, 0)])) == [(0, (0, 0))], "nobody has asked for it"
+    for _ in range(6):  # more than there are arenas
+        with pytest.raises(CheckpointError, match="is not there"):
+            list(memory.arriving(1, [0]))
+    memory.close()
+
+
+def test_it_may_be_closed_by_who_is_in_the_middle_of_it() -> None:
+    """As a finalizer may, wherever it runs."""
+    reader = Reader()
+    threads = ThreadReaders(reader, [None], None, reader.ended.set)
+
+    def size(key: Key) -> int:
+        memory.foresee([])
+        memory.close()
+        return 1
+
+    memory = ExpertMemory(threads, Arena.row(4, 4096), size)
+    assert within_seconds(lambda: list(memory.arriving(0, [0]))) == [(0, (0, 0))]
+    with pytest.raises(RecipeError, match="no longer read"):
+        next(memory.arriving(0, [0]))
+    assert reader.ended.wait(10) and threads.done() == []
+
+
+class Unable(ThreadReaders):
+    """Its threads fail where those of C would; whoever asks can read."""
+
+    asked: list[Key]
+
+    def now(self, key: Key, arena: Arena) -> Any:
+        self.asked.append(key)
+        return super().now(key, arena)
+
+
+def test_what_threads_cannot_read_is_read_by_who_asks_and_not_before() -> None:
+    def prepare(key: Key, arena: Arena, own: Any) -> Key:
+        if own == "thread":
+            raise Unread
+        return key
+
+    readers = Unable(prepare, ["thread"], "caller", lambda: None)
+    readers.asked = []
+    memory = ExpertMemory(readers, Arena.row(4, 4096), lambda key: 1)
+    memory.foresee([(0, 0), (0, 1)])
+    within_seconds(lambda: wait_for_reads(memory, 2))
+    assert readers.asked == [], "they are only foreseen"
+    assert within_seconds(lambda: sorted(memory.arriving(0, [0, 1]))) == [(0, (0, 0)), (1, (0, 1))]
+    assert sorted(readers.asked) == [(0, 0), (0, 1)] and memory.tally.read == 2
+    memory.close()
+
+
+def wait_for_reads(memory: ExpertMemory, count: int) -> bool:
+    while memory.tally.repeated < count:
+        memory.foresee([(0, 0), (0, 1)])
+        time.sleep(0.01)
+    return True

@@ -212,6 +212,7 @@ static void orderly_round(int file, int other, int threads) {
     readers_submit(r, &slow->job);
     if (pieces_soon(2) != 2) fail("pieces", 0);
     for (int j = 0; j < THREADS; j++) queued[j] = large_job(file, 1), readers_submit(r, &queued[j]->job);
+    usleep(20000); /* whoever may begin one has done so */
     if (threads > 1) {
         readers_submit(r, &wanted->job), wait_for(r, 1);
         if (job_state(&wanted->job) != READ || job_state(&slow->job) != READING) fail("what is wanted waits", 0);
@@ -250,7 +251,7 @@ static void recalling(int file, int other) {
     int64_t finished = 0;
     for (int turn = 0; turn < 3000; turn++) {
         readers_submit(r, &ahead->job);
-        for (uint64_t pause = draw(4000); pause; pause--) __asm__ volatile("");
+        for (uint64_t pause = draw(100000); pause; pause--) __asm__ volatile("");
         readers_submit(r, &wanted->job);
         finished += 2 - readers_recall(r, &wanted->job);
         wait_for(r, finished);

@@ -452,35 +452,6 @@ def test_it_takes_the_memory_that_it_is_allowed(tmp_path: Path) -> None:
 # processes, signals and systems that refuse
 
 
-FORKED = """
-import os, sys
-from pathlib import Path
-import torch
-from llmsparse.errors import RecipeError
-from llmsparse.inference.load import load_model
-model = load_model(Path(sys.argv[1]), device=torch.device("cpu"), backend="cpu-bitmask", expert_memory="125KB")
-ids = torch.arange(9)[None]
-model(ids)
-if os.fork() == 0:
-    try:
-        model(ids)
-    except RecipeError as error:
-        print(error, flush=True)
-    sys.exit(0)  # and what Python does at its end
-print(os.wait()[1], flush=True)
-model(ids)
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks here")
-def test_a_fork_says_that_nobody_reads_in_it_and_ends(folders: Folders) -> None:
-    asked = [sys.executable, "-c", FORKED, str(folders("mixtral")[1])]
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=60)
-    said, status = done.stdout.splitlines()
-    assert done.returncode == 0, done.stderr
-    assert "are read by another process: load the model in this one" in said and status == "0"
-
-
 WAITS = """
 import os, signal, threading
 from llmsparse.backends.cpu.pages import Arena

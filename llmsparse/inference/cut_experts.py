@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llmsparse.backends.cpu import columns, pages
 from llmsparse.backends.cpu.columns import Columns
+from llmsparse.backends.cpu_columns import COLUMNS, TOKENS
 from llmsparse.inference.cut_product import by_columns, moved
 from llmsparse.inference.gradient import wants_gradient
 from llmsparse.inference.packed_experts import CUT, PackedStack, sparse_experts
@@ -96,13 +97,19 @@ def holds_experts(module: Any, leaf: str) -> bool:
     return leaf in vars(module).get("stacks", ()) or getattr(module._parameters.get(leaf), "ndim", 0) == 3
 
 
-def cut_stacks(model: nn.Module) -> Iterator[tuple[str, bool]]:
-    """The parameters of experts that leave inputs out, and whether a kernel reads only the columns of the others."""
+def cut_stacks(model: nn.Module) -> Iterator[tuple[str, str, int | None]]:
+    """The parameters of experts that leave inputs out, what runs them, and for how many tokens it reads only the columns of the
+    others."""
     for path, module in model.named_modules():
         stacks: dict[str, CutStack] = vars(module).get(CUT, {})
         for leaf, stack in stacks.items():
             packed = vars(module).get("stacks", {}).get(leaf)
-            yield f"{path}.{leaf}", bool(stack.columns) or (isinstance(packed, PackedStack) and packed.by_columns)
+            if stack.columns:
+                yield f"{path}.{leaf}", COLUMNS.name, columns.MOST
+            elif isinstance(packed, PackedStack) and packed.by_columns:
+                yield f"{path}.{leaf}", COLUMNS.name, TOKENS
+            else:
+                yield f"{path}.{leaf}", "torch" if packed is None else packed.choice.backend, None
 
 
 def _weights(module: Any, leaf: str) -> Iterator[Tensor]:

@@ -148,8 +148,8 @@ def cut_layers(model: nn.Module) -> Iterator[LeanLayer]:
             else:
                 runs = matrix.choice.backend if matrix is not None else "torch"
                 yield LeanLayer(name, runs, None, ZEROS)
-    for name, lean in cut_stacks(model):
-        yield LeanLayer(name, COLUMNS.name, columns.MOST, READ) if lean else LeanLayer(name, "torch", None, ZEROS)
+    for name, runs, tokens in cut_stacks(model):
+        yield LeanLayer(name, runs, tokens, ZEROS if tokens is None else READ)
 
 
 def _place(model: Any, name: str) -> tuple[nn.Module, str]:

@@ -3,7 +3,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -55,6 +55,14 @@ def rules_of(thresholds: Thresholds, name: str, block: nn.Module) -> dict[str, R
         else:
             found[layer] = thresholds.apply(own, weights[0])
     return found
+
+
+def refuse_outside(thresholds: Thresholds, blocks: Iterable[str]) -> None:
+    """CheckpointError for thresholds of a layer that lies in none of the blocks."""
+    inside = {f"{block}.{layer}" for block in blocks for layer in thresholds.of_block(block)}
+    for name in thresholds.layers:
+        if name not in inside:
+            raise CheckpointError(f"{name}: thresholds are given for it, and it is no layer of a block of the model")
 
 
 @contextmanager

@@ -45,15 +45,21 @@ class Layers:
 
     def take(self, names: Sequence[str]) -> None:
         """Learn from the samples of what enters these layers, which are let go of."""
-        entries = {id(entry): entry for name in names for entry in self.inputs[name]}
-        samples = {number: entry.sample if entry.rows else None for number, entry in entries.items()}
+        samples: dict[int, Tensor | None] = {}
+        for entry in (entry for name in names for entry in self.inputs[name]):
+            if id(entry) not in samples:
+                samples[id(entry)] = entry.sample if entry.rows else None
+                entry.rows.clear()
         for name in names:
             reached = {
                 slot[1]: samples[id(one)] for one in self.inputs[name] for slot in one.slots if _name_of(slot) == name
             }
             self._parts[name] = self._learn(name, reached)
-        for entry in entries.values():
-            entry.rows.clear()
+
+    def forget_samples(self) -> None:
+        """Let go of what was learned from; rules are looked up no more until it is taken anew."""
+        for part in (part for parts in self._parts.values() for part in parts):
+            part.forget()
 
     def sizes(self, tokens: int) -> dict[str, int]:
         """Weights that a token is multiplied with, on average of so many; of experts those it is routed to."""
@@ -118,6 +124,10 @@ class _Part:
             self.mean = sample.float().median(dim=0).values
             self._added = folded(weight, self.mean)
         self._sorted: Tensor | None = None
+
+    def forget(self) -> None:
+        self._sample = self._sample.new_empty(0, self._sample.shape[1])
+        self._sorted = None
 
     def applied(self, share: float, exact: bool) -> Applied:
         centre = self.mean if self._recipe.bias == "centre" else None

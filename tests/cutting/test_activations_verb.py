@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -151,6 +152,26 @@ def test_of_a_pruned_and_of_a_packed_model(
     after = loaded(tmp_path / "packed-after")
     assert torch.equal(logits(after), logits(packed))
     assert torch.allclose(logits(after.dequantize()), logits(packed), atol=1e-5)
+
+
+class Looks(Silent):
+    """Counts, as each measuring begins, the samples of earlier ones that are still held."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.held = rows, list[int]()
+
+    def batches(self, description: str, total: int) -> Callable[[], None]:
+        gc.collect()
+        tensors = [one for one in gc.get_objects() if type(one) is Tensor]
+        self.held.append(sum(one.dim() == 2 and one.shape[0] == self.rows for one in tensors))
+        return lambda: None
+
+
+def test_samples_are_let_go_of_before_others_are_taken(dense: Path, sample: Path, tmp_path: Path) -> None:
+    looks = Looks(7 * 31)  # all that enters a layer is in its sample
+    keys: dict[str, Any] = SMALL | {"calibration_samples": 7, "seq_len": 31, "batch_size": 7}
+    llmsparse.activations(dense, output=tmp_path / "o", sparsity=0.5, calibration=sample, progress=looks, **keys)
+    assert len(looks.held) > 4 and not any(looks.held)
 
 
 class Stopped(Silent):

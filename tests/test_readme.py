@@ -103,7 +103,7 @@ def test_every_flag_the_readme_names_exists(
     monkeypatch.setenv("COLUMNS", "200")
     flags = set(re.findall(r"`(--[a-z-]+)", README))
     assert len(flags) > 8
-    for verb in ("prune", "eval", "pack", "factorize", "serve"):
+    for verb in ("prune", "eval", "pack", "factorize", "serve", "quantize"):
         main([verb, "--help"])
     shown = capsys.readouterr().out
     assert not {flag for flag in flags if flag not in shown}

@@ -23,6 +23,7 @@ from llmsparse.benchmark.report import DENSE, MixtureMeasured, Speed, Speeds
 from llmsparse.benchmark.timing import Call, cache_bytes, copies_for, side_by_side
 from llmsparse.inference.experts_interface import run_by
 from llmsparse.inference.fused_experts import NAME, most_tokens, why_not
+from llmsparse.inference.packed_experts import CUT
 from llmsparse.models.empty_model import build_empty
 from llmsparse.models.origin import BUILTIN, load_config
 from llmsparse.runs.device import DTYPES
@@ -66,7 +67,7 @@ def mixtures(model: Any, tokens: int) -> list[MixtureWorkload]:
     """One for each shape among the blocks of a loaded model whose experts can run fused; `tokens`: of the largest batch."""
     found: dict[tuple[Any, ...], tuple[str, int]] = {}
     for name, module in model.named_modules():
-        if hasattr(module, "is_transposed") and why_not(module) is None:
+        if hasattr(module, "is_transposed") and CUT not in vars(module) and why_not(module) is None:
             parent = name.rpartition(".")[0]
             key = tuple((part, tuple(p.shape)) for part, p in model.get_submodule(parent).named_parameters())
             first, count = found.get(key, (parent, 0))

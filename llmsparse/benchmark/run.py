@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llmsparse.backends import BACKENDS, WeightSpec, table
-from llmsparse.backends.choice import check_names
+from llmsparse.backends.choice import AUTO, check_names
 from llmsparse.backends.table import Measurement, device_kinds
 from llmsparse.benchmark.checked import laid_out
 from llmsparse.benchmark.decoding import Decoding, decode
@@ -26,6 +26,7 @@ from llmsparse.errors import CheckpointError, LlmsparseError, MachineError, Reci
 from llmsparse.inference.fused_experts import NAME
 from llmsparse.inference.load import load_model
 from llmsparse.models.origin import fetch_model, is_packed, read_config
+from llmsparse.models.thresholds import block_of
 from llmsparse.runs.device import DTYPES, choose_device
 from llmsparse.runs.progress import Progress, Silent
 from llmsparse.version import __version__
@@ -73,14 +74,21 @@ def bench(
     names = list(BACKENDS) if backend == ALL else list(dict.fromkeys((DENSE, backend)))
     folder = None if model is None else fetch_model(model, revision)
     mixed: list[MixtureWorkload] = []
+    cut = folder is not None and block_of(read_config(folder)) is not None
     if folder is not None:
         if backend == ALL and _is_mixture(folder, trust_remote_code):
-            loaded = load_model(folder, device=place, experts=STOCK[0], trust_remote_code=trust_remote_code)
+            experts = AUTO if cut else STOCK[0]
+            loaded = load_model(folder, device=place, experts=experts, trust_remote_code=trust_remote_code)
             mixed = mixtures(loaded, max(batches))
         try:
             workloads = of_model(folder, trust_remote_code, progress)
         except CheckpointError:
             if not mixed:
+                if cut and _is_mixture(folder, trust_remote_code):
+                    raise RecipeError(
+                        f"{model}: nothing to measure: its experts leave inputs out, and run one by one, in one way only; measure "
+                        "the model that it was made of, or time `llmsparse generate`"
+                    ) from None
                 raise
             workloads = []  # nothing but dense experts
     else:

@@ -96,10 +96,12 @@ def choose(
             continue
         beside = layers.beside(name)
         if rules:
+            layers.forget_samples()  # what enters the layers that follow is measured anew
             with cutting(block.module, rules):
                 _measure(block, acts, layers.inputs[name], recipe, note)
             layers.take(beside)
         rules |= {other: layers.rule(other, levels[other], exact=True) for other in beside}
+    layers.forget_samples()
     made = [
         CutLayer(f"{block.name}.{name}", layers.shape(name), levels[name], described(rule), layers.met(name, tokens))
         for name, rule in rules.items()

@@ -16,7 +16,7 @@ from torch import Tensor
 from llmsparse.calibration.inputs import Input
 from llmsparse.cutting.recipe import ActivationsRecipe
 from llmsparse.errors import LlmsparseError
-from llmsparse.models.cut_block import parts_of
+from llmsparse.models.cut_block import weights_of
 from llmsparse.models.streamed import Block, Slot
 from llmsparse.models.thresholds import Applied, Rule, folded
 from llmsparse.sparsity.activation import Cut, column_norms, scores, threshold_at
@@ -45,15 +45,21 @@ class Layers:
 
     def take(self, names: Sequence[str]) -> None:
         """Learn from the samples of what enters these layers, which are let go of."""
-        entries = {id(entry): entry for name in names for entry in self.inputs[name]}
-        samples = {number: entry.sample if entry.rows else None for number, entry in entries.items()}
+        samples: dict[int, Tensor | None] = {}
+        for entry in (entry for name in names for entry in self.inputs[name]):
+            if id(entry) not in samples:
+                samples[id(entry)] = entry.sample if entry.rows else None
+                entry.rows.clear()
         for name in names:
             reached = {
                 slot[1]: samples[id(one)] for one in self.inputs[name] for slot in one.slots if _name_of(slot) == name
             }
             self._parts[name] = self._learn(name, reached)
-        for entry in entries.values():
-            entry.rows.clear()
+
+    def forget_samples(self) -> None:
+        """Let go of what was learned from; rules are looked up no more until it is taken anew."""
+        for part in (part for parts in self._parts.values() for part in parts):
+            part.forget()
 
     def sizes(self, tokens: int) -> dict[str, int]:
         """Weights that a token is multiplied with, on average of so many; of experts those it is routed to."""
@@ -61,7 +67,7 @@ class Layers:
 
     def shape(self, name: str) -> tuple[int, int]:
         """(out, in), of each expert."""
-        out, width = parts_of(self._block.module, name)[0][0].shape
+        out, width = weights_of(self._block.module, name)[0].shape
         return out, width
 
     def met(self, name: str, tokens: int) -> float:
@@ -85,16 +91,16 @@ class Layers:
         if not rows:
             wanted = next(weight.name for entry in self.inputs[name] for weight in entry.weights)
             raise LlmsparseError(f"no calibration token reached {wanted}; leave it out with --exclude {wanted!r}")
-        parts = parts_of(self._block.module, name)
+        weights = weights_of(self._block.module, name)
         if name not in self._experts:
-            return [_Part(*parts[0], rows[0], self._recipe, QUICK)]
+            return [_Part(weights[0], rows[0], self._recipe, QUICK)]
         pool = torch.cat(rows)
-        pool = pool[:: -(-len(pool) // POOLED)]
+        pool = pool[:: -(-len(pool) // POOLED)].clone()  # a view would keep them all
         made: list[_Part] = []
-        for expert, (weight, bias) in enumerate(parts):
+        for expert, weight in enumerate(weights):
             sample = reached.get(expert)
             own = pool if sample is None or len(sample) < min(FEW, len(pool)) else sample
-            made.append(_Part(weight, bias, own, self._recipe, -(-QUICK // len(parts))))
+            made.append(_Part(weight, own, self._recipe, -(-QUICK // len(weights))))
         return made
 
 
@@ -109,17 +115,19 @@ def described(rule: Rule) -> dict[str, Any]:
 class _Part:
     """One matrix, and a sample (rows, in) of what enters it."""
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, sample: Tensor, recipe: ActivationsRecipe, quick: int
-    ) -> None:
-        self._weight, self._own, self._sample, self._recipe, self._quick = weight, bias, sample, recipe, quick
+    def __init__(self, weight: Tensor, sample: Tensor, recipe: ActivationsRecipe, quick: int) -> None:
+        self._weight, self._sample, self._recipe, self._quick = weight, sample, recipe, quick
         self._norms = column_norms(weight) if recipe.score == "wina" else None
         self.mean: Tensor | None = None
-        self._bias = bias
+        self._added: Tensor | None = None
         if recipe.bias == "centre":
             self.mean = sample.float().median(dim=0).values
-            self._bias = folded(weight, self.mean, bias)
+            self._added = folded(weight, self.mean)
         self._sorted: Tensor | None = None
+
+    def forget(self) -> None:
+        self._sample = self._sample.new_empty(0, self._sample.shape[1])
+        self._sorted = None
 
     def applied(self, share: float, exact: bool) -> Applied:
         centre = self.mean if self._recipe.bias == "centre" else None
@@ -129,8 +137,8 @@ class _Part:
             cut = Cut(threshold=self._threshold(share, centre, exact), norms=self._norms, centre=centre)
         if self._recipe.bias == "fold":
             self.mean = (self._sample.float() - cut(self._sample).float()).mean(0)
-            self._bias = folded(self._weight, self.mean, self._own)
-        return Applied(cut, self._bias)
+            self._added = folded(self._weight, self.mean)
+        return Applied(cut, self._added)
 
     def _threshold(self, share: float, centre: Tensor | None, exact: bool) -> float:
         def found() -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from llmsparse.calibration.inputs import EXPERT_ROWS
 from llmsparse.calibration.selection import matching_weights
 from llmsparse.cutting.block import ROWS
+from llmsparse.cutting.layers import POOLED, QUICK
 from llmsparse.cutting.recipe import ActivationsRecipe
 from llmsparse.encodings.reader import encoding_of, open_checkpoint
 from llmsparse.errors import CheckpointError, RecipeError
@@ -21,7 +22,7 @@ from llmsparse.models.cut_block import can_be_cut
 from llmsparse.models.experts import runs_by_expert
 from llmsparse.models.origin import Origin, is_packed, read_config
 from llmsparse.models.prunable import refuse_shared_blocks
-from llmsparse.models.streamed import StreamedModel, Weight
+from llmsparse.models.streamed import Slot, StreamedModel, Weight
 from llmsparse.packing.packed_reader import PackedReader
 from llmsparse.runs.joint import alone
 from llmsparse.runs.memory import freed_bytes
@@ -55,12 +56,23 @@ class ActivationsPlan(RunPlan[ActivationsRecipe]):
         )
         tokens = self.windows.ids.numel() + 2 * self.windows.held_out.numel()
         acts = tokens * self.model.hidden_size * self.dtype.itemsize
-        widths = [{weight.slot: weight.shape[1] for weight in some} for some in self.weights.values()]
-        rows = [sum(size * (ROWS if slot[1] is None else EXPERT_ROWS) for slot, size in one.items()) for one in widths]
-        samples = max(rows, default=0) * (self.dtype.itemsize + 1)
-        scores = 3 * 4 * ROWS * max((w for width in widths for w in width.values()), default=0)
+        shapes = [{weight.slot: weight.shape for weight in some} for some in self.weights.values()]
+        samples = max(map(self._samples, shapes), default=0)
+        scores = 3 * 4 * ROWS * max((width for some in shapes for _, width in some.values()), default=0)
         running = 4 * self.batches[0].numel() * 4 * max(max(w.shape) for some in self.weights.values() for w in some)
         return self.footprint + acts + 4 * stored + freed_bytes(self.device, stored) + samples + max(scores, running)
+
+    def _samples(self, shapes: Mapping[Slot, tuple[int, ...]]) -> int:
+        """Bytes of what a block's inputs are sampled to, with the rules made of it; `shapes`: (out, in) by where it enters."""
+        total, largest = 0, 0
+        for (_, expert), (out, width) in shapes.items():
+            sample = (ROWS if expert is None else EXPERT_ROWS) * width * self.dtype.itemsize
+            looked_up = (QUICK if expert is None else 1) * width * 4
+            total += sample + looked_up + 2 * 4 * width + out * self.dtype.itemsize  # norms, centre, what it adds
+            largest = max(largest, sample if expert is None else POOLED * width * self.dtype.itemsize)
+        experts = sum(expert is not None for _, expert in shapes)
+        pooled = EXPERT_ROWS * max((width for _, width in shapes.values()), default=0) * experts * self.dtype.itemsize
+        return total + largest + pooled
 
     def to_json(self) -> dict[str, Any]:
         chosen = [weight.name for some in self.weights.values() for weight in some]

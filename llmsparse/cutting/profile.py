@@ -22,6 +22,7 @@ from llmsparse.models.experts import matrix_of_expert, runs_by_expert
 from llmsparse.models.origin import fetch_model, is_packed, load_config, load_tokenizer, read_config
 from llmsparse.models.streamed import Block, Slot, StreamedModel, Weight
 from llmsparse.models.tap import Tap
+from llmsparse.models.thresholds import refuse_cut
 from llmsparse.packing.packed_reader import PackedReader
 from llmsparse.runs.device import choose_device, choose_dtype, split_batches, window_length
 from llmsparse.runs.progress import Progress, Silent
@@ -110,6 +111,7 @@ def profile(
             raise RecipeError(f"{name}: got {value}, wanted at least {least}")
     text = str(calibration)
     folder = fetch_model(str(model), revision)
+    refuse_cut(str(model), read_config(folder))
     packed = is_packed(read_config(folder))
     config = load_config(folder, trust_remote_code, packed=packed, encoded=True)
     reader = PackedReader(folder) if packed else open_checkpoint(folder)

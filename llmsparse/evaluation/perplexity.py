@@ -17,7 +17,7 @@ import torch
 
 from llmsparse.encodings.reader import open_checkpoint
 from llmsparse.errors import CalibrationError, NumericalError, RecipeError
-from llmsparse.models.cut_block import cutting, rules_of
+from llmsparse.models.cut_block import cutting, refuse_outside, rules_of
 from llmsparse.models.likelihood import negative_log_likelihood, perplexity_of
 from llmsparse.models.origin import fetch_model, load_config, load_tokenizer, read_config
 from llmsparse.models.streamed import StreamedModel
@@ -105,6 +105,8 @@ def perplexity(
             progress.block(block.name)
             with cutting(block.module, rules_of(cut, block.name, block.module) if cut else {}):
                 block.run(acts, into=acts)
+        if cut:
+            refuse_outside(cut, streamed.block_names)
         nll = negative_log_likelihood(streamed, acts, batches)
     if not math.isfinite(nll):
         with ranks.together():

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from llmsparse.backends.cpu import columns, pages
 from llmsparse.backends.cpu.columns import Columns
+from llmsparse.backends.cpu_columns import COLUMNS, TOKENS
 from llmsparse.inference.cut_product import by_columns, moved
 from llmsparse.inference.gradient import wants_gradient
 from llmsparse.inference.packed_experts import CUT, PackedStack, sparse_experts
-from llmsparse.models.experts import bias_of_expert, runs_by_expert
+from llmsparse.inference.recast import recast, refuse_absent
+from llmsparse.models.experts import matrix_of_expert, runs_by_expert
 from llmsparse.models.thresholds import ExpertRules, Thresholds
 
 
@@ -29,15 +31,30 @@ class CutStack:
     def __init__(self, rules: ExpertRules) -> None:
         self.rules = rules
         self.columns: list[Columns] = []  # in the memory of the parameter
+        self._at = 0  # where that is
 
-    def product(self, expert: int, x: Tensor) -> Tensor | None:
-        """x (tokens, in) → (tokens, out) from the columns that count; None where torch must run it."""
-        if not self.columns or torch.compiler.is_compiling() or len(x) > columns.MOST:
+    def __getstate__(self) -> dict[str, Any]:
+        return {"rules": self.rules}  # a copy has a parameter of its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.rules, self.columns, self._at = state["rules"], [], 0
+
+    def product(self, weight: Tensor, transposed: bool, expert: int, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """x (tokens, in) → (tokens, out) from the columns that count of the parameter `weight`, + bias; None where torch must
+        run it."""
+        if torch.compiler.is_compiling() or type(weight) is not nn.Parameter or len(x) > columns.MOST:
             return None
-        matrix, rule = self.columns[expert], self.rules[expert]
-        if x.dtype != matrix.dtype or torch.is_autocast_enabled("cpu") or wants_gradient(x, rule.bias):
+        if x.dtype != weight.dtype or torch.is_autocast_enabled("cpu") or wants_gradient(x, weight, bias):
             return None
-        return columns.product(matrix, rule.cut, x, rule.bias)
+        if weight.data_ptr() != self._at:  # loaded anew, or a copy
+            self.look(weight, transposed)
+        return columns.product(self.columns[expert], self.rules[expert].cut, x, bias) if self.columns else None
+
+    def look(self, weight: Tensor, transposed: bool) -> None:
+        """Read the columns where a parameter has them side by side; else there are none."""
+        lying = weight.data if transposed else weight.data.transpose(-1, -2)  # (experts, in, out)
+        there = lying.is_contiguous() and columns.usable(weight)
+        self._at, self.columns = weight.data_ptr(), [Columns.of(one.T) for one in lying] if there else []
 
 
 class CutExperts(nn.Module):
@@ -58,10 +75,11 @@ class CutExperts(nn.Module):
 
 def cut_experts(module: Any, leaf: str, name: str, thresholds: Thresholds) -> None:
     """Let the experts of a loaded module leave out what enters their parameter `leaf`, called `name` in the config."""
-    rules = thresholds.apply_experts(name, _parts(module, leaf))
+    refuse_absent(module, leaf, name)
+    rules = thresholds.apply_experts(name, _weights(module, leaf), module.num_experts)
     vars(module).setdefault(CUT, {})[leaf] = CutStack(rules)
     if not isinstance(module, CutExperts):
-        module.__class__ = _cut(type(module))
+        recast(module, _cut(type(module)))
     _lay_out(module, leaf)
 
 
@@ -69,7 +87,7 @@ def uncut_experts(module: nn.Module) -> None:
     """Let experts see all of their inputs again."""
     if isinstance(module, CutExperts):
         vars(module).pop(CUT)
-        module.__class__ = type(module).__mro__[2]
+        recast(module, type(module).__mro__[2])
 
 
 def holds_experts(module: Any, leaf: str) -> bool:
@@ -79,46 +97,50 @@ def holds_experts(module: Any, leaf: str) -> bool:
     return leaf in vars(module).get("stacks", ()) or getattr(module._parameters.get(leaf), "ndim", 0) == 3
 
 
-def cut_stacks(model: nn.Module) -> Iterator[tuple[str, bool]]:
-    """The parameters of experts that leave inputs out, and whether a kernel reads only the columns of the others."""
+def cut_stacks(model: nn.Module) -> Iterator[tuple[str, str, int | None]]:
+    """The parameters of experts that leave inputs out, what runs them, and for how many tokens it reads only the columns of the
+    others."""
     for path, module in model.named_modules():
         stacks: dict[str, CutStack] = vars(module).get(CUT, {})
         for leaf, stack in stacks.items():
             packed = vars(module).get("stacks", {}).get(leaf)
-            yield f"{path}.{leaf}", bool(stack.columns) or (isinstance(packed, PackedStack) and packed.by_columns)
+            if stack.columns:
+                yield f"{path}.{leaf}", COLUMNS.name, columns.MOST
+            elif isinstance(packed, PackedStack) and packed.by_columns:
+                yield f"{path}.{leaf}", COLUMNS.name, TOKENS
+            else:
+                yield f"{path}.{leaf}", "torch" if packed is None else packed.choice.backend, None
 
 
-def _parts(module: Any, leaf: str) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _weights(module: Any, leaf: str) -> Iterator[Tensor]:
+    """The matrix (out, in) of each expert, unpacked one by one."""
     stack = vars(module).get("stacks", {}).get(leaf)
-    if isinstance(stack, PackedStack) and not stack.together:
-        weights: Any = (matrix.dense() for matrix in stack.matrices)
+    if isinstance(stack, PackedStack) and stack.together:
+        yield from stack.matrices[0].dense()
+    elif isinstance(stack, PackedStack):
+        yield from (matrix.dense() for matrix in stack.matrices)
     elif stack is not None:
-        weights = stack.packed().unpack()  # of experts on disk the whole is read once, for their norms
+        yield from stack.unpacked()
     else:
-        weights = getattr(module, leaf).data
-        weights = weights.transpose(-1, -2) if module.is_transposed else weights
-    for expert, weight in enumerate(weights):
-        bias = bias_of_expert(module, leaf, expert)
-        yield weight, None if bias is None else bias.data
+        yield from (matrix_of_expert(module, leaf, expert).detach() for expert in range(module.num_experts))
 
 
 def _lay_out(module: Any, leaf: str) -> None:
     """Let weights lie column by column where a kernel can run them."""
     held: CutStack = vars(module)[CUT][leaf]
-    held.columns = []
     stack = vars(module).get("stacks", {}).get(leaf)
     if isinstance(stack, PackedStack):
         if not stack.together and not stack.by_columns:
             stack.let_lie(by_columns)
         return
-    if stack is not None or not columns.usable(getattr(module, leaf)):
+    if stack is not None:
         return
     parameter = getattr(module, leaf)
     lying = parameter.data if module.is_transposed else parameter.data.transpose(-1, -2)  # (experts, in, out)
-    if not lying.is_contiguous():
+    if columns.usable(parameter) and not lying.is_contiguous():
         lying = pages.zeros(lying.shape, lying.dtype).copy_(lying)
         parameter.data = lying if module.is_transposed else lying.transpose(-1, -2)
-    held.columns = [Columns.of(one.T) for one in lying]
+    held.look(parameter, module.is_transposed)
 
 
 @cache

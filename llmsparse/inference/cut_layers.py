@@ -29,6 +29,7 @@ from llmsparse.inference.gradient import wants_gradient
 from llmsparse.inference.lean import LeanLayer
 from llmsparse.inference.lean_norm import quicken_norms
 from llmsparse.inference.linear import PackedLayer
+from llmsparse.inference.recast import recast, refuse_absent
 from llmsparse.inference.shared_input import ALONE
 from llmsparse.models.cut_block import can_be_cut, matrix_of
 from llmsparse.models.origin import read_config
@@ -57,10 +58,18 @@ class CutLinear(_Cut, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in) → (..., out)."""
-        rule = self.rule
-        if self.columns is not None and self._fits(input):
-            return columns.product(self.columns, rule.cut, input, rule.bias)
-        return F.linear(rule.cut(input), self.weight, rule.bias)
+        rule, bias = self.rule, self.rule.bias(self.bias)
+        if self.columns is not None and self._fits(input, bias):
+            return columns.product(self.columns, rule.cut, input, bias)
+        return F.linear(rule.cut(input), self.weight, bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: held for key, held in vars(self).items() if key != "columns"}  # a copy has a weight of its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.weight.T.is_contiguous():
+            self.lay_out()
 
     def lay_out(self) -> None:
         """Let the weight lie column by column where the kernel can run it."""
@@ -69,13 +78,13 @@ class CutLinear(_Cut, nn.Linear):
             self.columns = Columns.of(self.weight.data)
             self.weight.data = self.columns.values.T
 
-    def _fits(self, x: Tensor) -> bool:
+    def _fits(self, x: Tensor, bias: Tensor | None) -> bool:
         weight = self.weight
         if torch.compiler.is_compiling() or not 0 < x.numel() <= columns.MOST * weight.shape[1]:
             return False
         if self.columns is None or weight.data_ptr() != self.columns.values.data_ptr() or x.dtype != weight.dtype:
             return False
-        return not torch.is_autocast_enabled("cpu") and not wants_gradient(x, weight, self.rule.bias)
+        return not torch.is_autocast_enabled("cpu") and not wants_gradient(x, weight, bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CutLinear:
         before = self.weight.data_ptr()
@@ -90,7 +99,7 @@ class CutConv1D(_Cut, Conv1D):  # pyright: ignore[reportIncompatibleMethodOverri
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) → (..., out)."""
-        return F.linear(self.rule.cut(x), self.weight.T, self.rule.bias)
+        return F.linear(self.rule.cut(x), self.weight.T, self.rule.bias(self.bias))
 
 
 def cut_model(model: Any, folder: Path) -> Any:
@@ -139,8 +148,8 @@ def cut_layers(model: nn.Module) -> Iterator[LeanLayer]:
             else:
                 runs = matrix.choice.backend if matrix is not None else "torch"
                 yield LeanLayer(name, runs, None, ZEROS)
-    for name, lean in cut_stacks(model):
-        yield LeanLayer(name, COLUMNS.name, columns.MOST, READ) if lean else LeanLayer(name, "torch", None, ZEROS)
+    for name, runs, tokens in cut_stacks(model):
+        yield LeanLayer(name, runs, tokens, ZEROS if tokens is None else READ)
 
 
 def _place(model: Any, name: str) -> tuple[nn.Module, str]:
@@ -158,9 +167,10 @@ def _place(model: Any, name: str) -> tuple[nn.Module, str]:
 
 
 def _cut(module: nn.Module, name: str, thresholds: Thresholds) -> None:
+    refuse_absent(module, "weight", name)
     if isinstance(module, PackedLayer):
         assert module.matrix is not None
-        module.rule = thresholds.apply(name, module.matrix.dense(), module.bias)
+        module.rule = thresholds.apply(name, module.matrix.dense())
         module.matrix = by_columns(module.matrix)
         module.group = ALONE
         return
@@ -169,7 +179,7 @@ def _cut(module: nn.Module, name: str, thresholds: Thresholds) -> None:
             f"{name}: config.json gives a threshold for it, and a {type(module).__name__} has no inputs to leave out"
         )
     layer: Any = module
-    layer.rule = thresholds.apply(name, matrix_of(module), layer.bias)
-    layer.__class__ = CutConv1D if isinstance(module, Conv1D) else CutLinear
+    layer.rule = thresholds.apply(name, matrix_of(module))
+    recast(layer, CutConv1D if isinstance(module, Conv1D) else CutLinear)
     if isinstance(layer, CutLinear):
         layer.lay_out()

@@ -19,14 +19,14 @@ from llmsparse.inference.gradient import wants_gradient
 from llmsparse.models.thresholds import Applied
 
 
-def by_kernel(matrix: Any, rule: Applied, x: Tensor) -> Tensor | None:
-    """x (..., in), of which inputs are left out, · Wᵀ + bias; None where another must run it. `matrix` is a PackedMatrix."""
+def by_kernel(matrix: Any, rule: Applied, x: Tensor, bias: Tensor | None) -> Tensor | None:
+    """x (..., in), of which inputs are left out, · Wᵀ + bias (`rule.bias`); None where another must run it. `matrix` is a PackedMatrix."""
     if torch.compiler.is_compiling() or matrix.backend is not COLUMNS or x.dtype != matrix.dtype:
         return None
     few = 0 < x.numel() <= TOKENS * x.shape[-1]
-    if not few or torch.is_autocast_enabled("cpu") or wants_gradient(x, rule.bias):
+    if not few or torch.is_autocast_enabled("cpu") or wants_gradient(x, bias):
         return None
-    return COLUMNS.run_cut(matrix.prepared, rule.cut, x, rule.bias)
+    return COLUMNS.run_cut(matrix.prepared, rule.cut, x, bias)
 
 
 def by_columns(matrix: Any) -> Any:
@@ -46,4 +46,4 @@ def moved(rule: Applied, fn: Callable[[Tensor], Tensor]) -> Applied:
     """The rule of a layer after `model.to(...)`: its scores stay in fp32."""
     device = fn(torch.empty(0)).device
     norms, centre = (None if held is None else held.to(device) for held in (rule.cut.norms, rule.cut.centre))
-    return Applied(replace(rule.cut, norms=norms, centre=centre), None if rule.bias is None else fn(rule.bias))
+    return Applied(replace(rule.cut, norms=norms, centre=centre), None if rule.added is None else fn(rule.added))

@@ -46,7 +46,8 @@ def fuse(model: Any, experts: str = AUTO) -> Any:
 
     `llmsparse`: fused for few tokens, shared experts beside them too; MachineError with the reason where it cannot.
     `auto`: the same where it is measured faster, which is on a CPU, else as they are. Any other
-    implementation of transformers by its name; RecipeError for one that is not known, or a model without experts.
+    implementation of transformers by its name; RecipeError for one that is not known, a model without
+    experts, and one whose experts leave inputs out.
     """
     known = [AUTO, "eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
     if experts not in known:
@@ -54,7 +55,13 @@ def fuse(model: Any, experts: str = AUTO) -> Any:
     stacked = [(name, one) for name, one in model.named_modules() if hasattr(one, "is_transposed")]
     dense = [(name, one) for name, one in stacked if "stacks" not in vars(one) and CUT not in vars(one)]
     if not dense:
-        if experts == AUTO or (stacked and experts == PACKED):
+        if experts == AUTO:
+            return model
+        if any(CUT in vars(one) for _, one in stacked):
+            raise RecipeError(
+                f"--experts {experts}: the model's experts leave inputs out, and run one by one; leave --experts out"
+            )
+        if stacked and experts == PACKED:
             return model
         raise RecipeError(f"--experts {experts}: the model has no dense experts that transformers lets others run")
     if experts == AUTO and not all(_faster(one) for _, one in dense):

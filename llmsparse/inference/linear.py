@@ -124,9 +124,10 @@ class PackedLayer(nn.Module):
         assert self.matrix is not None
         bias = self.bias
         if self.rule is not None:
-            if (y := by_kernel(self.matrix, self.rule, x)) is not None:
+            bias = self.rule.bias(bias)
+            if (y := by_kernel(self.matrix, self.rule, x, bias)) is not None:
                 return y
-            x, bias = self.rule.cut(x), self.rule.bias
+            x = self.rule.cut(x)
         if torch.compiler.is_compiling():
             return product_in_graph(self.matrix, x, bias)
         shared = shared_product(self, x)

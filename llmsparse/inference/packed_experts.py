@@ -180,13 +180,16 @@ def _cut_product(
     self: Any, products: Mapping[str, Callable[..., Tensor]], expert: int, name: str, cut: Any, x: Tensor
 ) -> Tensor:
     rule, stack = cut.rules[expert], vars(self).get("stacks", {}).get(name)
-    one_by_one = isinstance(stack, PackedStack) and not stack.together
-    found = by_kernel(stack.matrices[expert], rule, x) if one_by_one else cut.product(expert, x)
+    bias = rule.bias(bias_of_expert(self, name, expert))
+    if isinstance(stack, PackedStack) and not stack.together:
+        found = by_kernel(stack.matrices[expert], rule, x, bias)
+    else:
+        found = None if stack is not None else cut.product(getattr(self, name), self.is_transposed, expert, x, bias)
     if found is not None:
         return found
     if name in products:
-        return products[name](rule.cut(x), rule.bias)
-    return functional.linear(rule.cut(x), matrix_of_expert(self, name, expert), rule.bias)
+        return products[name](rule.cut(x), bias)
+    return functional.linear(rule.cut(x), matrix_of_expert(self, name, expert), bias)
 
 
 @cache

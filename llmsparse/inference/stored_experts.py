@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from llmsparse.formats.one_matrix import Spans, check_index, index_of, matrix, s
 from llmsparse.inference import graphed
 from llmsparse.inference.linear import PackedMatrix
 from llmsparse.storage.direct import DirectFile, room_for
-from llmsparse.storage.shard import TensorSpec, read_into
+from llmsparse.storage.shard import TensorSpec, bytes_of, read_into
 
 KEPT = ("_steps",)  # parts that a backend keeps as they are, and does not copy from
 STAYS = "stays on disk: load the model without expert_memory to move or to edit it"
@@ -115,6 +115,19 @@ class StoredStack:
         """The whole, read for the moment."""
         parts = {suffix: read_whole(spec) for suffix, spec in self.specs.items()}
         return restore(self.name, self.described, parts, self.dtype)
+
+    def unpacked(self) -> Iterator[Tensor]:
+        """Its matrices (out, in), each read for the moment."""
+        for number in range(int(self.described["shape"][0])):
+            parts: dict[str, Tensor] = {}
+            for suffix, (begin, end) in self.spans(number).items():
+                parts[suffix] = torch.empty(end - begin, dtype=torch.uint8)
+                read_into(self.specs[suffix], begin, bytes_of(parts[suffix]))
+            found = matrix(self.described, self.index, number, parts, self.dtype)
+            try:
+                yield PackedMatrix(found, self.choice).dense()
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.name}, expert {number}: {error}") from error
 
     def dense(self) -> Tensor:
         weight = self.packed().unpack()

@@ -3,7 +3,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -29,29 +29,40 @@ def matrix_of(module: nn.Module) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def parts_of(block: nn.Module, name: str) -> list[tuple[Tensor, Tensor | None]]:
-    """Weight (out, in) and bias of a layer of a block, or of each expert where `name` is a parameter of theirs; none where
-    the block has neither."""
+def weights_of(block: nn.Module, name: str) -> list[Tensor]:
+    """The weight (out, in) of a layer of a block, or of each expert where `name` is a parameter of theirs; none where the
+    block has neither."""
     path, _, leaf = name.rpartition(".")
     experts = _submodule(block, path)
     if experts is not None and runs_by_expert(experts) and isinstance(getattr(experts, leaf, None), Tensor):
         count = experts.num_experts
-        return [(matrix_of_expert(experts, leaf, one), bias_of_expert(experts, leaf, one)) for one in range(count)]
+        return [matrix_of_expert(experts, leaf, one) for one in range(count)]
     module = _submodule(block, name)
-    return [] if module is None else [(matrix_of(module), cast("Tensor | None", module.bias))]
+    return [] if module is None else [matrix_of(module)]
 
 
 def rules_of(thresholds: Thresholds, name: str, block: nn.Module) -> dict[str, Rule]:
     """The rules of a block, by the name of the layer within it."""
     found: dict[str, Rule] = {}
     for layer in thresholds.of_block(name):
-        parts = parts_of(block, layer)
-        if not parts:
+        weights = weights_of(block, layer)
+        if not weights:
             raise CheckpointError(f"{name}.{layer}: thresholds are given for it, and the model has no such layer")
         of_experts = _submodule(block, layer) is None
         own = f"{name}.{layer}"
-        found[layer] = thresholds.apply_experts(own, parts) if of_experts else thresholds.apply(own, *parts[0])
+        if of_experts:
+            found[layer] = thresholds.apply_experts(own, weights, len(weights))
+        else:
+            found[layer] = thresholds.apply(own, weights[0])
     return found
+
+
+def refuse_outside(thresholds: Thresholds, blocks: Iterable[str]) -> None:
+    """CheckpointError for thresholds of a layer that lies in none of the blocks."""
+    inside = {f"{block}.{layer}" for block in blocks for layer in thresholds.of_block(block)}
+    for name in thresholds.layers:
+        if name not in inside:
+            raise CheckpointError(f"{name}: thresholds are given for it, and it is no layer of a block of the model")
 
 
 @contextmanager
@@ -74,7 +85,7 @@ def cutting(block: nn.Module, rules: Mapping[str, Rule]) -> Generator[None]:
 
 
 def _linear(module: nn.Module, rule: Applied, x: Tensor) -> Tensor:
-    return F.linear(rule.cut(x), matrix_of(module), rule.bias)
+    return F.linear(rule.cut(x), matrix_of(module), rule.bias(cast("Tensor | None", module.bias)))
 
 
 def _arriving(
@@ -89,7 +100,7 @@ def _of_expert(module: Any, rules: Mapping[str, ExpertRules], expert: int, leaf:
     if leaf not in rules:
         return F.linear(x, weight, bias_of_expert(module, leaf, expert))
     rule = rules[leaf][expert]
-    return F.linear(rule.cut(x), weight, rule.bias)
+    return F.linear(rule.cut(x), weight, rule.bias(bias_of_expert(module, leaf, expert)))
 
 
 def _submodule(block: nn.Module, name: str) -> Any:

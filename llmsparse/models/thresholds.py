@@ -33,6 +33,8 @@ KEY = "activations"
 VERSION = 1
 MEANS = "llmsparse_activations.st"
 Bias = Literal["none", "fold", "centre"]
+AGAIN = "run `llmsparse activations` again"
+BELONG = "the two do not belong together"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,13 @@ class Applied:
     """The rule of a layer with all that it needs, on the layer's device."""
 
     cut: Cut
-    bias: Tensor | None  # (out,) in the dtype of the weight: the layer's own, and what stands for inputs left out
+    added: Tensor | None  # (out,) in the dtype of the weight: its product with what stands for inputs left out
+
+    def bias(self, own: Tensor | None) -> Tensor | None:
+        """What is added to the product, besides a layer's own bias."""
+        if self.added is None or own is None:
+            return own if self.added is None else self.added
+        return self.added + own
 
 
 ExpertRules = tuple[Applied, ...]  # of one parameter of a module of experts, by expert
@@ -75,34 +83,30 @@ class Thresholds:
         except OSError as error:
             raise disk_error(file, error) from error
 
-    def apply(self, name: str, weight: Tensor, bias: Tensor | None) -> Applied:
-        """The rule of a layer, made of its weight (out, in)."""
-        mean = self.means.get(name)
-        mean = None if mean is None else mean.to(weight.device)
-        if mean is not None and mean.shape != weight.shape[1:]:
+    def apply(self, name: str, weight: Tensor) -> Applied:
+        """The rule of a layer, made of its weight (out, in). CheckpointError where it does not belong to it."""
+        rule, mean = self.layers[name], self.means.get(name)
+        if isinstance(rule.get("threshold"), list):
             raise CheckpointError(
-                f"{name}: {MEANS} has {mean.numel()} inputs of it, the weight {weight.shape[1]}; the two do not belong together"
+                f"{name}: config.json gives {len(rule['threshold'])} thresholds for one matrix, wanted a number; {AGAIN}"
             )
-        return applied(self.layers[name], self.score, self.bias, mean, weight, bias)
+        _check_width(name, rule, mean, tuple(weight.shape[1:]), weight.shape[1])
+        return applied(rule, self.score, self.bias, mean, weight)
 
-    def apply_experts(self, name: str, matrices: Iterable[tuple[Tensor, Tensor | None]]) -> ExpertRules:
-        """The same of a parameter that holds a matrix for every expert: weight (out, in) and bias of each, in their order."""
-        rule, means, parts = self.layers[name], self.means.get(name), list(matrices)
+    def apply_experts(self, name: str, weights: Iterable[Tensor], count: int) -> ExpertRules:
+        """The same of a parameter that holds a matrix for each of `count` experts: `weights` (out, in) in their order, which
+        are let go of one by one."""
+        rule, means = self.layers[name], self.means.get(name)
         thresholds = rule.get("threshold")
-        if isinstance(thresholds, list) and len(thresholds) != len(parts):
+        if isinstance(thresholds, list) and len(thresholds) != count:
             raise CheckpointError(
-                f"{name}: config.json gives {len(thresholds)} thresholds for {len(parts)} experts; the two do not belong together"
-            )
-        wanted = (len(parts), parts[0][0].shape[1])
-        if means is not None and means.shape != wanted:
-            raise CheckpointError(
-                f"{name}: {MEANS} has {list(means.shape)} inputs of it, the weights {list(wanted)}; the two do not belong together"
+                f"{name}: config.json gives {len(thresholds)} thresholds for {count} experts; {BELONG}"
             )
         made: list[Applied] = []
-        for expert, (weight, bias) in enumerate(parts):
+        for expert, weight in enumerate(weights):
             own = {"threshold": thresholds[expert]} if isinstance(thresholds, list) else rule
-            mean = None if means is None else means[expert].to(weight.device)
-            made.append(applied(own, self.score, self.bias, mean, weight, bias))
+            _check_width(name, own, means, (count, weight.shape[1]), weight.shape[1])
+            made.append(applied(own, self.score, self.bias, None if means is None else means[expert], weight))
         return tuple(made)
 
     def of_block(self, block: str) -> Iterator[str]:
@@ -112,19 +116,30 @@ class Thresholds:
                 yield name.removeprefix(block + ".")
 
 
-def applied(
-    rule: Mapping[str, Any], score: Score, how: Bias, mean: Tensor | None, weight: Tensor, bias: Tensor | None
-) -> Applied:
+@torch.no_grad()
+def applied(rule: Mapping[str, Any], score: Score, how: Bias, mean: Tensor | None, weight: Tensor) -> Applied:
     """`rule`: of the layer, as in config.json; `mean` (in,) fp32 where `how` is not none."""
+    mean = None if mean is None else mean.to(weight.device)
     norms = column_norms(weight) if score == "wina" else None
     cut = Cut(**rule, norms=norms, centre=mean if how == "centre" else None)
-    return Applied(cut, bias if mean is None else folded(weight, mean, bias))
+    return Applied(cut, None if mean is None else folded(weight, mean))
 
 
-def folded(weight: Tensor, mean: Tensor, bias: Tensor | None) -> Tensor:
-    """The bias (out,) that says what `mean` (in,) adds, besides the layer's own."""
-    added = weight.float() @ mean
-    return (added if bias is None else added + bias.float()).to(weight.dtype)
+def folded(weight: Tensor, mean: Tensor) -> Tensor:
+    """What `mean` (in,) adds to a product, (out,)."""
+    return (weight.float() @ mean).to(weight.dtype)
+
+
+def _check_width(name: str, rule: Mapping[str, Any], mean: Tensor | None, wanted: tuple[int, ...], width: int) -> None:
+    """CheckpointError for a rule, or what stands for inputs left out, of a matrix of other inputs."""
+    if mean is not None and mean.shape != wanted:
+        raise CheckpointError(
+            f"{name}: {MEANS} has {list(mean.shape)} inputs of it, the weight {list(wanted)}; {BELONG}"
+        )
+    if rule.get("keep", 0) > width:
+        raise CheckpointError(
+            f"{name}: config.json lets {rule['keep']} inputs of a token count, and the weight has {width}; {BELONG}"
+        )
 
 
 def read_thresholds(folder: Path, config: Mapping[str, Any]) -> Thresholds | None:
@@ -145,7 +160,7 @@ def read_thresholds(folder: Path, config: Mapping[str, Any]) -> Thresholds | Non
     sparsity: Any = block.get("sparsity")
     known = score in get_args(Score) and bias in get_args(Bias) and isinstance(sparsity, int | float)
     if version != VERSION or not known or not isinstance(layers, dict) or not all(map(_is_rule, layers.values())):
-        raise CheckpointError(f"{file}: llmsparse.activations is damaged; run `llmsparse activations` again")
+        raise CheckpointError(f"{file}: llmsparse.activations is damaged; {AGAIN}")
     means = {} if bias == "none" else _read_means(folder, layers)
     return Thresholds(score, bias, float(sparsity), layers, means)
 
@@ -183,4 +198,6 @@ def _read_means(folder: Path, layers: Mapping[str, Any]) -> dict[str, Tensor]:
     found = {name: torch.empty(specs[name].shape) for name in layers}
     for name, mean in found.items():
         read_into(specs[name], 0, bytes_of(mean))
+        if not bool(mean.isfinite().all()):
+            raise CheckpointError(f"{folder / MEANS}: the inputs of {name} are NaN or Inf; {AGAIN}")
     return found

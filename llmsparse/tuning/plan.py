@@ -17,8 +17,9 @@ from llmsparse.encodings.reader import open_checkpoint
 from llmsparse.errors import CheckpointError
 from llmsparse.factorization.containers import CONTAINERS, Container
 from llmsparse.factorization.plan import find_ffn
-from llmsparse.models.origin import Origin, config_fingerprint, fetch_model, load_config, look_at_model
+from llmsparse.models.origin import Origin, config_fingerprint, fetch_model, load_config, look_at_model, read_config
 from llmsparse.models.streamed import StreamedModel
+from llmsparse.models.thresholds import refuse_cut
 from llmsparse.runs.device import DTYPES, window_length
 from llmsparse.runs.joint import alone
 from llmsparse.runs.opening import fetched, open_model, read_windows
@@ -193,6 +194,7 @@ def make_plan(recipe: TuneRecipe, *, resume: bool = False, overwrite: bool = Fal
     opened = open_model(recipe, resume=resume, overwrite=overwrite, check=check, dtype_of=choose_product_dtype)
     container = CONTAINERS[opened.config.model_type]
     teacher = look_at_model(recipe.teacher, recipe.teacher_revision)
+    refuse_cut(recipe.teacher, read_config(teacher.folder))
     teacher_config = load_config(teacher.folder, recipe.trust_remote_code, encoded=True)
     check_output(opened.output, resume=resume, overwrite=overwrite, source=teacher.folder)
     check_teacher(opened.config, teacher_config, recipe.teacher)

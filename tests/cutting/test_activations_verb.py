@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -153,6 +154,26 @@ def test_of_a_pruned_and_of_a_packed_model(
     assert torch.allclose(logits(after.dequantize()), logits(packed), atol=1e-5)
 
 
+class Looks(Silent):
+    """Counts, as each measuring begins, the samples of earlier ones that are still held."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.held = rows, list[int]()
+
+    def batches(self, description: str, total: int) -> Callable[[], None]:
+        gc.collect()
+        tensors = [one for one in gc.get_objects() if type(one) is Tensor]
+        self.held.append(sum(one.dim() == 2 and one.shape[0] == self.rows for one in tensors))
+        return lambda: None
+
+
+def test_samples_are_let_go_of_before_others_are_taken(dense: Path, sample: Path, tmp_path: Path) -> None:
+    looks = Looks(7 * 31)  # all that enters a layer is in its sample
+    keys: dict[str, Any] = SMALL | {"calibration_samples": 7, "seq_len": 31, "batch_size": 7}
+    llmsparse.activations(dense, output=tmp_path / "o", sparsity=0.5, calibration=sample, progress=looks, **keys)
+    assert len(looks.held) > 4 and not any(looks.held)
+
+
 class Stopped(Silent):
     """Ctrl-C as the second block begins."""
 
@@ -176,11 +197,16 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(dense: Path, cut: Path
             assert file.read_bytes() == (tmp_path / "cut" / file.name).read_bytes(), file.name
 
 
+UP = "model.layers.0.mlp.up_proj"
+
+
 def damages() -> Iterator[tuple[Callable[[dict[str, Any]], None], str]]:
     yield lambda block: block.update(version=9), "reads up to 1"
     yield lambda block: block.update(score="best"), "damaged"
     yield lambda block: block["layers"].update({"model.layers.0.mlp.up_proj": {"threshold": "x"}}), "damaged"
     yield lambda block: block["layers"].update({"model.layers.7.mlp.up_proj": {"threshold": 1.0}}), "up_proj"
+    yield lambda block: block["layers"].update({UP: {"threshold": [1.0, 2.0]}}), "2 thresholds for one matrix"
+    yield lambda block: block["layers"].update({UP: {"keep": 500}}), r"lets 500 inputs of a token count, .* has 32"
 
 
 @pytest.mark.parametrize(("damage", "said"), list(damages()))
@@ -191,6 +217,36 @@ def test_damaged_thresholds_are_one_line(damage: Callable[[Any], None], said: st
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=said):
         loaded(folder, quantization_config=llmsparse.SparseConfig())
+
+
+@pytest.mark.parametrize(("damaged", "said"), [
+    (torch.full((32,), torch.nan), "are NaN or Inf"), (torch.full((32,), torch.inf), "are NaN or Inf"),
+    (torch.zeros(2, 32), r"has \[2, 32\] inputs of it, the weight \[32\]"),
+])  # fmt: skip
+def test_damaged_centres_are_one_line(damaged: Tensor, said: str, cut: Path, sample: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(cut, tmp_path / "damaged")
+    save_file(load_file(folder / MEANS) | {UP: damaged}, folder / MEANS)
+    with pytest.raises(CheckpointError, match=said):
+        loaded(folder, quantization_config=llmsparse.SparseConfig())
+    with pytest.raises(CheckpointError, match=said):
+        llmsparse.perplexity(folder, sample, seq_len=32, windows=1, device="cpu")
+
+
+def test_thresholds_of_no_block_are_one_line_for_eval_too(cut: Path, sample: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(cut, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    block = config["llmsparse"]["activations"]
+    block["layers"] = {"model.layers.9.mlp.up_proj": {"threshold": 1.0}} | block["layers"]
+    (folder / "config.json").write_text(json.dumps(config))
+    means = load_file(folder / MEANS)
+    save_file(means | {"model.layers.9.mlp.up_proj": means[UP].clone()}, folder / MEANS)
+    with pytest.raises(CheckpointError, match=r"^model\.layers\.9\.mlp\.up_proj: .*no layer of a block"):
+        llmsparse.perplexity(folder, sample, seq_len=32, windows=1, device="cpu")
+
+
+def test_a_model_with_thresholds_is_not_profiled(cut: Path, sample: Path) -> None:
+    with pytest.raises(CheckpointError, match="has thresholds of activations already"):
+        llmsparse.profile(cut, sample, samples=2, seq_len=32, device="cpu")
 
 
 def test_centres_that_are_missing_are_one_line(cut: Path, tmp_path: Path) -> None:

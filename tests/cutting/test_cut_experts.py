@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmsparse
+from llmsparse.backends.cpu_columns import TOKENS
+from llmsparse.cli.app import main
 from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.inference.cut_experts import cut_stacks
 from llmsparse.inference.load import load_model
@@ -174,8 +176,9 @@ def test_eval_generate_and_a_saved_copy_leave_the_same_out(cut: Path, tmp_path: 
     model.save_pretrained(tmp_path / "saved")
     again = loaded(tmp_path / "saved", quantization_config=llmsparse.SparseConfig())
     assert torch.equal(logits(model), logits(again))
-    with pytest.raises(RecipeError, match="no dense experts"):
-        llmsparse.fuse(model, "grouped_mm")
+    for experts in ("grouped_mm", "llmsparse"):
+        with pytest.raises(RecipeError, match=r"experts leave inputs out, and run one by one; leave --experts out"):
+            llmsparse.fuse(model, experts)
     assert torch.equal(logits(llmsparse.fuse(model)), logits(again))
     half = loaded(cut, quantization_config=llmsparse.SparseConfig()).to(torch.bfloat16)
     assert logits(half, IDS[:1, :1]).dtype == logits(half).dtype == torch.bfloat16
@@ -197,15 +200,18 @@ def test_packed_experts_leave_out_the_same(
     model = loaded(tmp_path / "cut")
     assert torch.allclose(logits(model), wanted, atol=1e-4)
     assert torch.allclose(logits(model, IDS[:1, :1]), wanted[:1, :1], atol=1e-4)
-    assert all(lean for _, lean in cut_stacks(model))
+    assert [tokens for _, _, tokens in cut_stacks(model)] == [TOKENS] * 4
     assert (logits(model.to(torch.bfloat16).to(torch.float32)) - wanted).abs().mean() < 0.1
-    assert all(lean for _, lean in cut_stacks(model))
+    assert [tokens for _, _, tokens in cut_stacks(model)] == [TOKENS] * 4
     assert torch.allclose(logits(loaded(tmp_path / "cut").dequantize()), wanted, atol=1e-4)
     monkeypatch.setenv("LLMSPARSE_BACKEND", "dense")
-    assert torch.allclose(logits(loaded(tmp_path / "cut")), wanted, atol=1e-4)
+    model = loaded(tmp_path / "cut")
+    assert torch.allclose(logits(model), wanted, atol=1e-4)
+    assert [runs for _, *runs in cut_stacks(model)] == [["dense", None]] * 4
     monkeypatch.setenv("LLMSPARSE_BACKEND", "cpu-bitmask")
     on_disk = load_model(tmp_path / "cut", device=torch.device("cpu"), dtype="float32", expert_memory="64KB")
     assert torch.allclose(logits(on_disk), wanted, atol=1e-4)
+    assert [runs for _, *runs in cut_stacks(on_disk)] == [["cpu-bitmask", None]] * 4
 
 
 def test_an_expert_that_no_token_reached_has_its_layers_rule(tokens: Path, tmp_path: Path) -> None:
@@ -216,9 +222,22 @@ def test_an_expert_that_no_token_reached_has_its_layers_rule(tokens: Path, tmp_p
             if key.endswith("mlp.gate.weight"):
                 held[key][1], held[key][3] = -held[key][0], 0  # of the first two one is above 0, where the last one is
         save_file(held, file, {"format": "pt"})
-    llmsparse.activations(folder, output=tmp_path / "cut", sparsity=0.5, calibration=str(tokens), **SMALL)
-    rules = block_of(tmp_path / "cut")["layers"][f"{EXPERTS}.gate_up_proj"]["threshold"]
-    assert len(rules) == 4 and all(one > 0 for one in rules)
+    keys: dict[str, Any] = {"calibration": str(tokens), "only": "*experts*", **SMALL}
+    report = llmsparse.activations(folder, output=tmp_path / "cut", sparsity=0.5, **keys)
+    model, entering = loaded(folder), list[Any]()
+    experts = model.get_submodule(EXPERTS)
+    experts.register_forward_pre_hook(lambda _, args: entering.append(args))
+    logits(model, load_file(tokens)["input_ids"][:6])
+    ((x, index, _),) = entering
+    lonely = sorted({0, 1, 2, 3} - set(index.flatten().tolist()))
+    assert lonely
+    name = f"{EXPERTS}.gate_up_proj"
+    share = next(layer.share for block in report.blocks for layer in block.layers if layer.name == name)
+    centre, thresholds = load_file(tmp_path / "cut" / MEANS)[name], block_of(tmp_path / "cut")["layers"][name]
+    for expert in lonely:
+        assert torch.allclose(centre[expert], x.median(dim=0).values, atol=1e-5)
+        found = ((x - centre[expert]).abs() * experts.gate_up_proj[expert].norm(dim=0)).flatten().sort().values
+        assert thresholds["threshold"][expert] == pytest.approx(found[round(share * len(found)) - 1].item(), rel=1e-3)
 
 
 @pytest.mark.parametrize(("thresholds", "said"), [
@@ -237,6 +256,13 @@ def test_some_experts_of_a_layer_alone_are_refused(dense: Path, tokens: Path, tm
     keys: dict[str, Any] = {"calibration": str(tokens), "exclude": "*experts.2.down_proj", **SMALL}
     with pytest.raises(RecipeError, match="one layer with others"):
         llmsparse.activations(dense, output=tmp_path / "o", sparsity=0.5, **keys)
+
+
+def test_bench_says_why_experts_that_leave_inputs_out_are_not_measured(
+    cut: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", str(cut), "--batch", "1", "--device", "cpu", "-q"]) != 0
+    assert "leave inputs out, and run one by one, in one way only" in capsys.readouterr().err
 
 
 def test_profile_covers_experts(dense: Path, tokens: Path) -> None:

@@ -135,6 +135,23 @@ def few_bits_of(root: Path, **shape: int) -> Path:
     return root / "few"
 
 
+def unpacks_one_by_one(folder: Path) -> None:
+    on_disk = on_disk_of(model_of(folder, "200KB", backend="auto"))
+    assert on_disk is not None
+    for stack in (stack for layer in on_disk.layers for stack in layer.stacks.values()):
+        assert torch.equal(torch.stack(list(stack.unpacked())), stack.packed().unpack())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_that_are_unpacked_one_by_one_are_those_of_the_whole(family: str, folders: Folders) -> None:
+    unpacks_one_by_one(folders(family)[1])
+
+
+@pytest.mark.skipif(nested.why_not() is not None, reason="the kernels cannot be built here")
+def test_so_are_experts_in_few_bits(few_bits: Path) -> None:
+    unpacks_one_by_one(few_bits)
+
+
 # what is read, and when
 
 

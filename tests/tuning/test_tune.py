@@ -422,6 +422,15 @@ def test_a_teacher_of_another_shape_is_refused(
     assert not any(tmp_path.glob("out*"))
 
 
+def test_a_teacher_that_leaves_inputs_out_is_refused(
+    moe: Path, dense: Path, notes: Path, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    small: dict[str, Any] = {"calibration": str(notes), "calibration_samples": 4, "seq_len": 32, "device": "cpu"}
+    llmsparse.activations(dense, output=tmp_path / "cut", sparsity=0.5, allocation="uniform", **small)
+    with pytest.raises(CheckpointError, match=r"cut: has thresholds of activations already"):
+        llmsparse.tune(model=str(moe), **keys | {"teacher": str(tmp_path / "cut")}, output=str(tmp_path / "out"))
+
+
 def test_what_factorize_did_not_write_is_refused(
     moe: Path, dense: Path, notes: Path, keys: dict[str, Any], tmp_path: Path
 ) -> None:

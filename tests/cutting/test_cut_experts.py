@@ -209,7 +209,7 @@ def test_packed_experts_leave_out_the_same(
     assert torch.allclose(logits(model), wanted, atol=1e-4)
     assert [runs for _, *runs in cut_stacks(model)] == [["dense", None]] * 4
     monkeypatch.setenv("LLMSPARSE_BACKEND", "cpu-bitmask")
-    on_disk = load_model(tmp_path / "cut", device=torch.device("cpu"), dtype="float32", expert_memory="64KB")
+    on_disk = load_model(tmp_path / "cut", device=torch.device("cpu"), dtype="float32", expert_memory="125KB")
     assert torch.allclose(logits(on_disk), wanted, atol=1e-4)
     assert [runs for _, *runs in cut_stacks(on_disk)] == [["cpu-bitmask", None]] * 4
 

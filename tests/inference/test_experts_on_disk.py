@@ -473,6 +473,7 @@ WAITS = """
 import os, signal, threading
 from llmsparse.backends.cpu.pages import Arena
 from llmsparse.backends.cpu.stored import Readers
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
 readers = Readers(Arena.row(1, 8192), 1)
 threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 try:

@@ -28,7 +28,7 @@ def recast(module: nn.Module, kind: type[nn.Module]) -> None:
 
 def refuse_absent(module: nn.Module, leaf: str, name: str) -> None:
     """MachineError for a weight that is not in memory."""
-    parameter = module._parameters.get(leaf)  # pyright: ignore[reportPrivateUsage]
+    parameter = dict(module.named_parameters(recurse=False)).get(leaf)
     if parameter is not None and parameter.is_meta:
         raise MachineError(
             f"{name}: its weight is offloaded, and which inputs count is computed from it; load the model without offloading, "

@@ -90,7 +90,7 @@ class Reduction(ABC):
 
     name: ClassVar[str]  # its key in the recipe
     watches: bool = True  # some of its cuts do
-    aims: bool = False  # its cuts and what is fitted after them go by what the source's own blocks make
+    aims: ClassVar[bool] = False  # its cuts and what is fitted after them go by what the source's own blocks make
 
     @abstractmethod
     def change(self, raw: dict[str, Any]) -> None:

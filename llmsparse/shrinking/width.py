@@ -45,7 +45,7 @@ class Narrower(Reduction):
     adding: dict[Unit, bool] = field(
         default_factory=dict[Unit, bool]
     )  # Wx adds to the output of a block as it is; the same
-    aims: ClassVar[bool] = True  # pyright: ignore[reportIncompatibleVariableOverride]
+    aims: ClassVar[bool] = True
 
     def change(self, raw: dict[str, Any]) -> None:
         raw.update(self.fields)

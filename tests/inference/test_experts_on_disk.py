@@ -276,6 +276,33 @@ def test_a_program_may_end_while_experts_are_read(turns: int, folders: Folders) 
     assert done.returncode == 0, done.stderr
 
 
+FORKS = """
+import os, sys
+from pathlib import Path
+import torch
+from llmsparse.errors import RecipeError
+from llmsparse.inference.leaving import on_disk_of
+from llmsparse.inference.load import load_model
+model = load_model(Path(sys.argv[1]), device=torch.device("cpu"), backend="cpu-bitmask", expert_memory="125KB")
+memory = on_disk_of(model).memory
+child = os.fork()
+if child == 0:
+    try:
+        next(memory.arriving(0, [0]))
+    except RecipeError as error:
+        print(error, flush=True)
+    sys.exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), next(memory.arriving(0, [0]))[0])
+"""
+
+
+def test_a_forked_process_is_refused_experts_in_one_line_and_ends(folders: Folders) -> None:
+    asked = [sys.executable, "-c", FORKS, str(folders("mixtral")[1])]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=120)
+    refused = "experts of this model are read by another process: load the model in this one, after the fork"
+    assert done.stdout.splitlines() == [refused, "0 0"], done.stderr
+
+
 def test_there_is_no_way_back_through_what_has_made_room_for_others(folders: Folders) -> None:
     ours = model_of(folders("mixtral")[1])
     (ids,) = windows((2, 9))

@@ -15,6 +15,7 @@ from triton_ops import mma24, reference, selftest
 
 SHAPES = ("4096x14336", "4096x4096")  # of `right`: it compiles what is timed; 28672x8192 takes the same variants
 CACHED = 400_000_000  # bytes that a round must read, to find none of them in a cache
+MOST = 2**-7 if DRY else 5e-3  # bf16 errs by 2⁻⁸ where it rounds; the interpreter cuts off, which errs by up to 2⁻⁷
 if DRY:
     selftest.SHAPE = (16, 260)  # the interpreter takes its time
 
@@ -45,7 +46,7 @@ def right(op: str, tokens: str = "1,8,16,32") -> None:
                     y = product(x, packs[kind, prepare])
                     if whole:
                         error = error_of(y, x, packs[kind])
-                        say("right", op=op, shape=name, m=m, kernel=label, error=error, ok=error < 5e-3)
+                        say("right", op=op, shape=name, m=m, kernel=label, error=error, ok=error < MOST)
 
 
 def order_of_metadata() -> None:
@@ -57,7 +58,7 @@ def order_of_metadata() -> None:
         wanted = reference.linear(x[:m], weight).double()
         found = [mma24.linear(x[:m], held).double() for held in (packed, swapped)]
         errors = [float((one - wanted).norm() / wanted.norm()) for one in found]
-        say("right", op="mma24", m=m, error=errors[0], error_if_metadata_were_swapped=errors[1], ok=errors[0] < 5e-3)
+        say("right", op="mma24", m=m, error=errors[0], error_if_metadata_were_swapped=errors[1], ok=errors[0] < MOST)
 
 
 def times(name: str, tokens: str) -> None:

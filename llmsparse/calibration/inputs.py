@@ -109,22 +109,27 @@ def calibrate(
     seed: int,
     advance: Callable[[], None] = lambda: None,
     sampled: int | None = None,
+    into: Activations | None = None,
 ) -> None:
     """Fill `statistic`, `rows` and `tokens` of each input from one pass of all batches through the block; of several
     processes at the one that owns the input.
 
     `sampled` rows are kept of an input, or so many as errors are measured on. A batch ends with the last input that is wanted:
-    what follows, in most blocks the product that is nearly a third of the FFN, is not computed.
+    what follows, in most blocks the product that is nearly a third of the FFN, is not computed; unless the block's outputs
+    are wanted `into`, which may be `acts` itself.
     """
     inputs, share = list(inputs), acts.share
-    watcher = _Watcher(inputs, share, seed, sampled or sample_rows(share.tokens))
+    watcher = _Watcher(inputs, share, seed, sampled or sample_rows(share.tokens), whole=into is not None)
 
     def leaf(number: int) -> list[Seen]:
         found = watcher.begin([needed(entry.width, device) if (needed := needs(entry)) else None for entry in inputs])
         for batch in share.leaves[number]:
             watcher.batch = batch
             with suppress(_AllSeen), torch.no_grad(), Tap(block, watcher):
-                block.call(acts, share.place(batch))
+                place = share.place(batch)
+                output = block.call(acts, place)
+                if into is not None:
+                    into.hidden[place] = output.to(acts.hidden[place].device)
             advance()
         return found
 
@@ -164,14 +169,14 @@ class Seen:
 class _Watcher:
     """Called with what enters each weight of a block: takes down of every input what is wanted of it."""
 
-    def __init__(self, inputs: list[Input], share: Share, seed: int, rows: int) -> None:
+    def __init__(self, inputs: list[Input], share: Share, seed: int, rows: int, *, whole: bool) -> None:
         self._number = {slot: number for number, entry in enumerate(inputs) for slot in entry.slots}
         self._inputs, self._share, self._seed = inputs, share, seed
         self._found: list[Seen] = []
         self._current: dict[int, Tensor] = {}
         self._met = 0
         calls = [entry.calls for entry in inputs]
-        self._enough = None if None in calls or 0 in calls else sum(filter(None, calls))
+        self._enough = None if whole or None in calls or 0 in calls else sum(filter(None, calls))
         self._rows = rows
 
     def begin(self, statistics: Sequence[Statistic | None]) -> list[Seen]:

@@ -74,6 +74,20 @@ def test_experts_that_the_first_batch_does_not_reach_share_no_input(tmp_path: Pa
     assert sum(entering) == 40 and sum(tokens > 0 for tokens in entering) > 2, "two tokens reach two experts at most"
 
 
+def test_the_outputs_of_a_block_come_of_the_same_pass_where_they_are_wanted(
+    loaded: tuple[Block, Activations],
+) -> None:
+    block, acts = loaded
+    behind, alone, both = block.run(acts).hidden, learn_inputs(block, acts, block.weights), acts.like(list(acts.hidden))
+    calibrate(block, acts, alone, lambda entry: Gram, device=CPU, seed=0)
+    inputs = learn_inputs(block, both, block.weights)
+    calibrate(block, both, inputs, lambda entry: Gram, device=CPU, seed=0, into=both)
+    assert all(torch.equal(one, other) for one, other in zip(both.hidden, behind, strict=True))
+    for one, other in zip(inputs, alone, strict=True):
+        assert isinstance(one.statistic, Gram) and isinstance(other.statistic, Gram)
+        assert torch.equal(one.statistic.xtx, other.statistic.xtx) and torch.equal(one.sample, other.sample)
+
+
 @pytest.mark.parametrize(("tokens", "rows"), [(100, 256), (8192, 256), (65536, 2048), (262144, 4096)])
 def test_the_sample_is_a_small_share_of_the_calibration_and_never_more_than_4096(tokens: int, rows: int) -> None:
     assert sample_rows(tokens) == rows

@@ -98,15 +98,16 @@ def _looks(run: Run[PrunePlan], allocation: Allocation) -> Iterator[tuple[str, d
     for block in run.blocks():
         weights = [one.weight for one in plan.choices[block.name] if one.weight.name in chosen]
         yield block.name, _looked(run, block, acts, weights, allocation)
-        if acts:
-            block.run(acts, into=acts)
 
 
 def _looked(
     run: Run[PrunePlan], block: Block, acts: Activations | None, weights: Sequence[Weight], allocation: Allocation
 ) -> dict[str, Any]:
-    """Weight name → what `look` makes of each of these weights of a block, and of what is known of its input."""
+    """Weight name → what `look` makes of each of these weights of a block, and of what is known of its input. `acts` go
+    through the block."""
     if acts is None or not weights:
+        if acts is not None:
+            block.run(acts, into=acts)
         return {weight.name: allocation.look(block.view(weight), None) for weight in weights}
 
     def needs(entry: Input) -> type[Statistic] | None:
@@ -119,9 +120,11 @@ def _looked(
 
     plan, looked = run.plan, dict[str, Any]()
     inputs = learn_inputs(block, acts, weights)
-    for group in passes(inputs, needs, plan.options.statistics_budget, share=acts.share):
+    groups = list(passes(inputs, needs, plan.options.statistics_budget, share=acts.share))
+    for number, group in enumerate(groups, 1):
         advance = run.progress.batches(f"looking at {block.name}", len(acts.hidden))
-        calibrate(block, acts, group, needs, device=plan.device, seed=plan.recipe.seed, advance=advance)
+        into = acts if number == len(groups) else None
+        calibrate(block, acts, group, needs, device=plan.device, seed=plan.recipe.seed, advance=advance, into=into)
         for found in plan.ranks.divided(group, [entry.owner for entry in group], look):
             looked |= found
     return looked

@@ -10,6 +10,7 @@ import torch
 
 from llmsparse.calibration.matching import LEARNING_RATES, batches_per_step, probe_steps
 from llmsparse.models.streamed import HEAD
+from llmsparse.pruning.allocation.survey import LOOKED_TOKENS
 from llmsparse.pruning.effort import EFFORTS, EffortName
 from llmsparse.ranks.tree import leaves_at, leaves_of
 from llmsparse.sparsity.stats import Gram
@@ -47,8 +48,9 @@ def seconds_of(plan: PrunePlan) -> float:
     last is done with its share."""
     share, held = _share(plan, len(plan.batches)), _share(plan, len(plan.held_out))
     tokens, seen = share * plan.windows.ids.numel(), held * 2 * plan.windows.held_out.numel()
-    passes = PASSES + (plan.match_steps > 0) + plan.allocates + bool(plan.folds)
-    forward = 2 * _products(plan) * (passes * tokens + seen)
+    passes = PASSES + (plan.match_steps > 0) + bool(plan.folds)
+    looked = share * min(plan.windows.ids.numel(), LOOKED_TOKENS) if plan.allocates else 0
+    forward = 2 * _products(plan) * (passes * tokens + looked + seen)
     forward += 2 * plan.model.hidden_size * plan.model.vocabulary * seen
     grams = solving = 0.0
     for members in plan.choices.values():

@@ -18,6 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 LEAST_TOKENS = 512  # enough for products at full speed on a CPU ...
 BATCH_NUMBERS_ON_CPU = 1 << 20  # ... so wide models get small batches: a block's first one is run once more
+ROUTED_TOKENS = 2048  # on a CPU where experts share a batch out: enough for the products of each
 DEFAULT_WINDOW = 2048
 
 
@@ -96,15 +97,16 @@ def window_length(config: Any, asked: int | None, text: Sources) -> int | None:
 
 
 def split_batches(
-    ids: Tensor, batch_size: int | None, device: torch.device, width: int, *, least: int = 1
+    ids: Tensor, batch_size: int | None, device: torch.device, width: int, *, least: int = 1, routed: bool = False
 ) -> list[Tensor]:
-    """(windows, tokens) → batches of at most `batch_size` windows, by default a few thousand tokens of `width` each.
+    """(windows, tokens) → batches of at most `batch_size` windows, by default a few thousand tokens of `width` each, more
+    where the work is on experts, which share them out (`routed`).
 
     Batches are smaller where there would be fewer than `least` of them, down to one window each.
     """
     tokens = BATCH_TOKENS[device.type]
     if device.type == "cpu":
-        tokens = min(tokens, max(LEAST_TOKENS, BATCH_NUMBERS_ON_CPU // width))
+        tokens = ROUTED_TOKENS if routed else min(tokens, max(LEAST_TOKENS, BATCH_NUMBERS_ON_CPU // width))
     size = batch_size or max(1, tokens // ids.shape[1])
     if 0 < -(-len(ids) // size) < least:
         size = max(1, (len(ids) - 1) // (least - 1))

@@ -9,10 +9,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llmsparse.errors import CheckpointError
 from llmsparse.models.prunable import refuse_flat_experts
 from llmsparse.models.streamed import StreamedModel
+from llmsparse.runs.device import split_batches
 from llmsparse.runs.joint import joint
 from llmsparse.runs.memory import freed_bytes
 from llmsparse.runs.opening import fetched, open_model, read_windows
@@ -57,6 +59,10 @@ class ScoresPlan(RunPlan[ScoresRecipe]):
         for index, mixture in self.mixtures.items():
             found |= specs_of(self.model.block_names[index], len(self.texts), mixture.experts)
         return found
+
+    @cached_property
+    def batches(self) -> list[Tensor]:
+        return split_batches(self.windows.ids, self.recipe.batch_size, self.device, self.model.hidden_size, routed=True)
 
     @cached_property
     def copied(self) -> list[str]:

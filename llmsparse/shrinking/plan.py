@@ -73,7 +73,8 @@ class ShrinkPlan(RunPlan[ShrinkRecipe]):
     def batches(self) -> list[Tensor]:
         """As many at least as a fit needs to hold some out."""
         size, width = self.recipe.batch_size, self.model.hidden_size
-        return split_batches(self.windows.ids, size, self.device, width, least=HELD_OUT_SHARE)
+        routed = any(reduction.name == "experts" for reduction in self.reductions)
+        return split_batches(self.windows.ids, size, self.device, width, least=HELD_OUT_SHARE, routed=routed)
 
     @property
     def options(self) -> ShrinkOptions:

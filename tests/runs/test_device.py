@@ -69,6 +69,12 @@ def test_batches_of_a_wide_model_are_smaller_on_a_cpu_but_never_below_512_tokens
     assert [len(batch) for batch in split_batches(ids, None, CPU, 8192)] == [1] * 10
 
 
+def test_experts_share_out_more_tokens_on_a_cpu() -> None:
+    ids = torch.zeros(10, 512)
+    assert [len(batch) for batch in split_batches(ids, None, CPU, 8192, routed=True)] == [4, 4, 2]
+    assert [len(batch) for batch in split_batches(ids, 1, CPU, 8192, routed=True)] == [1] * 10
+
+
 @pytest.mark.parametrize("chosen", ["ieee", "tf32", "none"])
 def test_the_callers_precision_of_products_comes_back(chosen: str) -> None:
     products = torch.backends.cuda.matmul

@@ -103,7 +103,7 @@ def evaluate(
     if baseline is not None:  # a slip in its name shows before the hours that MODEL may take
         from llmsparse.models.origin import fetch_model, load_config
 
-        load_config(fetch_model(baseline), trust_remote_code)
+        load_config(fetch_model(baseline), trust_remote_code, packed=True, encoded=True)
     options: dict[str, Any] = {
         "windows": windows,
         "text_field": text_field,

@@ -19,9 +19,10 @@ from llmsparse.encodings.reader import open_checkpoint
 from llmsparse.errors import CalibrationError, NumericalError, RecipeError
 from llmsparse.models.cut_block import cutting, refuse_outside, rules_of
 from llmsparse.models.likelihood import negative_log_likelihood, perplexity_of
-from llmsparse.models.origin import fetch_model, load_config, load_tokenizer, read_config
+from llmsparse.models.origin import fetch_model, is_packed, load_config, load_tokenizer, read_config
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.models.thresholds import Thresholds, read_thresholds
+from llmsparse.packing.packed_reader import PackedReader
 from llmsparse.ranks.launch import joined
 from llmsparse.runs.device import choose_device, choose_dtype, split_batches, window_length
 from llmsparse.runs.joint import refuse_others
@@ -77,7 +78,7 @@ def perplexity(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Measure `model` (folder or hub id) on `text` (a file, a dataset, or `builtin`).
+    """Measure `model` (folder or hub id, packed or not) on `text` (a file, a dataset, or `builtin`).
 
     Every full window of `seq_len` tokens (default min(2048, the model's maximum)), or the first `windows` of them, is
     used; the remainder is dropped. Processes that torchrun started share the windows.
@@ -132,8 +133,8 @@ def _open(
 ) -> tuple[StreamedModel, Windows, Thresholds | None]:
     """The model, the windows of the text, and below which thresholds activations are left out."""
     folder = fetch_model(model, revision)
-    config = load_config(folder, trust_remote_code, encoded=True)
-    reader = open_checkpoint(folder)
+    config = load_config(folder, trust_remote_code, packed=True, encoded=True)
+    reader = PackedReader(folder) if is_packed(read_config(folder)) else open_checkpoint(folder)
     place = choose_device(device)
     streamed = StreamedModel(
         reader, device=place, dtype=choose_dtype(dtype, place, reader), trust_remote_code=trust_remote_code

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, model_validator
 
-from llmsparse.errors import KeyPath, OptionError, RecipeError, did_you_mean
+from llmsparse.errors import KeyPath, OptionError, RecipeError
 from llmsparse.pruners import Pruner, Swaps
 from llmsparse.pruners import spec as methods
 from llmsparse.pruners.spec import MethodSpec
 from llmsparse.pruning.allocation import ALLOCATIONS, Allocation, Uniform
 from llmsparse.pruning.effort import EffortName
 from llmsparse.runs.recipe import Count, Device, Dtype, Length, PathText, RunRecipe, Seed, ShardSize, Source, Texts
+from llmsparse.runs.rules import check_rules, rule_for
 from llmsparse.sparsity.fraction import parse_fraction
 from llmsparse.sparsity.patterns import Pattern, parse_pattern
 from llmsparse.text.bos import Bos
@@ -198,7 +198,7 @@ class PruneRecipe(RunRecipe):
 
     def rule_for(self, name: str) -> Rule | None:
         """The last rule that matches a weight; what it leaves out comes from the recipe's own keys."""
-        return next((rule for rule in reversed(self.rules) if fnmatchcase(name, rule.match)), None)
+        return rule_for(self.rules, name)
 
     def pruner_for(self, name: str) -> Pruner:
         rule = self.rule_for(name)
@@ -218,14 +218,7 @@ class PruneRecipe(RunRecipe):
 
     def check_rules(self, names: Iterable[str]) -> None:
         """RecipeError for a rule whose glob matches none of the weights `names`."""
-        known = list(names)
-        for index, rule in enumerate(self.rules):
-            if not any(fnmatchcase(name, rule.match) for name in known):
-                hint = did_you_mean(rule.match, known).partition(" known:")[0].rstrip(";")
-                example = "" if hint or not known else f"; a name looks like {known[0]!r}"
-                raise RecipeError(
-                    f"rules[{index}]: match {rule.match!r} matches none of {len(known)} weights{hint or example}"
-                )
+        check_rules(self.rules, names)
 
     def _pattern(self, rule: Rule | None) -> Pattern:
         text, sparsity, pruner = self.pattern, None if self.beside_dense else self.sparsity, self.pruner

@@ -42,7 +42,9 @@ class Choice:
 
     weight: Weight
     group: int  # columns that share a step
-    largest: int | None  # |q|; None: as the bits that were asked for allow
+    largest: int | None  # |q|; None: as `bits` allow
+    bits: float | None = None  # stored, a weight
+    method: str = "gptq"
 
 
 @dataclass(frozen=True)
@@ -65,21 +67,24 @@ class QuantizeOptions:
 class Budget:
     """Bits that are left over, or lacking, of the weights that are done; and the step that the last of them took."""
 
-    bits: float | None
     over: float = 0.0
     step: float = START
+    bits: float | None = None  # of the weight that took this step
     drift: float = 0.0  # bits a weight that matching added to the last block, and is expected to add to the next
 
-    def target(self, numel: int) -> float:
-        """Bits a weight for the next one, before it is matched."""
-        assert self.bits is not None
-        return self.bits - self.drift + min(max(self.over / numel, -LEANING), LEANING)
+    def target(self, bits: float, numel: int) -> float:
+        """Bits a weight for the next one, of which so many were asked for, before it is matched."""
+        return bits - self.drift + min(max(self.over / numel, -LEANING), LEANING)
+
+    def start(self, bits: float) -> float:
+        """A step to begin the search for so many bits with: twice as large for one bit less."""
+        return self.step * 2 ** ((self.bits or bits) - bits)
 
     def spend(self, row: QuantizedWeight, more: float = 0.0) -> None:
         """`more`: bits a weight that are still to come."""
-        if self.bits is not None and row.step is not None:
-            self.over += (self.bits - row.bits - more) * row.numel
-            self.step = row.step
+        if row.asked is not None and row.step is not None:
+            self.over += (row.asked - row.bits - more) * row.numel
+            self.step, self.bits = row.step, row.asked
 
     def learn_drift(self, rows: Sequence[QuantizedWeight]) -> None:
         added = [(row.bits - row.notes[UNMATCHED]) * row.numel for row in rows if UNMATCHED in row.notes]
@@ -227,7 +232,7 @@ def _quantize(
         raise LlmsparseError(f"no calibration token reached {weight.name}; leave it out with --exclude {weight.name!r}")
     stored, notes = block.view(weight), dict[str, Any]()
     dense = stored.to(options.device, torch.float32, copy=True)
-    stat = entry.statistic if recipe.method == "gptq" else None
+    stat = entry.statistic if choice.method == "gptq" else None
     if stat is not None and entry.tokens < Gram.least_tokens(entry.width) and entry.tokens < options.calibration_tokens:
         stat, notes["fallback"] = None, f"nearest: {entry.tokens} calibration tokens reached it"
     assert stat is None or isinstance(stat, Gram)
@@ -236,8 +241,11 @@ def _quantize(
         notes["zeros_before"] = problem.zeros
     elif recipe.values is not None and weight.kind != HEAD:
         raise RecipeError(dense_for_values(recipe, weight.name, problem.zeros))
-    largest, target = choice.largest, budget.target
-    made = problem.to_values(largest) if largest else problem.to_bits(target(dense.numel()), budget.step)
+    if choice.bits is None:
+        assert choice.largest is not None
+        made = problem.to_values(choice.largest)
+    else:
+        made = problem.to_bits(budget.target(choice.bits, dense.numel()), budget.start(choice.bits))
 
     def rounded(rows: slice) -> Tensor:
         return made.dense(choice.group, rows).to(stored.dtype).float()
@@ -249,6 +257,8 @@ def _quantize(
         entropy=entropy_of(made.q),
         zeros=1 - int(made.q.count_nonzero()) / made.q.numel(),
         step=made.step,
+        asked=choice.bits,
+        group=choice.group,
         error=output_error(dense, rounded, entry, parts(len(dense))),
         tokens=entry.tokens,
         notes=notes,

@@ -10,7 +10,7 @@ HELP = """Turn the weights of MODEL into small integers, many of them 0, in a pa
     """
 EXAMPLE = "rate=0"
 
-KEYS = {  # of every key but model, by group
+KEYS = {  # of every key but model and rules, by group
     "How few bits": {
         "bits": Key("Stored bits a weight, everything counted, of the weights that are quantized.", None, "B"),
         "values": Key("Of a sparse model instead: int8 or int4 for what is not 0.", None, "KIND"),

@@ -35,7 +35,7 @@ def quantize(
         run.copy_the_rest()
         to_head = bool(plan.choices[HEAD])
         streams = plan.streams(to_head=to_head, aims=plan.recipe.match_steps > 0)
-        report, budget = QuantizeReport(**plan.described()), Budget(plan.recipe.bits)
+        report, budget = QuantizeReport(**plan.described()), Budget()
         for block in run.blocks(head=to_head):
             streams.through_source(block)
             choices = plan.choices[block.name]

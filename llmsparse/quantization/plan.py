@@ -17,13 +17,14 @@ from llmsparse.models.prunable import refuse_flat_experts, refuse_shared_blocks,
 from llmsparse.models.streamed import HEAD, StreamedModel, Weight
 from llmsparse.packing.values import LARGEST
 from llmsparse.quantization.block import STEPS, Choice, QuantizeOptions, dense_for_values, steps_shape
-from llmsparse.quantization.recipe import QuantizeRecipe
-from llmsparse.quantization.weight import PART, Problem, bits_of
+from llmsparse.quantization.recipe import QuantizeRecipe, Rule
+from llmsparse.quantization.weight import PART, TRIED_ROWS, Problem, bits_of
 from llmsparse.runs.joint import joint
 from llmsparse.runs.memory import available_bytes, freed_bytes
 from llmsparse.runs.opening import OpenedModel, fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
 from llmsparse.runs.plan import RunPlan
+from llmsparse.runs.rules import check_rules, rule_for
 from llmsparse.sparsity.stats import Gram
 from llmsparse.storage.disk import check_room
 
@@ -39,7 +40,8 @@ class QuantizePlan(RunPlan[QuantizeRecipe]):
     """A quantization that has passed every check that needs no calibration."""
 
     choices: dict[str, list[Choice]]  # block name → what is quantized in it
-    bits: float  # stored, a weight that is quantized, as far as can be known now
+    bits: float  # stored, a weight that is quantized, the head aside, as far as can be known now
+    head_bits: float  # stored, a weight of the head, likewise
 
     @cached_property
     def selected(self) -> dict[str, Choice]:
@@ -72,7 +74,8 @@ class QuantizePlan(RunPlan[QuantizeRecipe]):
     @property
     def bytes_to_write(self) -> int:
         kept = sum(spec.end - spec.begin for spec in map(self.reader.spec, self.copied))
-        return kept + round(self.bits * self.quantized_parameters / 8)
+        head = sum(math.prod(choice.weight.shape) for choice in self.choices[HEAD])
+        return kept + round((self.bits * (self.quantized_parameters - head) + self.head_bits * head) / 8)
 
     @cached_property
     def options(self) -> QuantizeOptions:
@@ -110,7 +113,7 @@ class QuantizePlan(RunPlan[QuantizeRecipe]):
             "bits": self.bits,
             "method": self.recipe.method,
             "weights": [
-                {"name": c.weight.name, "shape": c.weight.shape, "group": c.group}
+                {"name": c.weight.name, "shape": c.weight.shape, "group": c.group, "bits": c.bits, "method": c.method}
                 for choices in self.choices.values()
                 for c in choices
             ],
@@ -134,13 +137,15 @@ def make_plan(
     whose values are coded also its first block, if it is here."""
     opened = open_model(recipe, resume=resume, overwrite=overwrite)
     choices = choose_weights(recipe, opened)
-    bits = recipe.bits
-    if bits is None:
+    if recipe.values is None:
+        bits = _mean_bits([choice for some in choices.values() for choice in some if choice.bits is not None])
+    else:
         bits = 8.0 if opened.origin.absent else _bits_of_values(recipe, opened, choices)
     staged = sum(math.prod(c.weight.shape) for some in choices.values() for c in some)
     check_room(opened.output, opened.reader.nbytes + 2 * staged, held_bytes(opened.output))
     windows = read_windows(opened, recipe.calibration_samples)
-    return fetched(QuantizePlan(**opened.fields, windows=windows, choices=choices, bits=bits), download)
+    head = _bits_of_head(recipe, opened, choices[HEAD])
+    return fetched(QuantizePlan(**opened.fields, windows=windows, choices=choices, bits=bits, head_bits=head), download)
 
 
 def choose_weights(recipe: QuantizeRecipe, opened: OpenedModel[QuantizeRecipe]) -> dict[str, list[Choice]]:
@@ -156,6 +161,7 @@ def choose_weights(recipe: QuantizeRecipe, opened: OpenedModel[QuantizeRecipe]) 
     globs = {"only": recipe.only, "include": recipe.include, "exclude": recipe.exclude}
     selected = matching_weights(weights, **globs, tied=model.tied_head, verb="quantize")
     names = {weight.name for weight in selected}
+    check_rules(recipe.rules, names)
     choices = {
         block: [_choice(recipe, weight) for weight in members if weight.name in names]
         for block, members in blocks.items()
@@ -164,16 +170,22 @@ def choose_weights(recipe: QuantizeRecipe, opened: OpenedModel[QuantizeRecipe]) 
     chosen = [choice.weight for some in choices.values() for choice in some]
     refuse_stored(model.folder, ((weight.key, model.dtype_of(weight)) for weight in chosen))
     _refuse_parts(model, chosen)
-    if recipe.bits is not None:
-        for choice in (choice for some in choices.values() for choice in some if choice.largest is None):
-            least = LEAST_CODE + 16 / choice.group
-            if recipe.bits < least:
-                raise RecipeError(
-                    f"--bits {recipe.bits:g}: {choice.weight.name} takes at least {least:.2f} bits a weight, "
-                    f"{16 / choice.group:.2f} of them for a step of 16 bits every {choice.group} columns; "
-                    "give more bits, or a larger --group"
-                )
+    _refuse_groups(model, [choice for some in choices.values() for choice in some])
+    for choice in (choice for some in choices.values() for choice in some):
+        least = LEAST_CODE + 16 / choice.group
+        if choice.bits is not None and choice.bits < least:
+            raise RecipeError(
+                f"--bits {choice.bits:g}: {choice.weight.name} takes at least {least:.2f} bits a weight, "
+                f"{16 / choice.group:.2f} of them for a step of 16 bits every {choice.group} columns; "
+                "give more bits, or a larger --group"
+            )
     return choices
+
+
+def _mean_bits(chosen: list[Choice]) -> float:
+    """Of the weights that bits are asked of."""
+    numels = [math.prod(choice.weight.shape) for choice in chosen]
+    return sum((choice.bits or 0) * numel for choice, numel in zip(chosen, numels, strict=True)) / sum(numels)
 
 
 def _searching(choice: Choice) -> int:
@@ -185,13 +197,15 @@ def _searching(choice: Choice) -> int:
 
 
 def _choice(recipe: QuantizeRecipe, weight: Weight) -> Choice:
-    width = weight.shape[1]
-    group = width if recipe.group == "row" else recipe.group
+    width, rule = weight.shape[1], rule_for(recipe.rules, weight.name) or Rule(match="*")
+    given = recipe.group if rule.group is None else rule.group
+    group = width if given == "row" else given
     if width % group:
         raise RecipeError(
             f"--group {group}: {weight.name} has {width} inputs, which {group} does not divide; use a group that does, or row"
         )
-    return Choice(weight, group, None if recipe.values is None else LARGEST[recipe.values])
+    largest = None if recipe.values is None else LARGEST[recipe.values]
+    return Choice(weight, group, largest, rule.bits or recipe.bits, rule.method or recipe.method)
 
 
 def _head(recipe: QuantizeRecipe, model: StreamedModel) -> list[Choice]:
@@ -212,6 +226,19 @@ def _refuse_parts(model: StreamedModel, chosen: list[Weight]) -> None:
             )
 
 
+def _refuse_groups(model: StreamedModel, chosen: list[Choice]) -> None:
+    """RecipeError where tensors that transformers holds as one have steps for unlike numbers of columns."""
+    groups = {choice.weight.key: choice.group for choice in chosen}
+    for group in model.naming.groups.values():
+        found = {groups[key]: key.removesuffix(".weight") for key in group.keys if key in groups}
+        if len(found) > 1:
+            (one, first), (other, second), *_ = found.items()
+            raise RecipeError(
+                f"{first} and {second} are one tensor in the model ({group.target}), and rules give them groups of {one} and "
+                f"{other} columns; give both the same"
+            )
+
+
 def _bits_of_values(
     recipe: QuantizeRecipe, opened: OpenedModel[QuantizeRecipe], choices: dict[str, list[Choice]]
 ) -> float:
@@ -227,3 +254,16 @@ def _bits_of_values(
         made, count = problem.to_values(choice.largest), problem.weight.numel()
         bits, numel = bits + bits_of(made.q, made.steps) * count, numel + count
     return bits / numel
+
+
+def _bits_of_head(recipe: QuantizeRecipe, opened: OpenedModel[QuantizeRecipe], chosen: list[Choice]) -> float:
+    """Stored bits a weight of the head, by some of its rows; what was asked for while it is not here."""
+    if not chosen or opened.origin.absent:
+        return float(recipe.head_bits or 0)
+    [choice] = chosen
+    whole = choice.weight.view(opened.reader.read([choice.weight.key]))
+    rows = torch.linspace(0, len(whole) - 1, min(len(whole), TRIED_ROWS)).long()
+    problem = Problem(whole[rows].float(), None, choice.group, recipe.rate, recipe.damp)
+    assert choice.largest is not None
+    made = problem.to_values(choice.largest)
+    return bits_of(made.q, made.steps)

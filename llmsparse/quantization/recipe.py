@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainValidator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from llmsparse.errors import OptionError
 from llmsparse.runs.recipe import (
@@ -55,6 +55,23 @@ def _one_or_more(value: Any) -> Any:
 
 
 Globs = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
+Bits = Annotated[float, PlainValidator(_bits)]
+Group = Annotated[int | Literal["row"], PlainValidator(_group)]
+Method = Literal["gptq", "nearest"]
+
+
+class Rule(BaseModel):
+    """Other settings for the weights whose on-disk name (without `.weight`) matches a glob; `runs/rules.py` says which counts.
+
+    Bits of a rule are those of its weights alone: the others still take as many as the recipe asks for.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    match: str
+    bits: Bits | None = None
+    group: Group | None = None
+    method: Method | None = None
 
 
 class QuantizeRecipe(RunRecipe):
@@ -64,10 +81,11 @@ class QuantizeRecipe(RunRecipe):
 
     model: Source
     output: PathText | None = None
-    bits: Annotated[float, PlainValidator(_bits)] | None = None
+    bits: Bits | None = None
     values: Literal["int8", "int4"] | None = None
-    method: Literal["gptq", "nearest"] = "gptq"
-    group: Annotated[int | Literal["row"], PlainValidator(_group)] = "row"
+    method: Method = "gptq"
+    group: Group = "row"
+    rules: tuple[Rule, ...] = ()
     rate: Number = 0.1
     damp: Annotated[Number, Field(gt=0)] = 0.01
     head_bits: Annotated[int, Field(ge=4, le=8)] | None = None
@@ -109,4 +127,11 @@ class QuantizeRecipe(RunRecipe):
             raise ValueError("nothing says how few bits: give --bits 2.5, or for a sparse model --values int8")
         if self.bits is not None and self.values is not None:
             raise OptionError(("values",), f"{self.values} and --bits {self.bits:g} both say how many bits: give one")
+        for index, rule in enumerate(self.rules):
+            if rule.bits is None and rule.group is None and rule.method is None:
+                raise OptionError(("rules", index), "says nothing but match; give it bits, a group or a method")
+            if rule.bits is not None and self.values is not None:
+                raise OptionError(
+                    ("rules", index, "bits"), f"{rule.bits:g} beside values {self.values}, which says how many bits"
+                )
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ class QuantizedWeight:
     entropy: float  # of its numbers, in bits
     zeros: float  # fraction of its numbers
     step: float | None  # in root mean squares of a row; None where a largest number decided
+    asked: float | None  # bits that it should take; None where a largest number decided
+    group: int  # columns that share a step
     error: float | None  # ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on a sample of calibration rows; None: no rows
     tokens: int  # calibration rows its input was seen with
     notes: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -70,15 +72,14 @@ class QuantizeReport(RunReport):
     def rows(self) -> list[QuantizedWeight]:
         return [row for block in self.blocks for row in block.rows]
 
-    def mean(self, of: Callable[[QuantizedWeight], float]) -> float:
-        """Of all quantized numbers."""
-        return sum(of(row) * row.numel for row in self.rows) / sum(row.numel for row in self.rows)
-
     @property
     def bits(self) -> float:
         """Stored bits a weight, of the weights that `--bits` speaks of: a head with bits of its own aside."""
-        searched = [row for row in self.rows if row.step is not None] or self.rows
-        return sum(row.bits * row.numel for row in searched) / sum(row.numel for row in searched)
+        return _mean(self._searched, lambda row: row.bits)
+
+    @property
+    def _searched(self) -> list[QuantizedWeight]:
+        return [row for row in self.rows if row.step is not None] or self.rows
 
     def stored(self) -> dict[str, Any]:
         return {
@@ -86,8 +87,8 @@ class QuantizeReport(RunReport):
             "model": self.model,
             "output": self.output,
             "bits": self.bits,
-            "entropy": self.mean(lambda row: row.entropy),
-            "zeros": self.mean(lambda row: row.zeros),
+            "entropy": _mean(self._searched, lambda row: row.entropy),
+            "zeros": _mean(self._searched, lambda row: row.zeros),
             "perplexity": self.perplexity,
             "calibration": self.protocol,
             "weights": [asdict(row) for row in self.rows],
@@ -105,24 +106,31 @@ class QuantizeReport(RunReport):
         return super().to_json() | ({"packing": self.packing.to_json()} if self.packing else {})
 
     def findings(self) -> list[tuple[str, str]]:
-        steps = self.mean(lambda row: row.bits) - self.mean(self._code)
-        entropy, code = self.mean(lambda row: row.entropy), self.mean(self._code)
+        searched = self._searched
+        code, entropy = _mean(searched, _code), _mean(searched, lambda row: row.entropy)
+        zeros = _mean(searched, lambda row: row.zeros)
         lines = [
             ("quantized", f"{len(self.rows)} weights, {sum(row.numel for row in self.rows):,} parameters"),
-            ("bits a weight", f"{self.bits:.3f}: {code:.3f} of numbers, {steps:.3f} of steps"),
-            (
-                "numbers",
-                f"{self.mean(lambda row: row.zeros):.1%} zeros; entropy {entropy:.3f} bits, {code - entropy:.3f} below",
-            ),
+            ("bits a weight", f"{self.bits:.3f}: {code:.3f} of numbers, {self.bits - code:.3f} of steps"),
+            *self._by_bits(),
+            ("numbers", f"{zeros:.1%} zeros; entropy {entropy:.3f} bits, {code - entropy:.3f} below"),
+            *self._beside(),
         ]
         if self.perplexity:
             lines += perplexity_lines(self.perplexity)
         return lines + (self.packing.summary() if self.packing else [])
 
-    def _code(self, row: QuantizedWeight) -> float:
-        """Bits a weight of its numbers alone."""
-        group = self.recipe["group"]
-        return row.bits - 16 / (row.shape[1] if group == "row" else group)
+    def _by_bits(self) -> list[tuple[str, str]]:
+        """Where rules say so: how many weights take how many bits."""
+        asked = sorted({row.asked for row in self.rows if row.asked is not None})
+        counts = [sum(row.asked == bits for row in self.rows) for bits in asked]
+        told = ", ".join(f"{count} weights {bits:g}" for bits, count in zip(asked, counts, strict=True))
+        return [("by rules", told)] if len(asked) > 1 else []
+
+    def _beside(self) -> list[tuple[str, str]]:
+        """What takes bits of its own: the head."""
+        searched = {row.name for row in self._searched}
+        return [(row.name, f"{row.bits:.3f} bits a weight") for row in self.rows if row.name not in searched]
 
     def warn(self) -> None:
         """Say plainly what a user should know: bits that were missed, weights that fell back, a large loss."""
@@ -133,9 +141,10 @@ class QuantizeReport(RunReport):
         self.warnings += loss_warning(self.perplexity, "the quantized model", advice)
 
     def _missed(self) -> Iterator[str]:
-        asked = self.recipe.get("bits")
-        if asked is not None and abs(self.bits - asked) > MISSED * asked:
-            yield f"{self.bits:.3f} bits a weight, {asked:g} were asked for: no step comes nearer"
+        wanted = [(row.asked, row.numel) for row in self.rows if row.asked is not None]
+        asked = sum(bits * numel for bits, numel in wanted) / max(1, sum(numel for _, numel in wanted))
+        if wanted and abs(self.bits - asked) > MISSED * asked:
+            yield f"{self.bits:.3f} bits a weight, {asked:.4g} were asked for: no step comes nearer"
 
     def _starved(self) -> Iterator[str]:
         fallen = [row for row in self.rows if "fallback" in row.notes]
@@ -156,3 +165,13 @@ class QuantizeReport(RunReport):
             "",
         ]
         return "\n".join(lines)
+
+
+def _mean(rows: Sequence[QuantizedWeight], of: Callable[[QuantizedWeight], float]) -> float:
+    """Of all their numbers."""
+    return sum(of(row) * row.numel for row in rows) / sum(row.numel for row in rows)
+
+
+def _code(row: QuantizedWeight) -> float:
+    """Bits a weight of its numbers alone."""
+    return row.bits - 16 / row.group

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import llmsparse
 from llmsparse.cli.app import main
+from llmsparse.errors import RecipeError
 from llmsparse.formats.nested import Nested
 from llmsparse.inference.load import load_model
 from llmsparse.inference.packed_experts import packed_weights
@@ -154,6 +155,69 @@ def test_a_head_of_its_own_may_be_quantized_too(tiny_llama: Callable[..., Path])
     weights = weights_of("out")
     assert "lm_head.weight" in weights and weights["lm_head.weight"].numbers().abs().max() == 127
     assert report.bits == pytest.approx(3, abs=0.01), "the head does not count"
+    told = " ".join(f"{name} {text}" for name, text in report.findings())
+    assert "bits a weight 3.0" in told and f"lm_head {report.rows[-1].bits:.3f} bits" in told
+    dry = make_plan(QuantizeRecipe(model=untied, bits=3, head_bits=8, output="new", **SMALL))
+    written = sum(tensor.nbytes for tensor in load_file("out/model.safetensors").values())
+    assert dry.bytes_to_write == pytest.approx(written, rel=0.01)
+
+
+def test_rules_give_weights_bits_a_group_and_a_method_of_their_own(model: str) -> None:
+    rules = [
+        {"match": "*.mlp.*", "bits": 4},
+        {"match": "*.down_proj", "bits": 3, "group": 24, "method": "nearest"},
+        {"match": "*.k_proj", "group": 16},
+    ]
+    recipe = QuantizeRecipe(model=model, bits=2.5, output="out", rules=rules, **SMALL)
+    report = llmsparse.quantize(recipe)
+    found: dict[str, list[float]] = {}
+    for row in report.rows:
+        found.setdefault(row.name.rpartition(".")[2], []).append(row.bits)
+        assert row.group == {"down_proj": 24, "k_proj": 16}.get(row.name.rpartition(".")[2], row.shape[1])
+    means = {name: sum(bits) / len(bits) for name, bits in found.items()}
+    wanted = {"q_proj": 2.5, "k_proj": 2.5, "up_proj": 4, "gate_proj": 4, "down_proj": 3}
+    assert {name: means[name] for name in wanted} == pytest.approx(wanted, abs=0.06)
+    assert any("8 weights 2.5, 2 weights 3, 4 weights 4" in text for _, text in report.findings())
+    plan = make_plan(recipe.replace(output="new"))
+    assert plan.bits == pytest.approx(report.bits, abs=0.01) and not report.warnings
+    nearest = llmsparse.quantize(recipe.replace(method="nearest", rules=rules[1:2], output="nearest"))
+    alike = [weights_of(out)["model.layers.0.mlp.down_proj.weight"].numbers() for out in ("out", "nearest")]
+    assert (alike[0] == alike[1]).float().mean() > 0.9, "the first block's is rounded by itself in both"
+    assert nearest.recipe["rules"] == [{"match": "*.down_proj", "bits": 3.0, "group": 24, "method": "nearest"}]
+    again = QuantizeRecipe.load("out/llmsparse_recipe.yaml", {"output": "again"})
+    llmsparse.quantize(again)
+    assert files(Path("again"))["model.safetensors"] == files(Path("out"))["model.safetensors"]
+
+
+RULES: dict[str, tuple[dict[str, Any], str]] = {
+    "nothing said": ({"match": "*"}, "rules[0]: says nothing but match"),
+    "no weight": ({"match": "*.mlpp", "bits": 3}, "rules[0]: match '*.mlpp' matches none of 14 weights"),
+    "too few": ({"match": "*.q_proj", "bits": 0.5}, "--bits 0.5: model.layers.0.self_attn.q_proj takes at least 0.65"),
+    "no bits": ({"match": "*", "bits": 0}, "rules[0].bits: got 0, wanted a number of bits"),
+    "a group that does not divide": ({"match": "*.q_proj", "group": 48}, "has 64 inputs, which 48 does not divide"),
+}
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_rules_that_cannot_be(case: str, model: str) -> None:
+    rule, wanted = RULES[case]
+    with pytest.raises(RecipeError) as error:
+        llmsparse.quantize(model, bits=2.5, output="out", rules=[rule], **SMALL)
+    assert wanted in str(error.value) and "\n" not in str(error.value)
+
+
+def test_experts_that_are_one_tensor_share_a_group_and_values_leave_no_room_for_bits(model: str) -> None:
+    random_model(tiny_config("mixtral")).to(torch.bfloat16).save_pretrained("source")
+    torch_ids = torch.randint(0, 60, (6, 16), generator=torch.Generator().manual_seed(0))
+    from safetensors.torch import save_file
+
+    save_file({"input_ids": torch_ids}, "ids.safetensors")
+    keys: dict[str, Any] = {"calibration": "ids.safetensors", "calibration_samples": 4}
+    with pytest.raises(RecipeError, match=r"are one tensor in the model .*give both the same"):
+        llmsparse.quantize("source", bits=3.5, rules=[{"match": "*.w1", "group": 8}], output="out", **keys)
+    llmsparse.quantize("source", bits=4.5, rules=[{"match": "*.w[13]", "group": 8}], output="out", **keys)
+    with pytest.raises(RecipeError, match="beside values int8, which says how many bits"):
+        llmsparse.quantize("source", values="int8", rules=[{"match": "*", "bits": 3}], output="more", **keys)
 
 
 class StopAt(Silent):

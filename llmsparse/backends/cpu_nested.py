@@ -42,7 +42,7 @@ class CpuNested:
         return nested.KERNEL_ROWS[next(iter(found))]
 
     def prepare(self, packed: Nested, spec: WeightSpec) -> nested.CpuNested:
-        return nested.prepare(packed)
+        return nested.prepare(packed, int8=self.int8)
 
     def run(self, prepared: nested.CpuNested, x: Tensor, bias: Tensor | None) -> Tensor:
         if not x.numel():

@@ -27,7 +27,8 @@ from llmsparse.formats.nested import Nested
 
 ROWS, RUN, SLACK, DEEPEST = 4, 64, 64, 130  # as in nested.h
 SMALLEST, HIGHEST = -8, 7  # what an escape of 4 bits holds
-WIDE = 0.02  # share of numbers beyond that, from which on a weight is a mask and int8
+WIDE = 0.02  # share of numbers beyond that, from which on a weight is a mask and int8 ...
+WIDE_INT8 = 0.004  # ... and where activations have 8 bits: a listed number takes the time of 350 columns in int8
 
 
 class Matrix(ctypes.Structure):
@@ -177,14 +178,14 @@ def kernels(stored: torch.dtype, dtype: torch.dtype, wide: bool = False, int8: b
     return LIBRARY.fitting(DTYPES[stored], DTYPES[dtype], wide, int8)
 
 
-def prepare(packed: Nested) -> CpuNested:
+def prepare(packed: Nested, *, int8: bool = False) -> CpuNested:
     """Repack a weight on the CPU, of bfloat16 or float32 with steps for whole rows or multiples of RUN columns. `packed` is only
-    read, and not kept. CheckpointError where its stream is damaged."""
+    read, and not kept. `int8`: for products with activations of 8 bits. CheckpointError where its stream is damaged."""
     q = numbers_of(packed)
     *lead, out, width = packed.shape
     matrices, tiles, runs = math.prod(lead), -(-out // ROWS), -(-width // RUN)
     beyond = int((q < SMALLEST).sum()) + int((q > HIGHEST).sum())
-    wide = beyond > WIDE * q.numel()
+    wide = beyond > _wide_from(packed, int8) * q.numel()
     shape, kind = ((ROWS,), torch.int64) if wide else ((RUN,), torch.uint8)
     pairs = pages.zeros((matrices, tiles, runs, *shape), kind)
     starts = torch.zeros((matrices, tiles + 1), dtype=torch.int64)
@@ -206,6 +207,14 @@ def prepare(packed: Nested) -> CpuNested:
     for matrix, numbers in zip(made.matrices, q.view(-1, out, width), strict=True):
         c.nested_fill(ctypes.byref(matrix), numbers.data_ptr())
     return made
+
+
+def _wide_from(packed: Nested, int8: bool) -> float:
+    """The share of numbers beyond an escape from which on a mask and int8 are multiplied faster."""
+    if not int8:
+        return WIDE
+    fastest = next(iter(kernels(packed.stored, packed.dtype, int8=True)))
+    return WIDE_INT8 if fastest in kernels(packed.stored, packed.dtype, wide=True, int8=True) else WIDE
 
 
 def beside(rows: int, columns: int) -> int:

@@ -142,6 +142,20 @@ def test_activations_of_8_bits_have_a_scale_for_each_span(
         assert np.array_equal(again.double().numpy(), y)
 
 
+def test_for_activations_of_8_bits_a_weight_with_some_large_numbers_is_a_mask_and_int8() -> None:
+    packed = weight_of(64, 320, spread=3.3)  # 1.5 % are beyond an escape
+    exact, rounded = nested.prepare(packed), nested.prepare(packed, int8=True)
+    best = next(iter(nested.kernels(BF16, BF16, False, True)))
+    assert not exact.wide and rounded.wide == (best in nested.kernels(BF16, BF16, True, True))
+    assert not nested.prepare(weight_of(64, 320, spread=1.5), int8=True).wide
+    x = torch.randn(1, 320, generator=torch.Generator().manual_seed(1)).bfloat16()
+    close = nested.matvec(exact, x, int8=True).float()
+    torch.testing.assert_close(
+        nested.matvec(rounded, x, int8=True).float(), close, rtol=2e-2, atol=2e-2 * close.abs().max().item()
+    )
+    assert torch.equal(rounded.packed().numbers(), packed.numbers())
+
+
 def test_in_8_bits_what_is_not_finite_makes_the_product_nan() -> None:
     made = nested.prepare(weight_of(5, 70))
     for bad in (torch.inf, torch.nan):

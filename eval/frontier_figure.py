@@ -1,7 +1,9 @@
 """The figure of eval/results/frontier.csv, and how many bits fewer `quantize` takes for the same perplexity.
 
 `python -m eval.frontier_figure` writes docs/frontier.svg and prints a line for each rival's point: the bits at which `quantize`
-loses as much, log(loss) being interpolated between its own points, and how many that saves. Points are means over seeds.
+loses as much, log(loss) being interpolated between its own points, and how many that saves. Points are means over seeds. A last
+panel sets the loss of the embedded model against the time that a token takes for a billion weights, of eval/results/frontier_speed.csv:
+exactly, or where a line is broken with activations of 8 bits.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
 RESULTS = Path(__file__).parent / "results" / "frontier.csv"
+SPEED = Path(__file__).parent / "results" / "frontier_speed.csv"
 FIGURE = Path(__file__).parent.parent / "docs" / "frontier.svg"
 TITLES = {"embedded": "embedded model, 7 M, code", "babyllama-tok361": "babyllama, 15 M, stories"}
 OURS = "quantize"
@@ -30,9 +34,11 @@ LINES = {  # method → its name in the figure, and its colour
     "mask-int8": ("mask, int8 values", "#57606a"),
 }
 LEAST_LOSS = 1e-3  # less is noise of a seed
-BITS = (1.6, 10.0)
-TICKS = (2, 3, 4, 6, 8)
-WIDTH, HEIGHT, LEFT, TOP, GAP = 440, 300, 58, 62, 36
+BITS = (1.6, 10.0), (2, 3, 4, 6, 8), "stored bits a weight, everything counted"
+TIMES = (18.0, 180.0), (20, 30, 50, 75, 100, 150), "ms of one core a token, for 10⁹ weights; broken: 8-bit activations"
+TIMED = "embedded"
+FOUR_BITS = "4 g32"  # in the table of times, stands for 4 bits in any groups
+WIDTH, HEIGHT, LEFT, TOP, GAP, BELOW = 440, 230, 58, 62, 36, 310
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Point:
     """Mean over seeds."""
 
     setting: str
-    bits: float
+    at: float  # bits, or milliseconds
     loss: float
     seeds: int
 
@@ -59,7 +65,7 @@ def read() -> Table:
         table[model][method].append(point)
     for methods in table.values():
         for points in methods.values():
-            points.sort(key=lambda point: point.bits)
+            points.sort(key=lambda point: point.at)
     return table
 
 
@@ -68,7 +74,7 @@ def bits_for(points: Sequence[Point], loss: float) -> float | None:
     for few, more in pairwise(points):
         if more.loss <= loss <= few.loss and more.loss > LEAST_LOSS:
             share = math.log(few.loss / loss) / math.log(few.loss / more.loss)
-            return few.bits + share * (more.bits - few.bits)
+            return few.at + share * (more.at - few.at)
     return None
 
 
@@ -80,62 +86,103 @@ def savings(table: Table) -> Iterator[str]:
                 ours = bits_for(line, point.loss)
                 if ours is not None:
                     yield (
-                        f"{model:17} {method:10} {point.setting:12} {point.bits:5.2f} bits, loss {point.loss:.4f} "
-                        f"({point.seeds} seeds): {ours:.2f} bits, {point.bits - ours:.2f} fewer"
+                        f"{model:17} {method:10} {point.setting:12} {point.at:5.2f} bits, loss {point.loss:.4f} "
+                        f"({point.seeds} seeds): {ours:.2f} bits, {point.at - ours:.2f} fewer"
                     )
 
 
+def timed(table: Table) -> Mapping[str, Mapping[str, Sequence[Point]]]:
+    """activations → method → points by time: losses of the embedded model, in the order of their bits."""
+    losses = {(method, point.setting): point for method, points in table[TIMED].items() for point in points}
+    four = next(point for point in table[TIMED]["gptq"] if point.setting.startswith("4 "))
+    losses["gptq", FOUR_BITS] = four
+    found: dict[str, dict[str, list[Point]]] = defaultdict(lambda: defaultdict(list))
+    for row in csv.DictReader(SPEED.open(encoding="utf-8")):
+        point = losses.get((row["method"], row["setting"]))
+        if point is not None:
+            found[row["activations"]][row["method"]].append(
+                Point(point.setting, float(row["ms"]), point.loss, point.seeds)
+            )
+    return found
+
+
+@dataclass(frozen=True)
 class Panel:
-    """One model, its axes logarithmic, its upper left corner at (LEFT + offset, TOP)."""
+    """One model, its axes logarithmic."""
 
-    def __init__(self, model: str, methods: Mapping[str, Sequence[Point]], offset: float) -> None:
-        self.model, self.offset = model, offset
-        self.methods = {method: [p for p in methods.get(method, ()) if p.loss > LEAST_LOSS] for method in LINES}
-        losses = [point.loss for points in self.methods.values() for point in points]
-        self.low, self.high = min(losses) * 0.8, max(losses) * 1.25
+    title: str
+    left: float
+    top: float
+    width: float
+    axis: tuple[tuple[float, float], Sequence[float], str]
+    unit: str
+    lines: Sequence[tuple[str, Sequence[Point], bool]]  # method, points above `LEAST_LOSS`, whether broken
 
-    def x(self, bits: float) -> float:
-        return LEFT + self.offset + WIDTH * math.log(bits / BITS[0]) / math.log(BITS[1] / BITS[0])
+    @cached_property
+    def losses(self) -> tuple[float, float]:
+        found = [point.loss for _, points, _ in self.lines for point in points]
+        return min(found) * 0.8, max(found) * 1.25
+
+    def x(self, at: float) -> float:
+        (low, high), _, _ = self.axis
+        return self.left + self.width * math.log(at / low) / math.log(high / low)
 
     def y(self, loss: float) -> float:
-        return TOP + HEIGHT * math.log(self.high / loss) / math.log(self.high / self.low)
+        low, high = self.losses
+        return self.top + HEIGHT * math.log(high / loss) / math.log(high / low)
 
     def svg(self) -> Iterator[str]:
-        left, right, bottom = self.x(BITS[0]), self.x(BITS[1]), TOP + HEIGHT
-        yield f'<text x="{left}" y="{TOP - 8}" font-weight="600">{TITLES[self.model]}</text>'
-        yield f'<rect x="{left}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#8c959f"/>'
-        for bits in TICKS:
-            yield f'<path d="M{self.x(bits):.1f} {TOP}V{bottom}" stroke="#d0d7de" stroke-width="0.5"/>'
-            yield f'<text x="{self.x(bits):.1f}" y="{bottom + 16}" text-anchor="middle">{bits}</text>'
+        ends, ticks, label = self.axis
+        left, right, bottom = self.x(ends[0]), self.x(ends[1]), self.top + HEIGHT
+        yield f'<text x="{left}" y="{self.top - 8}" font-weight="600">{self.title}</text>'
+        yield f'<rect x="{left}" y="{self.top}" width="{self.width}" height="{HEIGHT}" fill="none" stroke="#8c959f"/>'
+        for tick in ticks:
+            yield f'<path d="M{self.x(tick):.1f} {self.top}V{bottom}" stroke="#d0d7de" stroke-width="0.5"/>'
+            yield f'<text x="{self.x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick}</text>'
+        low, high = self.losses
         for loss in (n * 10**e for e in (-3, -2, -1, 0) for n in (1, 2, 5)):
-            if self.low < loss < self.high:
+            if low < loss < high:
                 y = self.y(loss)
                 yield f'<path d="M{left} {y:.1f}H{right}" stroke="#d0d7de" stroke-width="0.5"/>'
                 yield f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{loss:g}</text>'
-        middle = (left + right) / 2
-        yield f'<text x="{middle}" y="{bottom + 33}" text-anchor="middle">stored bits a weight, everything counted</text>'
-        for method, points in self.methods.items():
-            colour = LINES[method][1]
-            # a matched mask is a point of its own, not one of the line
-            line = [point for point in points if MATCHED not in point.setting]
-            path = " ".join(f"{self.x(point.bits):.1f},{self.y(point.loss):.1f}" for point in line)
-            thick = 2.4 if method == OURS else 1.2
-            yield f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{thick}"/>'
-            for point in points:
-                name = f"{LINES[method][0]} {point.setting}: {point.bits:.2f} bits, {point.loss:.4f}"
-                filled = colour if point in line else "#ffffff"
-                at = f'cx="{self.x(point.bits):.1f}" cy="{self.y(point.loss):.1f}"'
-                yield f'<circle {at} r="3" fill="{filled}" stroke="{colour}"><title>{name}</title></circle>'
+        yield f'<text x="{(left + right) / 2}" y="{bottom + 33}" text-anchor="middle">{label}</text>'
+        for method, points, broken in self.lines:
+            yield from self._line(method, points, broken)
+
+    def _line(self, method: str, points: Sequence[Point], broken: bool) -> Iterator[str]:
+        name, colour = LINES[method]
+        line = [point for point in points if MATCHED not in point.setting]  # a matched mask is a point of its own
+        path = " ".join(f"{self.x(point.at):.1f},{self.y(point.loss):.1f}" for point in line)
+        thick, dashes = 2.4 if method == OURS else 1.2, ' stroke-dasharray="6 4"' if broken else ""
+        yield f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{thick}"{dashes}/>'
+        for point in points:
+            told = f"{name} {point.setting}: {point.at:.2f} {self.unit}, {point.loss:.4f}"
+            filled = colour if point in line else "#ffffff"
+            at = f'cx="{self.x(point.at):.1f}" cy="{self.y(point.loss):.1f}"'
+            yield f'<circle {at} r="3" fill="{filled}" stroke="{colour}"><title>{told}</title></circle>'
+
+
+def panels(table: Table) -> Iterator[Panel]:
+    def lines(methods: Mapping[str, Sequence[Point]], broken: bool = False) -> list[tuple[str, list[Point], bool]]:
+        return [(m, [p for p in methods.get(m, ()) if p.loss > LEAST_LOSS], broken) for m in LINES if m in methods]
+
+    models, apart = [model for model in TITLES if model in table], WIDTH + LEFT + GAP / 2
+    for number, model in enumerate(models):
+        yield Panel(TITLES[model], LEFT + number * apart, TOP, WIDTH, BITS, "bits", lines(table[model]))
+    times = timed(table)
+    both = [*lines(times["bf16"]), *lines(times["8 bits"], broken=True)]
+    whole = WIDTH + (len(models) - 1) * apart
+    yield Panel(f"{TITLES[TIMED]}, by time on a CPU", LEFT, TOP + BELOW, whole, TIMES, "ms", both)
 
 
 def figure(table: Table) -> str:
-    models = [model for model in TITLES if model in table]
-    panels = [Panel(model, table[model], number * (WIDTH + LEFT + GAP / 2)) for number, model in enumerate(models)]
-    width, height = LEFT + len(panels) * (WIDTH + LEFT + GAP / 2), TOP + HEIGHT + 44
+    drawn = list(panels(table))
+    width, height = drawn[-1].left + drawn[-1].width + GAP / 2, drawn[-1].top + HEIGHT + 44
+    middle = height / 2
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height}" font-family="sans-serif" font-size="12">',
         f'<rect width="{width:g}" height="{height}" fill="#ffffff"/>',
-        f'<text x="14" y="{TOP + HEIGHT / 2}" text-anchor="middle" transform="rotate(-90 14 {TOP + HEIGHT / 2})">'
+        f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">'
         "log(perplexity / dense)</text>",
     ]
     for number, (name, colour) in enumerate(LINES.values()):
@@ -143,7 +190,7 @@ def figure(table: Table) -> str:
         parts.append(
             f'<path d="M{x} 18h18" stroke="{colour}" stroke-width="2.4"/><text x="{x + 22}" y="22">{name}</text>'
         )
-    parts += [part for panel in panels for part in panel.svg()]
+    parts += [part for panel in drawn for part in panel.svg()]
     return "\n".join([*parts, "</svg>", ""])
 
 

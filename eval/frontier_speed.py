@@ -90,11 +90,11 @@ def variants(weight: Tensor, x: Tensor) -> Iterator[Variant]:
         yield Variant("mask", f"{sparsity:g}", "bf16", bits, lambda masks=masks: cpu.matvec(masks.next(), x))
     for sparsity, values in VALUES:
         yield from of_numbers(f"mask-{values}", f"{sparsity:g}", coded_values(masked(weight, sparsity), values), x)
-    fours, q4, dense = q4_of(weight)[:2], q4_loop(), dense_loop()
+    (values, scales, _), q4, dense = q4_of(weight), q4_loop(), dense_loop()
     assert dense is not None
-    copies = Copies(sum(part.nbytes for part in fours), lambda: tuple(pages.copy(part) for part in fours))
-    bits = 8 * copies.bytes / weight.numel()
-    yield Variant("gptq", "4 g32", "8 bits", bits, lambda: q4(*copies.next(), x))
+    fours = Copies(values.nbytes + scales.nbytes, lambda: (pages.copy(values), pages.copy(scales)))
+    bits = 8 * fours.bytes / weight.numel()
+    yield Variant("gptq", "4 g32", "8 bits", bits, lambda: q4(*fours.next(), x))
     halves = Copies(2 * weight.numel(), lambda: pages.copy(weight.bfloat16()))
     yield Variant("dense", "", "bf16", 16.0, lambda: dense(x, halves.next()))
 

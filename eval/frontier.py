@@ -9,7 +9,8 @@ The embedded model is calibrated and measured on held-out modules of Python's st
     loss        log(perplexity / perplexity of the dense model)
     seed        of the calibration windows
 
-quantize is `llmsparse quantize --bits`, where `matched` says so with block matching; mask is SparseGPT, likewise, packed; mask-int8
+quantize is `llmsparse quantize --bits --group row`, where `matched` says so with block matching; quantize-matrix has one step for each
+matrix; mask is SparseGPT, likewise, packed; mask-int8
 and mask-int4 are `quantize --values` of such a mask; gptq and rtn are eval/group_quantization.py; llama.cpp is its own quantizer
 with an importance matrix (eval/llama_cpp.py), where the model is wide enough for its blocks of 256 and `--llama-cpp` names its
 source tree.
@@ -113,6 +114,8 @@ def cases(model: str) -> Iterator[Case]:
             ("quantize", "2"),
         ):
             yield Case(model, method, setting, seed)
+    for bits in (2.3, 2.7, 2, *BITS):
+        yield Case(model, "quantize-matrix", f"{bits:g}", 0)
     for seed, bits in product(SEEDS, BITS):
         yield Case(model, "quantize", f"{bits:g}", seed)
     for sparsity in SPARSITIES:
@@ -144,10 +147,10 @@ def make(case: Case, model: Model, scratch: Path, rival: LlamaCpp | None) -> tup
         quantize_model(model.folder, dense, case.method, bits, group, **text)
         return dense, bits_of(bits, group), {}
     more: dict[str, float] = {}
-    if case.method == "quantize":
+    if case.method.startswith("quantize"):
         bits, _, matched = case.setting.partition(" ")
-        steps = MATCH_STEPS if matched else 0
-        report = llmsparse.quantize(str(model.folder), output=str(out), bits=float(bits), match_steps=steps, **run)
+        run |= {"match_steps": MATCH_STEPS if matched else 0, "group": case.method.partition("-")[2] or "row"}
+        report = llmsparse.quantize(str(model.folder), output=str(out), bits=float(bits), **run)
         more = {"entropy": report.stored()["entropy"], "zeros": report.stored()["zeros"]}
     else:
         sparsity, _, matched = case.setting.partition(" ")

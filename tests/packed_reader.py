@@ -71,8 +71,10 @@ def unpack(entry: dict[str, Any], values: Any, mask: Any, offsets: Any) -> Any:
 
 def unpack_nested(entry: dict[str, Any], stream: Any, steps: Any, tiles: Any) -> Any:
     *leading, out, width = entry["shape"]
-    assert len(stream) == entry["bytes"] and steps.shape == (prod(leading) * out, -(-width // entry["group"]))
-    q = np.zeros((prod(leading) * out, width), np.float32)
+    rows, together = prod(leading) * out, entry.get("step_rows", 1)
+    assert len(stream) == entry["bytes"] and steps.shape == (rows // together, -(-width // entry["group"]))
+    assert out % together == 0 and (together == 1 or not leading)
+    q = np.zeros((rows, width), np.float32)
     starts = [m * out + r for m in range(prod(leading)) for r in range(0, out, entry["tile"])]
     assert len(tiles) == len(starts) + 1 and tiles[0] == 0 and tiles[-1] == len(stream)
     for number, start in enumerate(starts):
@@ -80,7 +82,8 @@ def unpack_nested(entry: dict[str, Any], stream: Any, steps: Any, tiles: Any) ->
         tile = stream[tiles[number] : tiles[number + 1]]
         q[start:stop] = numbers(tile, (stop - start) * width, entry["digits"], entry["fours"]).reshape(-1, width)
     assert np.count_nonzero(q) == entry["nnz"]
-    each = (steps.astype(np.uint32) << 16).view(np.float32)[:, np.arange(width) // entry["group"]]
+    of_groups = (steps.astype(np.uint32) << 16).view(np.float32).repeat(together, axis=0)
+    each = of_groups[:, np.arange(width) // entry["group"]]
     return rounded(q * each, entry["dtype"]).reshape(entry["shape"])
 
 

@@ -5,7 +5,7 @@ No row of the shipped table names it: it has not been timed. It runs where it is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -70,7 +70,7 @@ class TritonNested:
         frame, steps = prepared.frame, prepared.weight.steps
         q = self._op.numbers(prepared.weight).cpu()
         whole = Nested.written(q, steps.cpu(), frame.code, frame.tile_rows, frame.group, frame.stored)
-        return whole.moved(steps.device, frame.dtype)
+        return replace(whole.moved(steps.device, frame.dtype), step_rows=frame.step_rows)
 
     @property
     def _op(self) -> Any:

@@ -1,7 +1,7 @@
 """Format "nested": small integers and a step a row, W = step · q, where many q are 0 and most others are ±1.
 
     stream    uint8 (bytes,)                     q, tile by tile in the digits of a code (digits.py)
-    steps     bfloat16 (rows, ⌈in/group⌉)        rows = all leading dimensions × out
+    steps     bfloat16 (rows, ⌈in/group⌉)        rows = all leading dimensions × out; on disk once for `step_rows` rows
     tiles     int32 or int64 (matrices·tiles + 1,)  where each tile of rows begins in the stream; matrices = leading dimensions
 
 Zeros cost next to nothing beside the others without a mask of their own: the code is chosen for each weight so that its
@@ -60,6 +60,7 @@ class Nested:
     stored: torch.dtype  # that step · q is rounded to
     dtype: torch.dtype  # of what `unpack` makes; it rounds to `stored` all the same
     pattern: str = "unstructured"
+    step_rows: int = 1  # that share their steps, and have them on disk once
 
     @classmethod
     def encode(cls, q: Tensor, steps: Tensor, dtype: torch.dtype) -> Self:
@@ -68,11 +69,12 @@ class Nested:
         *_, out, width = q.shape
         tile = max(1, min(out, -(-TILE // max(1, TILE_ROWS * width)) * TILE_ROWS))
         group = -(-width // steps.shape[1]) if steps.shape[1] else max(1, width)
-        return cls.written(q, steps, code, tile, group, dtype)
+        together = rows_sharing(steps) if q.ndim == 2 else 1
+        return replace(cls.written(q, steps, code, tile, group, dtype), step_rows=together)
 
     @classmethod
     def written(cls, q: Tensor, steps: Tensor, code: Code, tile: int, group: int, dtype: torch.dtype) -> Self:
-        """As `encode`, by a code and in tiles that are given."""
+        """As `encode`, by a code and in tiles that are given, and every row with steps of its own."""
         parts: list[bytes] = []
         for rows in _tile_slices(tuple(q.shape), tile):
             parts.append(encode(q.reshape(-1, q.shape[-1])[rows].numpy().reshape(-1), code))
@@ -116,7 +118,7 @@ class Nested:
             first: levels[0],
             "signs": sum(levels[1:2]),
             "planes": sum(levels[2:]),
-            "steps": self.steps.nbytes,
+            "steps": self.steps.nbytes // self.step_rows,
             "tiles": self.tiles.nbytes,
         }
 
@@ -125,10 +127,12 @@ class Nested:
         return entropy_of(self.numbers())
 
     def tensors(self) -> dict[str, Tensor]:
-        return dict(zip(self.SUFFIXES, (self.stream, self.steps, self.tiles), strict=True))
+        steps = self.steps if self.step_rows == 1 else self.steps[:: self.step_rows].contiguous()
+        return dict(zip(self.SUFFIXES, (self.stream, steps, self.tiles), strict=True))
 
     def describe(self) -> dict[str, Any]:
-        return {
+        shared = {"step_rows": self.step_rows} if self.step_rows > 1 else {}
+        return shared | {
             "format": self.FORMAT,
             "shape": list(self.shape),
             "dtype": str(self.stored).removeprefix("torch."),
@@ -149,6 +153,12 @@ class Nested:
             raise CheckpointError(
                 f"{name}: shape {shape!r}, nnz, bytes, tile and group {counts!r}: wanted two or more sizes and four counts"
             )
+        together: Any = described.get("step_rows", 1)
+        single = (
+            _whole([together]) and together > 0 and shape[-2] % together == 0 and (together == 1 or len(shape) == 2)
+        )
+        if not single:
+            raise CheckpointError(f"{name}: step_rows {together!r}: wanted a divisor of the rows of a single matrix")
         check_dtype(name, described)
         if described["dtype"] not in ROUNDED:
             raise CheckpointError(
@@ -171,7 +181,10 @@ class Nested:
         count, size = math.prod(leading) * -(-out // described["tile"]), described["bytes"]
         return {
             "": ((size,), torch.uint8),
-            "_steps": ((math.prod(leading) * out, -(-width // described["group"])), STEPS),
+            "_steps": (
+                (math.prod(leading) * out // described.get("step_rows", 1), -(-width // described["group"])),
+                STEPS,
+            ),
             "_tiles": ((count + 1,), torch.int32 if size < 2**31 else torch.int64),
         }
 
@@ -194,7 +207,9 @@ class Nested:
         shape: tuple[int, ...] = tuple(described["shape"])
         stream, steps, tiles = (tensors[suffix] for suffix in cls.SUFFIXES)
         tile, group, nnz = (int(described[key]) for key in ("tile", "group", "nnz"))
-        packed = cls(stream, steps, tiles, shape, code, tile, group, nnz, stored, dtype or stored)
+        together = int(described.get("step_rows", 1))
+        steps = steps if together == 1 else steps.repeat_interleave(together, dim=0)
+        packed = cls(stream, steps, tiles, shape, code, tile, group, nnz, stored, dtype or stored, step_rows=together)
         problem = None if packed.stream.is_meta else packed.problem()
         if problem:
             raise CheckpointError(f"{name}: {problem}; the packed file is damaged, quantize the model again")
@@ -221,7 +236,7 @@ class Nested:
         return None if nnz == self.nnz else f"the stream has {nnz} numbers other than 0, the config says {self.nnz}"
 
     def moved(self, device: torch.device, dtype: torch.dtype | None = None) -> Self:
-        stream, steps, tiles = (tensor.to(device) for tensor in self.tensors().values())
+        stream, steps, tiles = (tensor.to(device) for tensor in self._held())
         return replace(self, stream=stream, steps=steps, tiles=tiles, dtype=dtype or self.dtype)
 
     def rows(self, start: int, stop: int) -> Self:
@@ -237,7 +252,7 @@ class Nested:
         tiles = self.tiles[at : at + -(-(stop - start) // self.tile_rows) + 1]
         begin, end = int(tiles[0]), int(tiles[-1])
         part = replace(self, stream=self.stream[begin:end], steps=self.steps[start:stop], tiles=tiles - begin)
-        part = replace(part, shape=(stop - start, width))
+        part = replace(part, shape=(stop - start, width), step_rows=1)
         counts = (nonzeros(data, (at.stop - at.start) * width, self.code) for at, data in part._tiles())
         return replace(part, nnz=sum(counts))
 
@@ -253,29 +268,36 @@ class Nested:
             steps=torch.cat([part.steps for part in parts]),
             tiles=tiles.to(torch.int32) if int(tiles[-1]) < 2**31 else tiles,
             shape=(len(parts), *first.shape),
+            step_rows=1,
             nnz=sum(part.nnz for part in parts),
         )
 
     def emptied(self) -> Self:
-        return replace(
-            self, **{key: tensor.clone() for key, tensor in zip(TENSORS, self.tensors().values(), strict=True)}
-        )
+        return replace(self, **{key: tensor.clone() for key, tensor in zip(TENSORS, self._held(), strict=True)})
 
     def emptied_of_tensors(self) -> Self:
         """What `written` needs to know beside numbers and steps."""
-        return replace(
-            self, **{key: tensor.new_empty(0) for key, tensor in zip(TENSORS, self.tensors().values(), strict=True)}
-        )
+        return replace(self, **{key: tensor.new_empty(0) for key, tensor in zip(TENSORS, self._held(), strict=True)})
 
     def filled(self, weight: Tensor) -> Self:
         """The weight tells its numbers only together with the steps, which are most of what there is to keep."""
         return self.moved(weight.device, weight.dtype)
+
+    def _held(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As `TENSORS`: steps of every row."""
+        return self.stream, self.steps, self.tiles
 
     def _tiles(self) -> Iterator[tuple[slice, Any]]:
         """The rows of each tile and its bytes."""
         data, ends = self.stream.cpu().numpy(), self.tiles.tolist()
         for number, rows in enumerate(_tile_slices(self.shape, self.tile_rows)):
             yield rows, data[ends[number] : ends[number + 1]]
+
+
+def rows_sharing(steps: Tensor) -> int:
+    """How many rows, one after the other, share their steps (rows, groups), throughout: 1 where not all do."""
+    starts = (steps[1:] != steps[:-1]).any(1).nonzero().flatten() + 1
+    return math.gcd(len(steps), *starts.tolist()) or 1
 
 
 def entropy_of(q: Tensor) -> float:

@@ -45,6 +45,12 @@ class Choice:
     largest: int | None  # |q|; None: as `bits` allow
     bits: float | None = None  # stored, a weight
     method: str = "gptq"
+    whole: bool = False  # all rows share the step, too
+
+    @property
+    def sharing(self) -> int:
+        """Numbers that share a step."""
+        return self.group * (self.weight.shape[0] if self.whole else 1)
 
 
 @dataclass(frozen=True)
@@ -236,7 +242,7 @@ def _quantize(
     if stat is not None and entry.tokens < Gram.least_tokens(entry.width) and entry.tokens < options.calibration_tokens:
         stat, notes["fallback"] = None, f"nearest: {entry.tokens} calibration tokens reached it"
     assert stat is None or isinstance(stat, Gram)
-    problem = Problem(dense, stat, choice.group, recipe.rate, recipe.damp)
+    problem = Problem(dense, stat, choice.group, recipe.rate, recipe.damp, choice.whole)
     if problem.keep is not None:
         notes["zeros_before"] = problem.zeros
     elif recipe.values is not None and weight.kind != HEAD:
@@ -258,7 +264,7 @@ def _quantize(
         zeros=1 - int(made.q.count_nonzero()) / made.q.numel(),
         step=made.step,
         asked=choice.bits,
-        group=choice.group,
+        group=choice.sharing,
         error=output_error(dense, rounded, entry, parts(len(dense))),
         tokens=entry.tokens,
         notes=notes,

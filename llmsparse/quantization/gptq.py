@@ -50,11 +50,15 @@ def quantize_columns(
     return q.T.contiguous()
 
 
-def refitted(weight: Tensor, made: Tensor, gram: Tensor) -> Tensor:
+def refitted(weight: Tensor, made: Tensor, gram: Tensor, *, whole: bool = False) -> Tensor:
     """The factor (out,) that brings each row of `made` nearest to `weight` in what it does to the inputs: wHŵ / ŵHŵ.
 
-    weight and made (out, in), gram H (in, in). 1 where a row is 0, or would turn or grow out of proportion.
+    weight and made (out, in), gram H (in, in). `whole`: one factor for all rows. 1 where a row is 0, or would turn or grow out of
+    proportion.
     """
     moved = made @ gram
-    factor = (moved * weight).sum(1) / (moved * made).sum(1)
+    above, below = (moved * weight).sum(1), (moved * made).sum(1)
+    if whole:
+        above, below = above.sum().expand(len(made)), below.sum().expand(len(made))
+    factor = above / below
     return torch.where((factor > 0.5) & (factor < 2), factor, 1.0)

@@ -15,7 +15,7 @@ KEYS = {  # of every key but model and rules, by group
         "bits": Key("Stored bits a weight, everything counted, of the weights that are quantized.", None, "B"),
         "values": Key("Of a sparse model instead: int8 or int4 for what is not 0.", None, "KIND"),
         "method": Key("gptq: later columns absorb the error; nearest: no calibration decides.", "gptq", "NAME"),
-        "group": Key("What shares a step: row, or so many columns of it.", "row", "N"),
+        "group": Key("What shares a step: matrix, row, or so many columns of a row.", "row", "N"),
         "rate": Key("How much rounding gives way to save bits, in squared steps a bit.", "0.1", "R"),
         "damp": Key("Share of the Hessian's mean diagonal added to it.", "0.01", "D"),
         "match_steps": Key("Steps of tuning each block to what it computed before; 0 for none.", "0", "N"),

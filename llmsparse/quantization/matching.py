@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from llmsparse.calibration.matching import CHECKS, Match, batches_per_step, fraction_at, schedule_of, shares
 from llmsparse.calibration.matching_loss import Loss
 from llmsparse.calibration.tuner import Tuner
+from llmsparse.formats.nested import rows_sharing
 from llmsparse.models.streamed import Activations, Block
 from llmsparse.quantization.rounding import round_by, thresholds
 from llmsparse.sparsity.patterns import is_sparse
@@ -39,7 +40,8 @@ class Rounded(nn.Module):
 
     def __init__(self, weight: Tensor, numbers: Numbers, rate: float, most: int) -> None:
         super().__init__()
-        self.steps = nn.Parameter(numbers.steps.to(weight.device, torch.float32))
+        self._shape = numbers.steps.shape
+        self.steps = nn.Parameter(shared(numbers.steps).to(weight.device, torch.float32))
         self.keep, self.most = weight != 0 if is_sparse(weight) else None, most
         quotients = weight / spread(self.steps.detach(), weight.shape)
         self.above = thresholds(quotients if self.keep is None else quotients[self.keep], rate).to(weight.device)
@@ -62,7 +64,7 @@ class Rounded(nn.Module):
         """What would be stored now."""
         steps = self.stored_steps()
         q = self.whole(latent / spread(steps.float(), latent.shape)).to(torch.int8)
-        return Numbers(q.cpu(), steps.cpu())
+        return Numbers(q.cpu(), spread(steps, self._shape).cpu())
 
     def start(self, weight: Tensor, q: Tensor) -> Tensor:
         """The source's weight, brought into the cells of its numbers: rounding it gives these."""
@@ -161,6 +163,14 @@ def spread(steps: Tensor, shape: torch.Size) -> Tensor:
         if few != many:
             steps = steps.repeat_interleave(many // few, dim=dimension)
     return steps
+
+
+def shared(steps: Tensor) -> Tensor:
+    """Steps of which one stands for all that share it: what `spread` gives back."""
+    for dimension in range(steps.ndim):
+        along = steps.transpose(0, dimension).flatten(1)
+        steps = steps.transpose(0, dimension)[:: rows_sharing(along)].transpose(0, dimension)
+    return steps.contiguous()
 
 
 def through(value: Tensor, rounded: Tensor) -> Tensor:

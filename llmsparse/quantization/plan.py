@@ -113,7 +113,7 @@ class QuantizePlan(RunPlan[QuantizeRecipe]):
             "bits": self.bits,
             "method": self.recipe.method,
             "weights": [
-                {"name": c.weight.name, "shape": c.weight.shape, "group": c.group, "bits": c.bits, "method": c.method}
+                {"name": c.weight.name, "shape": c.weight.shape, "group": c.sharing, "bits": c.bits, "method": c.method}
                 for choices in self.choices.values()
                 for c in choices
             ],
@@ -172,11 +172,11 @@ def choose_weights(recipe: QuantizeRecipe, opened: OpenedModel[QuantizeRecipe]) 
     _refuse_parts(model, chosen)
     _refuse_groups(model, [choice for some in choices.values() for choice in some])
     for choice in (choice for some in choices.values() for choice in some):
-        least = LEAST_CODE + 16 / choice.group
+        least = LEAST_CODE + 16 / choice.sharing
         if choice.bits is not None and choice.bits < least:
             raise RecipeError(
                 f"--bits {choice.bits:g}: {choice.weight.name} takes at least {least:.2f} bits a weight, "
-                f"{16 / choice.group:.2f} of them for a step of 16 bits every {choice.group} columns; "
+                f"{16 / choice.sharing:.2f} of them for a step of 16 bits every {choice.sharing} columns; "
                 "give more bits, or a larger --group"
             )
     return choices
@@ -199,13 +199,14 @@ def _searching(choice: Choice) -> int:
 def _choice(recipe: QuantizeRecipe, weight: Weight) -> Choice:
     width, rule = weight.shape[1], rule_for(recipe.rules, weight.name) or Rule(match="*")
     given = recipe.group if rule.group is None else rule.group
-    group = width if given == "row" else given
+    group = width if given in ("row", "matrix") else given
     if width % group:
         raise RecipeError(
             f"--group {group}: {weight.name} has {width} inputs, which {group} does not divide; use a group that does, or row"
         )
     largest = None if recipe.values is None else LARGEST[recipe.values]
-    return Choice(weight, group, largest, rule.bits or recipe.bits, rule.method or recipe.method)
+    whole = given == "matrix" and weight.slot[1] is None  # experts lie in one tensor, where every row has its step
+    return Choice(weight, group, largest, rule.bits or recipe.bits, rule.method or recipe.method, whole)
 
 
 def _head(recipe: QuantizeRecipe, model: StreamedModel) -> list[Choice]:

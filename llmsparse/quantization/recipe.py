@@ -42,12 +42,12 @@ def _bits(value: Any) -> float:
     return bits
 
 
-def _group(value: Any) -> int | Literal["row"]:
-    if value == "row":
-        return "row"
+def _group(value: Any) -> int | Literal["row", "matrix"]:
+    if value in ("row", "matrix"):
+        return value
     if not isinstance(value, bool) and str(value).isdecimal() and int(str(value)) > 0:
         return int(str(value))
-    raise ValueError(f"got {value!r}, wanted row, or how many columns share a step, such as 128")
+    raise ValueError(f"got {value!r}, wanted row, matrix, or how many columns share a step, such as 128")
 
 
 def _one_or_more(value: Any) -> Any:
@@ -56,7 +56,7 @@ def _one_or_more(value: Any) -> Any:
 
 Globs = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
 Bits = Annotated[float, PlainValidator(_bits)]
-Group = Annotated[int | Literal["row"], PlainValidator(_group)]
+Group = Annotated[int | Literal["row", "matrix"], PlainValidator(_group)]
 Method = Literal["gptq", "nearest"]
 
 
@@ -127,6 +127,10 @@ class QuantizeRecipe(RunRecipe):
             raise ValueError("nothing says how few bits: give --bits 2.5, or for a sparse model --values int8")
         if self.bits is not None and self.values is not None:
             raise OptionError(("values",), f"{self.values} and --bits {self.bits:g} both say how many bits: give one")
+        if self.values is not None and "matrix" in (self.group, *(rule.group for rule in self.rules)):
+            raise OptionError(
+                ("group",), f"matrix beside values {self.values}, whose steps are a row's; give row or columns"
+            )
         for index, rule in enumerate(self.rules):
             if rule.bits is None and rule.group is None and rule.method is None:
                 raise OptionError(("rules", index), "says nothing but match; give it bits, a group or a method")

@@ -32,7 +32,7 @@ class QuantizedWeight:
     zeros: float  # fraction of its numbers
     step: float | None  # in root mean squares of a row; None where a largest number decided
     asked: float | None  # bits that it should take; None where a largest number decided
-    group: int  # columns that share a step
+    group: int  # numbers that share a step
     error: float | None  # ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on a sample of calibration rows; None: no rows
     tokens: int  # calibration rows its input was seen with
     notes: dict[str, Any] = field(default_factory=dict[str, Any])

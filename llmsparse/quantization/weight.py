@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmsparse.errors import NumericalError
 from llmsparse.formats.digits import LARGEST
-from llmsparse.formats.nested import STEPS, Nested
+from llmsparse.formats.nested import STEPS, Nested, rows_sharing
 from llmsparse.formats.shortest import shortest_code
 from llmsparse.packing.values import value_steps
 from llmsparse.pruners.sparsegpt import factor_hessian
@@ -51,6 +51,7 @@ class Problem:
     group: int  # columns that share a step
     rate: float
     damp: float
+    whole: bool = False  # all rows share the step, too
     sparse: bool | None = None  # whether the weight this is a part of is sparse; None: the weight itself says
 
     @property
@@ -89,9 +90,15 @@ class Problem:
         """Bits of a step that is so many root mean squares of what is not 0 in a row, or a group of it; q and steps."""
         places = self.weight.new_ones(self.weight.shape) if self.keep is None else self.keep.float()
         squares = self._grouped(self.weight.square(), lambda part: part.sum(2))
-        rms = (squares / self._grouped(places, lambda part: part.sum(2)).clamp_min(1)).sqrt()
+        count, most = (
+            self._grouped(places, lambda part: part.sum(2)),
+            self._grouped(self.weight.abs(), lambda part: part.amax(2)),
+        )
+        if self.whole:
+            squares, count, most = squares.sum(0, True), count.sum(0, True), most.amax(0, True)
         # what no code could write becomes larger steps: one number in thousands, in a row of outliers
-        rms = torch.maximum(rms, self._grouped(self.weight.abs(), lambda part: part.amax(2)) / (step * LARGEST / 2))
+        rms = torch.maximum((squares / count.clamp_min(1)).sqrt(), most / (step * LARGEST / 2))
+        rms = rms.expand(len(self.weight), -1).contiguous()
         steps = _as_steps(step * rms)
         quotients = self.weight / self._spread(steps.float())
         if self.keep is not None:
@@ -118,7 +125,7 @@ class Problem:
             gram = self.stat.xtx + self.damp * self.stat.xtx.diagonal().mean() * torch.eye(
                 len(self.stat.xtx), device=q.device
             )
-            factor = refitted(self.weight, q * self._spread(steps.float()), gram)
+            factor = refitted(self.weight, q * self._spread(steps.float()), gram, whole=self.whole)
             steps = (steps.float() * factor[:, None]).to(STEPS)
         return Quantized(q, steps, step, {})
 
@@ -138,7 +145,7 @@ def parts(rows: int) -> list[slice]:
 
 def bits_of(q: Tensor, steps: Tensor) -> float:
     """Bits a weight that are stored, but for what fills up bytes."""
-    beside = 8 * steps.nbytes + 32
+    beside = 8 * steps.nbytes // rows_sharing(steps) + 32
     return (shortest_code(q.cpu().numpy())[1] + beside) / max(1, q.numel())
 
 

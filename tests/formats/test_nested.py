@@ -146,3 +146,32 @@ def test_flipped_bits_are_refused_or_read(seed: int, flips: int) -> None:
     except CheckpointError:
         return
     assert again.unpack().shape == packed.shape
+
+
+@pytest.mark.parametrize(("runs", "together"), [([24], 24), ([8, 16], 8), ([9, 15], 3), ([23, 1], 1)])
+def test_rows_that_share_their_steps_have_them_on_disk_once(runs: list[int], together: int) -> None:
+    q = torch.randint(-3, 4, (24, 40), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    steps = torch.cat([torch.full((count, 2), 0.5 + at) for at, count in enumerate(runs)]).bfloat16()
+    packed = Nested.encode(q, steps, torch.bfloat16)
+    assert packed.step_rows == together and packed.tensors()["_steps"].shape == (24 // together, 2)
+    assert packed.parts()["steps"] == 2 * 2 * 24 // together
+    described = packed.describe()
+    again = Nested.restore("w", described, packed.tensors())
+    assert torch.equal(again.unpack(), packed.unpack()) and torch.equal(again.steps, steps)
+    assert again.describe() == described and again.moved(torch.device("cpu"), torch.float32).describe() == described
+    part = again.rows(5, 19)
+    assert part.step_rows == 1 and torch.equal(part.unpack(), packed.unpack()[5:19])
+    stack = Nested.joined([packed, packed])
+    assert torch.equal(stack.unpack()[1], packed.unpack())
+    assert torch.equal(Nested.restore("w", stack.describe(), stack.tensors()).unpack(), stack.unpack())
+
+
+@pytest.mark.parametrize("wrong", [0, 5, -1, 2.0, "4", True, None])
+def test_rows_that_cannot_share_are_refused(wrong: Any) -> None:
+    described = Nested.encode(
+        torch.ones(24, 8, dtype=torch.int8), torch.ones(24, 1).bfloat16(), torch.bfloat16
+    ).describe()
+    with pytest.raises(CheckpointError, match=r"step_rows .*: wanted a divisor of the rows of a single matrix"):
+        Nested.check("w", described | {"step_rows": wrong})
+    with pytest.raises(CheckpointError, match="step_rows"):
+        Nested.check("w", described | {"shape": [2, 24, 8], "step_rows": 4})

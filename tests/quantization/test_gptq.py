@@ -82,6 +82,8 @@ def test_it_loses_less_than_rounding_alone_and_a_factor_a_row_loses_less_still()
     moved = x.double() @ made.double().T
     best = (moved * (x.double() @ weight.double().T)).sum(0) / moved.square().sum(0)
     torch.testing.assert_close(factor.double(), best, rtol=1e-4, atol=1e-4)
+    one = refitted(weight, made, gram.xtx, whole=True)
+    assert lost(made * factor[:, None]) < lost(made * one[:, None]) < lost(made) and (one == one[0]).all()
 
 
 def test_what_is_left_out_stays_zero_and_groups_have_steps_of_their_own() -> None:

@@ -189,6 +189,29 @@ def test_rules_give_weights_bits_a_group_and_a_method_of_their_own(model: str) -
     assert files(Path("again"))["model.safetensors"] == files(Path("out"))["model.safetensors"]
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_a_step_may_stand_for_a_whole_matrix(model: str) -> None:
+    report = llmsparse.quantize(model, bits=2.5, group="matrix", match_steps=4, output="out", **SMALL)
+    for name, weight in weights_of("out").items():
+        assert weight.tensors()["_steps"].shape == (1, 1) and weight.step_rows == weight.shape[0], name
+    assert report.bits == pytest.approx(2.5, abs=0.01) and stored_bits("out") == pytest.approx(2.5, rel=0.02)
+    assert all(row.group == row.shape[0] * row.shape[1] for row in report.rows)
+    llmsparse.unpack("out", "dense")
+    dense, by_page = load_file("dense/model.safetensors"), packed_reader.read(Path("out"))
+    loaded = AutoModelForCausalLM.from_pretrained("out", dtype="auto")
+    for name, held in packed_weights(loaded):
+        assert torch.equal(held.dense(), dense[name])
+        assert np.array_equal(by_page[name], dense[name].view(torch.int16).numpy().view(np.uint16))
+    loaded.save_pretrained("saved")
+    again = load_file("saved/model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in load_file("out/model.safetensors").items())
+    assert PackedCheckpoint(Path("saved")).layers == PackedCheckpoint(Path("out")).layers
+    by_kernel = load_model(Path("out"), backend="cpu-nested", device=torch.device("cpu"))
+    by_kernel.save_pretrained("kernel")
+    again = load_file("kernel/model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in load_file("out/model.safetensors").items())
+
+
 RULES: dict[str, tuple[dict[str, Any], str]] = {
     "nothing said": ({"match": "*"}, "rules[0]: says nothing but match"),
     "no weight": ({"match": "*.mlpp", "bits": 3}, "rules[0]: match '*.mlpp' matches none of 14 weights"),
@@ -277,6 +300,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a dense matrix": (["--values", "int8"], "is a dense matrix (0.0% zeros)"),
     "a group that does not divide": (["--bits", "3", "--group", "48"], "has 64 inputs, which 48 does not divide"),
     "a group that is none": (["--bits", "3", "--group", "column"], "wanted row"),
+    "values and a step for a matrix": (["--values", "int8", "--group", "matrix"], "matrix beside values int8"),
     "a head of two bits": (["--bits", "3", "--head-bits", "2"], "wanted at least 4"),
     "a glob of nothing": (["--bits", "3", "--only", "mlpp"], "matches none of"),
 }

@@ -157,7 +157,7 @@ class CpuNested:
         """The neutral format, equal to the bit to what was given to `prepare`."""
         frame = self.frame
         whole = Nested.written(self.numbers(), self.steps, frame.code, frame.tile_rows, frame.group, frame.stored)
-        return whole.moved(whole.device, frame.dtype)
+        return replace(whole, dtype=frame.dtype, step_rows=frame.step_rows)
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy has pointers of its own
         return CpuNested, (

@@ -26,6 +26,7 @@ OURS = "quantize"
 MATCHED = " matched"  # behind a setting
 LINES = {  # method → its name in the figure, and its colour
     OURS: ("llmsparse quantize", "#d1242f"),
+    "quantize-matrix": ("--group matrix", "#fb8f44"),
     "gptq": ("GPTQ, groups", "#0969da"),
     "llama.cpp": ("llama.cpp + imatrix", "#8250df"),
     "rtn": ("nearest, groups", "#6e7781"),
@@ -82,7 +83,7 @@ def savings(table: Table) -> Iterator[str]:
     for model, methods in table.items():
         line = [point for point in methods[OURS] if MATCHED not in point.setting]
         for method in LINES:
-            for point in methods.get(method, ()) if method != OURS else ():
+            for point in methods.get(method, ()) if not method.startswith(OURS) else ():
                 ours = bits_for(line, point.loss)
                 if ours is not None:
                     yield (
@@ -186,7 +187,7 @@ def figure(table: Table) -> str:
         "log(perplexity / dense)</text>",
     ]
     for number, (name, colour) in enumerate(LINES.values()):
-        x = LEFT + number * 142
+        x = LEFT + number * 125
         parts.append(
             f'<path d="M{x} 18h18" stroke="{colour}" stroke-width="2.4"/><text x="{x + 22}" y="22">{name}</text>'
         )

@@ -8,8 +8,8 @@ blocks before it have become.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,8 +43,8 @@ class Choice:
     weight: Weight
     group: int  # columns that share a step
     largest: int | None  # |q|; None: as `bits` allow
-    bits: float | None = None  # stored, a weight
-    method: str = "gptq"
+    bits: float | None  # stored, a weight
+    method: str
     whole: bool = False  # all rows share the step, too
 
     @property
@@ -71,16 +71,17 @@ class QuantizeOptions:
 
 @dataclass
 class Budget:
-    """Bits that are left over, or lacking, of the weights that are done; and the step that the last of them took."""
+    """Bits that are left over, or lacking, of the weights that are done; and the step that the last of them took. What is
+    over of some is for others of which as many were asked: a rule has its own."""
 
-    over: float = 0.0
+    over: Mapping[float, float] = field(default_factory=dict[float, float])  # of those that so many bits are asked of
     step: float = START
     bits: float | None = None  # of the weight that took this step
     drift: float = 0.0  # bits a weight that matching added to the last block, and is expected to add to the next
 
     def target(self, bits: float, numel: int) -> float:
         """Bits a weight for the next one, of which so many were asked for, before it is matched."""
-        return bits - self.drift + min(max(self.over / numel, -LEANING), LEANING)
+        return bits - self.drift + min(max(self.over.get(bits, 0.0) / numel, -LEANING), LEANING)
 
     def start(self, bits: float) -> float:
         """A step to begin the search for so many bits with: twice as large for one bit less."""
@@ -89,7 +90,8 @@ class Budget:
     def spend(self, row: QuantizedWeight, more: float = 0.0) -> None:
         """`more`: bits a weight that are still to come."""
         if row.asked is not None and row.step is not None:
-            self.over += (row.asked - row.bits - more) * row.numel
+            left = self.over.get(row.asked, 0.0) + (row.asked - row.bits - more) * row.numel
+            self.over = {**self.over, row.asked: left}
             self.step, self.bits = row.step, row.asked
 
     def learn_drift(self, rows: Sequence[QuantizedWeight]) -> None:

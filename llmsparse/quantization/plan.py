@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -170,12 +170,12 @@ def choose_weights(recipe: QuantizeRecipe, opened: OpenedModel[QuantizeRecipe]) 
     chosen = [choice.weight for some in choices.values() for choice in some]
     refuse_stored(model.folder, ((weight.key, model.dtype_of(weight)) for weight in chosen))
     _refuse_parts(model, chosen)
-    _refuse_groups(model, [choice for some in choices.values() for choice in some])
+    _refuse_unlike(model, [choice for some in choices.values() for choice in some])
     for choice in (choice for some in choices.values() for choice in some):
         least = LEAST_CODE + 16 / choice.sharing
         if choice.bits is not None and choice.bits < least:
             raise RecipeError(
-                f"--bits {choice.bits:g}: {choice.weight.name} takes at least {least:.2f} bits a weight, "
+                f"{_said(recipe, choice.weight, 'bits')}: {choice.weight.name} takes at least {least:.2f} bits a weight, "
                 f"{16 / choice.sharing:.2f} of them for a step of 16 bits every {choice.sharing} columns; "
                 "give more bits, or a larger --group"
             )
@@ -202,17 +202,28 @@ def _choice(recipe: QuantizeRecipe, weight: Weight) -> Choice:
     group = width if given in ("row", "matrix") else given
     if width % group:
         raise RecipeError(
-            f"--group {group}: {weight.name} has {width} inputs, which {group} does not divide; use a group that does, or row"
+            f"{_said(recipe, weight, 'group')}: {weight.name} has {width} inputs, which {group} does not divide; use a group "
+            "that does, or row"
         )
     largest = None if recipe.values is None else LARGEST[recipe.values]
     whole = given == "matrix" and weight.slot[1] is None  # experts lie in one tensor, where every row has its step
     return Choice(weight, group, largest, rule.bits or recipe.bits, rule.method or recipe.method, whole)
 
 
+def _said(recipe: QuantizeRecipe, weight: Weight, what: Literal["bits", "group"]) -> str:
+    """Where this setting of a weight comes from: the option, or the rule that gives it."""
+    rule = rule_for(recipe.rules, weight.name)
+    own = None if rule is None else getattr(rule, what)
+    if rule is None or own is None:
+        return f"--{what} {getattr(recipe, what)}"
+    return f"rules[{recipe.rules.index(rule)}], {what} {own}"
+
+
 def _head(recipe: QuantizeRecipe, model: StreamedModel) -> list[Choice]:
     if recipe.head_bits is None:
         return []
-    return [Choice(weight, weight.shape[1], 2 ** (recipe.head_bits - 1) - 1) for weight in model.head_weights()]
+    largest = 2 ** (recipe.head_bits - 1) - 1
+    return [Choice(weight, weight.shape[1], largest, None, recipe.method) for weight in model.head_weights()]
 
 
 def _refuse_parts(model: StreamedModel, chosen: list[Weight]) -> None:
@@ -227,17 +238,22 @@ def _refuse_parts(model: StreamedModel, chosen: list[Weight]) -> None:
             )
 
 
-def _refuse_groups(model: StreamedModel, chosen: list[Choice]) -> None:
-    """RecipeError where tensors that transformers holds as one have steps for unlike numbers of columns."""
-    groups = {choice.weight.key: choice.group for choice in chosen}
-    for group in model.naming.groups.values():
-        found = {groups[key]: key.removesuffix(".weight") for key in group.keys if key in groups}
-        if len(found) > 1:
-            (one, first), (other, second), *_ = found.items()
-            raise RecipeError(
-                f"{first} and {second} are one tensor in the model ({group.target}), and rules give them groups of {one} and "
-                f"{other} columns; give both the same"
-            )
+def _refuse_unlike(model: StreamedModel, chosen: list[Choice]) -> None:
+    """RecipeError where weights that transformers holds as one tensor, and that are coded as one, get unlike groups or bits."""
+    held = {key: group.target for group in model.naming.groups.values() for key in group.keys}
+    firsts: dict[str, Choice] = {}
+    for choice in chosen:
+        target = held.get(choice.weight.key, choice.weight.key)
+        first = firsts.setdefault(target, choice)
+        for said, one, other in (
+            ("steps for {} and {} numbers", first.sharing, choice.sharing),
+            ("{:g} and {:g} bits", first.bits, choice.bits),
+        ):
+            if one != other:
+                raise RecipeError(
+                    f"{first.weight.name} and {choice.weight.name} are one tensor in the model ({target}), and rules give "
+                    f"them {said.format(one, other)}; give both the same"
+                )
 
 
 def _bits_of_values(

@@ -141,10 +141,12 @@ class QuantizeReport(RunReport):
         self.warnings += loss_warning(self.perplexity, "the quantized model", advice)
 
     def _missed(self) -> Iterator[str]:
-        wanted = [(row.asked, row.numel) for row in self.rows if row.asked is not None]
-        asked = sum(bits * numel for bits, numel in wanted) / max(1, sum(numel for _, numel in wanted))
-        if wanted and abs(self.bits - asked) > MISSED * asked:
-            yield f"{self.bits:.3f} bits a weight, {asked:.4g} were asked for: no step comes nearer"
+        for asked in sorted({row.asked for row in self.rows if row.asked is not None}):
+            rows = [row for row in self.rows if row.asked == asked]
+            found = sum(row.bits * row.numel for row in rows) / sum(row.numel for row in rows)
+            if abs(found - asked) > MISSED * asked:
+                which = f"{rows[0].name} and {len(rows) - 1} more"
+                yield f"{found:.3f} bits a weight, {asked:g} were asked for of {which}: no step comes nearer"
 
     def _starved(self) -> Iterator[str]:
         fallen = [row for row in self.rows if "fallback" in row.notes]

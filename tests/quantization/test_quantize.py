@@ -162,6 +162,30 @@ def test_a_head_of_its_own_may_be_quantized_too(tiny_llama: Callable[..., Path])
     assert dry.bytes_to_write == pytest.approx(written, rel=0.01)
 
 
+def test_a_head_goes_by_the_method_of_the_others(tiny_llama: Callable[..., Path]) -> None:
+    untied = str(tiny_llama(Path("untied"), hidden=64, ffn=96, tie=False, dtype=torch.bfloat16))
+    llmsparse.quantize(untied, bits=3, head_bits=4, method="nearest", output="out", **SMALL)
+    head, dense = weights_of("out")["lm_head.weight"], load_file("untied/model.safetensors")["lm_head.weight"].float()
+    nearest = (dense / head.steps.float()).round().clamp(-7, 7)  # one step a row
+    assert (nearest == head.numbers().float()).float().mean() > 0.999
+
+
+def test_bits_that_a_rule_cannot_take_are_told_and_no_others(model: str) -> None:
+    rules = [{"match": "*.k_proj", "bits": 8}]
+    report = llmsparse.quantize(model, bits=2.5, output="out", rules=rules, **SMALL)
+    by_name = {True: list[Any](), False: list[Any]()}
+    for row in report.rows:
+        by_name[row.name.endswith("k_proj")].append(row)
+    mean = {
+        of: sum(row.bits * row.numel for row in rows) / sum(row.numel for row in rows) for of, rows in by_name.items()
+    }
+    assert mean[True] < 7.5 and mean[False] == pytest.approx(2.5, abs=0.01)
+    [warning] = [text for text in report.warnings if "were asked for" in text]
+    assert warning.startswith(
+        f"{mean[True]:.3f} bits a weight, 8 were asked for of model.layers.0.self_attn.k_proj and 1 more"
+    )
+
+
 def test_rules_give_weights_bits_a_group_and_a_method_of_their_own(model: str) -> None:
     rules = [
         {"match": "*.mlp.*", "bits": 4},
@@ -215,9 +239,15 @@ def test_a_step_may_stand_for_a_whole_matrix(model: str) -> None:
 RULES: dict[str, tuple[dict[str, Any], str]] = {
     "nothing said": ({"match": "*"}, "rules[0]: says nothing but match"),
     "no weight": ({"match": "*.mlpp", "bits": 3}, "rules[0]: match '*.mlpp' matches none of 14 weights"),
-    "too few": ({"match": "*.q_proj", "bits": 0.5}, "--bits 0.5: model.layers.0.self_attn.q_proj takes at least 0.65"),
+    "too few": (
+        {"match": "*.q_proj", "bits": 0.5},
+        "rules[0], bits 0.5: model.layers.0.self_attn.q_proj takes at least",
+    ),
     "no bits": ({"match": "*", "bits": 0}, "rules[0].bits: got 0, wanted a number of bits"),
-    "a group that does not divide": ({"match": "*.q_proj", "group": 48}, "has 64 inputs, which 48 does not divide"),
+    "a group that does not divide": (
+        {"match": "*.q_proj", "group": 48},
+        "rules[0], group 48: model.layers.0.self_attn.q_proj has 64 inputs",
+    ),
 }
 
 
@@ -238,7 +268,13 @@ def test_experts_that_are_one_tensor_share_a_group_and_values_leave_no_room_for_
     keys: dict[str, Any] = {"calibration": "ids.safetensors", "calibration_samples": 4}
     with pytest.raises(RecipeError, match=r"are one tensor in the model .*give both the same"):
         llmsparse.quantize("source", bits=3.5, rules=[{"match": "*.w1", "group": 8}], output="out", **keys)
+    with pytest.raises(RecipeError, match=r"are one tensor in the model .* them 3 and 3.5 bits; give both the same"):
+        llmsparse.quantize("source", bits=3.5, rules=[{"match": "*.w1", "bits": 3}], output="out", **keys)
     llmsparse.quantize("source", bits=4.5, rules=[{"match": "*.w[13]", "group": 8}], output="out", **keys)
+    random_model(tiny_config("gpt_oss")).to(torch.bfloat16).save_pretrained("stacked")
+    one = [{"match": "*.experts.down_proj.1", "group": 8}]
+    with pytest.raises(RecipeError, match=r"down_proj\.0 and .*down_proj\.1 are one tensor .* give both the same"):
+        llmsparse.quantize("stacked", bits=3.5, rules=one, output="more", **keys)
     with pytest.raises(RecipeError, match="beside values int8, which says how many bits"):
         llmsparse.quantize("source", values="int8", rules=[{"match": "*", "bits": 3}], output="more", **keys)
 

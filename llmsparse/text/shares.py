@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 from llmsparse.errors import CalibrationError
@@ -62,8 +63,8 @@ def apportion(windows: int, shares: Sequence[Share]) -> list[int]:
 
     CalibrationError for a text of which that is no window.
     """
-    total = sum(share.weight for share in shares)
-    exact = [windows * share.weight / total for share in shares]
+    weights = [Fraction(share.weight) for share in shares]  # whose sum may be more than a float can be
+    exact = [windows * weight / sum(weights) for weight in weights]
     counts = [math.floor(part) for part in exact]
     largest = sorted(range(len(shares)), key=lambda index: counts[index] - exact[index])
     for index in largest[: windows - sum(counts)]:
@@ -71,7 +72,7 @@ def apportion(windows: int, shares: Sequence[Share]) -> list[int]:
     for share, count in zip(shares, counts, strict=True):
         if count == 0:
             raise CalibrationError(
-                f"{share.source}: a weight of {share.weight:g} in {total:g} is none of {windows} windows; give it more "
-                "weight, or more --calibration-samples"
+                f"{share.source}: a weight of {share.weight:g} beside {max(share.weight for share in shares):g} is none of "
+                f"{windows} windows; give it more weight, or more --calibration-samples"
             )
     return counts

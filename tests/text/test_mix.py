@@ -61,15 +61,13 @@ def test_what_stands_behind_the_last_at_is_a_weight_unless_it_ends_as_a_file_doe
     assert split_share(text) == (source, weight)
 
 
-@pytest.mark.parametrize("wrong", ["c4@0", "c4@-1", "c4@nan", "c4@inf", "c4@1e999", "c4@", "c4@two", "@2", "a@b@c4"])
+@pytest.mark.parametrize(
+    "wrong", ["c4@0", "c4@-1", "c4@nan", "c4@inf", "c4@1e999", "c4@1e308", "c4@1e-308", "c4@", "c4@two", "@2", "a@b@c4"]
+)
 def test_a_weight_that_is_no_positive_number_is_one_line(wrong: str) -> None:
     with pytest.raises(CalibrationError, match="wanted the weight of a text, a positive number") as caught:
         split_share(wrong)
     assert "\n" not in str(caught.value)
-
-
-def test_weights_whose_sum_no_float_can_be_divide_as_others_do() -> None:
-    assert apportion(4, [Share("a.txt", 1e308), Share("b.txt", 1.5e308)]) == [2, 2]
 
 
 @given(st.integers(1, 500), st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6))
@@ -140,7 +138,6 @@ def test_stored_tokens_in_a_mix_say_how_long_a_window_is(
         (["A", "B"], {"samples": 1}, "is none of 1 windows"),
         (["A@1e-3", "B@9999"], {"samples": 10**8}, "and its share is"),
         (["A", "B@4"], {"samples": 2000}, "give more of it, a smaller weight, or fewer --calibration-samples"),
-        (["A@1e308", "B@1e308", "builtin@1"], {}, "builtin: a weight of 1 beside 1e+308 is none of 30 windows"),
         (["A", "builtin"], {"text_field": "text"}, "no table is among the texts"),
         (["A", "missing.txt"], {}, "no such file"),
         (["T", "U"], {"seq_len": None}, "a mix takes rows of one length"),

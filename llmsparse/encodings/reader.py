@@ -35,7 +35,7 @@ def encoding_of(config: Mapping[str, Any]) -> str | None:
     block = _block(config)
     method, kind = block.get("quant_method"), block.get("format")
     name = f"{method} {kind}" if method == "compressed-tensors" else method
-    return name if name in FINDERS else None
+    return name if isinstance(name, str) and name in FINDERS else None
 
 
 def without_encoding(config: Mapping[str, Any]) -> dict[str, Any]:

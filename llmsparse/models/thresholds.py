@@ -14,7 +14,6 @@ weights.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,18 +157,23 @@ def read_thresholds(folder: Path, config: Mapping[str, Any]) -> Thresholds | Non
     score: Any = block.get("score")
     bias: Any = block.get("bias")
     sparsity: Any = block.get("sparsity")
-    known = score in get_args(Score) and bias in get_args(Bias) and isinstance(sparsity, int | float)
-    if version != VERSION or not known or not isinstance(layers, dict) or not all(map(_is_rule, layers.values())):
+    known = score in get_args(Score) and bias in get_args(Bias) and _is_number(sparsity, 1)
+    rules = isinstance(layers, dict) and bool(layers) and all(map(_is_rule, layers.values()))
+    if version != VERSION or not known or not rules:
         raise CheckpointError(f"{file}: llmsparse.activations is damaged; {AGAIN}")
+    if bias == "none" and (folder / MEANS).exists():
+        raise CheckpointError(f"{file}: says that nothing stands for inputs left out, and {MEANS} what does; {BELONG}")
     means = {} if bias == "none" else _read_means(folder, layers)
     return Thresholds(score, bias, float(sparsity), layers, means)
 
 
 def block_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a config.json says of activations; None where it says nothing."""
-    own = config.get(OWN)
-    block: Any = own.get(KEY) if isinstance(own, dict) else None
-    return block if isinstance(block, dict) else None
+    """What a config.json says of activations, empty where that is damaged; None where it says nothing."""
+    own: Any = config.get(OWN, {})
+    if isinstance(own, dict) and KEY not in own:
+        return None
+    block: Any = own[KEY] if isinstance(own, dict) else None
+    return block if isinstance(block, dict) else {}
 
 
 def refuse_cut(model: str, config: Mapping[str, Any]) -> None:
@@ -186,12 +190,21 @@ def _is_rule(rule: Any) -> bool:
         return False
     threshold, keep = rule.get("threshold"), rule.get("keep")
     numbers: list[Any] = threshold if isinstance(threshold, list) else [threshold]
-    finite = [type(number) in (int, float) and math.isfinite(number) for number in numbers]
+    finite = [_is_number(number, torch.finfo(torch.float32).max) for number in numbers]
     return (bool(finite) and all(finite)) or (type(keep) is int and keep >= 0)
+
+
+def _is_number(value: Any, most: float) -> bool:
+    """Of at most that size; no NaN, and no whole number that is more than a float can be."""
+    return type(value) in (int, float) and -most <= value <= most
 
 
 def _read_means(folder: Path, layers: Mapping[str, Any]) -> dict[str, Tensor]:
     specs = read_header(folder / MEANS).specs
+    for name in sorted(specs.keys() - layers.keys()):
+        raise CheckpointError(
+            f"{folder / MEANS}: holds the inputs of {name}, which config.json gives no rule; {BELONG}"
+        )
     for name in layers:
         if name not in specs or specs[name].dtype != torch.float32 or len(specs[name].shape) not in (1, 2):
             raise CheckpointError(f"{folder / MEANS}: does not hold the inputs of {name}; the folder is incomplete")

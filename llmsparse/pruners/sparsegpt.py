@@ -132,5 +132,5 @@ def factor_hessian(stat: Gram, damp: float) -> tuple[Tensor, Tensor, float]:
             return lower.div_(scale[:, None]), scale, share
     raise NumericalError(
         f"Hessian of {len(diagonal)} inputs is not positive definite after {stat.tokens} tokens, even with damping {share:g} of "
-        "its mean diagonal; calibrate with more tokens, or use method wanda"
+        "its mean diagonal; calibrate with more tokens, or use another method"
     )

@@ -32,6 +32,7 @@ def quantize(
     """
     plan = make_plan(from_arguments(QuantizeRecipe, recipe, keys), resume=resume, overwrite=overwrite)
     with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
+        plan = run.plan
         run.copy_the_rest()
         to_head = bool(plan.choices[HEAD])
         streams = plan.streams(to_head=to_head, aims=plan.recipe.match_steps > 0)

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +20,7 @@ from llmsparse.scoring.statistics import SUMS, ExpertStatistics
 from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.home_folder import expand_home, without_home
 from llmsparse.storage.shard import bytes_of, read_header, read_into
+from llmsparse.text.shares import is_weight
 
 FORMAT = "llmsparse scores 1"
 FIELDS = (*SUMS, "peak")
@@ -43,7 +43,23 @@ class ScoresHeader:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Self:
-        return cls(**json.loads(metadata["scores"]))
+        """ValueError, KeyError or TypeError for what `metadata` does not give back."""
+        read = cls(**json.loads(metadata["scores"]))
+        well = all(
+            (
+                isinstance(read.model, str) and isinstance(read.described, dict),
+                _is_table(read.experts, lambda experts: type(experts) is int and 0 < experts < 2**31),
+                isinstance(read.routers, dict),
+                _is_table(read.texts, is_weight),
+            )
+        )
+        if not well:
+            raise ValueError
+        return read
+
+
+def _is_table(found: Any, takes: Callable[[Any], bool]) -> bool:
+    return isinstance(found, dict) and bool(found) and all(map(takes, found.values()))
 
 
 def names_of(block: str, text: int) -> dict[str, str]:
@@ -103,6 +119,9 @@ class ScoresFile:
             }
             if {name: (spec.shape, spec.dtype) for name, spec in self._specs.items()} != wanted:
                 raise ValueError
+            damaged = next((name for name in wanted if not self._is_sum(name)), None)
+            if damaged is not None:
+                raise ValueError(f"{path}: {damaged} is no sum over tokens")
         except (CheckpointError, ValueError, KeyError, TypeError) as error:
             why = str(error).partition(": ")[2] or "its header is not what `llmsparse scores` writes"
             raise RecipeError(f"--scores {path}: no scores of experts ({why}); write it anew") from error
@@ -154,6 +173,13 @@ class ScoresFile:
                 "`llmsparse scores`"
             )
 
+    def _is_sum(self, name: str) -> bool:
+        """Of numbers; of counts and sizes, none is below 0."""
+        found, field = self._read(name), name.rpartition("/")[2]
+        sizes = found.diagonal() if field == "pairs" else found
+        signed = field in ("gates", "additions")  # a gate may have a sign
+        return bool(found.isfinite().all()) and (signed or bool((sizes >= 0).all()))
+
     def _read(self, name: str) -> Tensor:
         spec = self._specs[name]
         tensor = torch.empty(spec.shape, dtype=spec.dtype)
@@ -166,7 +192,7 @@ def _weight(text: str) -> float | None:
         value = float(text)
     except ValueError:
         return None
-    return value if 0 < value < math.inf else None
+    return value if is_weight(value) else None
 
 
 def _spell(experts: Mapping[str, int]) -> str:

@@ -9,13 +9,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llmsparse.errors import CalibrationError
 from llmsparse.text.kinds import is_file_name, is_token_file
 
 Sources = str | Sequence[str]  # one text, or several with their weights
 WEIGHT = re.compile(r"\+?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]{1,3})?", re.IGNORECASE)
+
+
+LEAST, MOST = 1e-100, 1e100  # of a weight, so that sums and products of some are numbers
+
+
+def is_weight(value: Any) -> bool:
+    return type(value) in (int, float) and LEAST <= value <= MOST
 
 
 class Share(NamedTuple):
@@ -31,9 +38,10 @@ def split_share(text: str) -> Share:
     if not at or is_file_name(weight):
         return Share(text)
     value = float(weight) if WEIGHT.fullmatch(weight) else 0.0
-    if not source or not 0 < value < math.inf:
+    if not source or not is_weight(value):
+        most = f" up to {MOST:g}" if value > 1 else ""
         raise CalibrationError(
-            f"{text}: got {weight!r} behind @, wanted the weight of a text, a positive number, as in c4@2"
+            f"{text}: got {weight!r} behind @, wanted the weight of a text, a positive number{most}, as in c4@2"
         )
     return Share(source, value)
 

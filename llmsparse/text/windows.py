@@ -216,11 +216,14 @@ def _stored(path: Path, seq_len: int | None, vocabulary: int | None) -> Tensor:
         raise CalibrationError(f"{path}: no such file") from None
     except (OSError, SafetensorError) as error:
         raise CalibrationError(f"{path}: is not a safetensors file ({error})") from None
-    if ids.dim() != 2 or ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.numel() == 0:
+    whole = not (ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool)
+    if ids.dim() != 2 or not whole or ids.numel() == 0:
         raise CalibrationError(
             f"{path}: input_ids is {str(ids.dtype).removeprefix('torch.')} {tuple(ids.shape)}, "
             "wanted integers (samples, tokens)"
         )
+    if ids.shape[1] < 2:
+        raise CalibrationError(f"{path}: rows of 1 token, wanted 2 or more: the first has nothing before it")
     if seq_len is not None and ids.shape[1] != seq_len:
         raise CalibrationError(
             f"{path}: rows of {ids.shape[1]} tokens, but --seq-len is {seq_len}; "

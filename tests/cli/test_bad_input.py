@@ -139,6 +139,11 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
     "config of another width": (lambda m: config(m, intermediate_size=80), "mlp"),
     "encoder-decoder": (lambda m: config(m, model_type="t5", architectures=["T5ForConditionalGeneration"]), "t5"),
     "quantized": (lambda m: config(m, quantization_config={"quant_method": "gptq"}), "already quantized (gptq)"),
+    "quantized by a list": (lambda m: config(m, quantization_config={"quant_method": []}), "already quantized ([])"),
+    "quantized inside by a table": (
+        lambda m: config(m, text_config={"quantization_config": {"quant_method": {}}}),
+        "already quantized ({})",
+    ),
     "unknown architecture": (lambda m: config(m, model_type="llamma"), "llamma"),
     "remote code": (
         lambda m: config(m, model_type="mine", auto_map={"AutoConfig": "mine.MyConfig"}),

@@ -206,6 +206,12 @@ def damages() -> Iterator[tuple[Callable[[dict[str, Any]], None], str]]:
     yield lambda block: block["layers"].update({"model.layers.0.mlp.up_proj": {"threshold": "x"}}), "damaged"
     yield lambda block: block["layers"].update({"model.layers.7.mlp.up_proj": {"threshold": 1.0}}), "up_proj"
     yield lambda block: block["layers"].update({UP: {"threshold": [1.0, 2.0]}}), "2 thresholds for one matrix"
+    yield lambda block: block["layers"].update({UP: {"threshold": 10**400}}), "damaged"
+    yield lambda block: block["layers"].clear(), "damaged"
+    yield lambda block: block["layers"].pop(UP), f"holds the inputs of {UP}, which config.json gives no rule"
+    yield lambda block: block.update(bias="none"), "says that nothing stands for inputs left out"
+    yield lambda block: block.update(sparsity=float("nan")), "damaged"
+    yield lambda block: block.update(sparsity=10**400), "damaged"
     yield lambda block: block["layers"].update({UP: {"keep": 500}}), r"lets 500 inputs of a token count, .* has 32"
 
 
@@ -216,6 +222,15 @@ def test_damaged_thresholds_are_one_line(damage: Callable[[Any], None], said: st
     damage(config["llmsparse"]["activations"])
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=said):
+        loaded(folder, quantization_config=llmsparse.SparseConfig())
+
+
+@pytest.mark.parametrize("damaged", [{"activations": []}, {"activations": None}, []])
+def test_thresholds_that_are_no_table_are_not_passed_over(damaged: Any, cut: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(cut, tmp_path / "damaged")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"llmsparse": damaged}))
+    with pytest.raises(CheckpointError, match="is damaged"):
         loaded(folder, quantization_config=llmsparse.SparseConfig())
 
 

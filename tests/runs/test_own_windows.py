@@ -128,6 +128,22 @@ def test_a_factorization_takes_it_too() -> None:
     assert report.protocol["text"] == "written by the model itself" and tokens("out").shape == (48, 24)
 
 
+def test_a_quantization_takes_it_too_and_repeats_it(here: Path) -> None:
+    flags = ["--bits", "3", "--seq-len", "24", "--calibration-samples", "4", "-q"]
+    assert main(["quantize", "model", "-o", "out", "--calibration", "self", *flags]) == 0
+    assert tokens("out").shape == (4 + 32, 24)
+    report = json.loads(Path("out/llmsparse_report.json").read_text())
+    assert report["calibration"]["text"] == "written by the model itself" and report["perplexity"]["windows"] == 32
+    assert main(["quantize", "--recipe", "out/llmsparse_recipe.yaml", "-o", "again", "-q"]) == 0
+    assert weights("again") == weights("out")
+
+
+def test_thresholds_take_it_too() -> None:
+    own = {key: KEYS[key] for key in ("calibration", "seq_len", "device")}
+    llmsparse.activations("model", output="out", sparsity=0.5, calibration_samples=4, **own)
+    assert tokens("out").shape == (4 + 32, 24)
+
+
 def test_a_plan_says_how_it_will_be_written_and_writes_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = llmsparse.plan("model", **KEYS)
     found = plan.to_json()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,75 @@ def test_scores_of_another_model_are_refused(
     with pytest.raises(RecipeError, match=r"of model, whose routers are others than this model's; measure it with"):
         llmsparse.shrink(retrained, output=tmp_path / "out", **keys)
     assert not list(tmp_path.glob("out*"))
+
+
+FIRST = "model.layers.0/0/"
+
+
+@pytest.mark.parametrize(
+    ("field", "damage"),
+    [
+        ("pairs", lambda sums: sums * torch.nan),
+        ("additions", lambda sums: sums + torch.inf),
+        ("outputs", lambda sums: -sums),
+        ("tokens", lambda sums: -sums),
+        ("seen", lambda sums: sums * torch.nan),
+    ],
+)
+def test_sums_that_cannot_be_are_refused_before_anything_is_written(
+    field: str,
+    damage: Callable[[torch.Tensor], torch.Tensor],
+    model: Path,
+    texts: list[str],
+    scores: Path,
+    tmp_path: Path,
+) -> None:
+    with safe_open(scores, "pt") as file:
+        metadata = file.metadata()
+    sums = load_file(scores)
+    sums[FIRST + field] = damage(sums[FIRST + field])
+    save_file(sums, tmp_path / "scores.safetensors", metadata)
+    with pytest.raises(RecipeError, match=f"no scores of experts \\({FIRST}{field} is no sum over tokens\\)"):
+        llmsparse.shrink(
+            model,
+            output=tmp_path / "out",
+            experts=4,
+            calibration=texts,
+            scores=tmp_path / "scores.safetensors",
+            **SMALL,
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"texts": {"prose.txt": 10**400, "numbers.jsonl": 1.0}},
+        {"texts": {"prose.txt": float("nan"), "numbers.jsonl": 1.0}},
+        {"texts": {"prose.txt": -1.0, "numbers.jsonl": 1.0}},
+        {"texts": {"prose.txt": "1", "numbers.jsonl": 1.0}},
+        {"routers": []},
+        {"experts": {f"model.layers.{index}": 8.0 for index in range(3)}},
+        {"described": 3},
+        {"model": None},
+    ],
+)
+def test_a_header_that_cannot_be_is_refused(
+    damage: dict[str, Any], model: Path, texts: list[str], scores: Path, tmp_path: Path
+) -> None:
+    with safe_open(scores, "pt") as file:
+        metadata = file.metadata()
+    header = json.dumps(json.loads(metadata["scores"]) | damage)
+    save_file(load_file(scores), tmp_path / "scores.safetensors", metadata | {"scores": header})
+    with pytest.raises(RecipeError, match="its header is not what"):
+        llmsparse.shrink(
+            model,
+            output=tmp_path / "out",
+            experts=4,
+            calibration=texts,
+            scores=tmp_path / "scores.safetensors",
+            **SMALL,
+        )
 
 
 @pytest.mark.parametrize(

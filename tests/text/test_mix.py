@@ -61,7 +61,9 @@ def test_what_stands_behind_the_last_at_is_a_weight_unless_it_ends_as_a_file_doe
     assert split_share(text) == (source, weight)
 
 
-@pytest.mark.parametrize("wrong", ["c4@0", "c4@-1", "c4@nan", "c4@inf", "c4@1e999", "c4@", "c4@two", "@2", "a@b@c4"])
+@pytest.mark.parametrize(
+    "wrong", ["c4@0", "c4@-1", "c4@nan", "c4@inf", "c4@1e999", "c4@1e308", "c4@1e-308", "c4@", "c4@two", "@2", "a@b@c4"]
+)
 def test_a_weight_that_is_no_positive_number_is_one_line(wrong: str) -> None:
     with pytest.raises(CalibrationError, match="wanted the weight of a text, a positive number") as caught:
         split_share(wrong)

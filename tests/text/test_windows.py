@@ -177,6 +177,8 @@ def test_stored_tokens_may_be_unsigned(tmp_path: Path, dtype: torch.dtype) -> No
         ({"input_ids": torch.zeros(2, 12)}, {}, "input_ids is float32 (2, 12), wanted integers (samples, tokens)"),
         ({"input_ids": torch.zeros(12, dtype=torch.long)}, {}, "wanted integers (samples, tokens)"),
         ({"input_ids": torch.zeros(0, 12, dtype=torch.long)}, {}, "wanted integers (samples, tokens)"),
+        ({"input_ids": torch.zeros(2, 12, dtype=torch.complex64)}, {}, "wanted integers (samples, tokens)"),
+        ({"input_ids": torch.zeros(4, 1, dtype=torch.long)}, {}, "rows of 1 token, wanted 2 or more"),
         ({"input_ids": torch.full((2, 12), 384)}, {}, "token id 384 is outside the model's vocabulary of 384"),
         ({"input_ids": torch.full((2, 12), -1)}, {}, "token id -1 is outside"),
     ],

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -44,13 +44,15 @@ class ScoresHeader:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Self:
         """ValueError, KeyError or TypeError for what `metadata` does not give back."""
-        read = cls(**json.loads(metadata["scores"]))
+        known: dict[str, Any] = json.loads(metadata["scores"])
+        read = cls(**known)
         well = all(
             (
-                isinstance(read.model, str) and isinstance(read.described, dict),
-                _is_table(read.experts, lambda experts: type(experts) is int and 0 < experts < 2**31),
-                isinstance(read.routers, dict),
-                _is_table(read.texts, is_weight),
+                isinstance(known["model"], str),
+                isinstance(known["described"], dict),
+                isinstance(known["routers"], dict),
+                _is_table(known["experts"], lambda experts: type(experts) is int and 0 < experts < 2**31),
+                _is_table(known["texts"], is_weight),
             )
         )
         if not well:
@@ -59,7 +61,10 @@ class ScoresHeader:
 
 
 def _is_table(found: Any, takes: Callable[[Any], bool]) -> bool:
-    return isinstance(found, dict) and bool(found) and all(map(takes, found.values()))
+    if not isinstance(found, dict):
+        return False
+    values: list[Any] = list(cast("dict[str, Any]", found).values())
+    return bool(values) and all(map(takes, values))
 
 
 def names_of(block: str, text: int) -> dict[str, str]:

@@ -189,9 +189,13 @@ class PackedCheckpoint:
             self.weight(name)
         if self.record is None:
             raise CheckpointError(f"{self.folder}: has no {RECORD}, so no checksum to verify its files with")
+        self.verify_files(self.record)
+
+    def verify_files(self, record: Record) -> None:
+        """Check every file's checksum. CheckpointError naming the first that is not right."""
         files = sorted({self.reader.spec(key).file.name for key in self.reader.keys()})
         for name in files:
-            if sha256(self.folder / name) != self.record.checksums.get(name):
+            if sha256(self.folder / name) != record.checksums.get(name):
                 raise CheckpointError(
                     f"{self.folder / name}: is not what was written: its sha256 is not the one in {RECORD}; "
                     "copy the file again, or pack the checkpoint again"

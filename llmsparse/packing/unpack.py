@@ -143,6 +143,8 @@ def _write_packed(
             continue
         writer.write(naming.to_disk({name: packed.module_tensor(name) for name in group.targets}))
         release_freed()
+    if packed.record is not None:
+        packed.verify_files(packed.record)  # a value whose bit flipped is as good a value to the format
     return writer
 
 

@@ -124,7 +124,9 @@ def test_a_spoilt_packed_checkpoint_is_refused(case: str, packed: Path, fails: C
 def test_a_bit_of_a_value_is_found_by_its_checksum(key: str, packed: Path, fails: Callable[..., str]) -> None:
     assert main(["inspect", "packed", "--verify"]) == 0
     flip(packed, key)
-    assert "model.safetensors: is not what was written: its sha256" in fails("inspect", "packed", "--verify")
+    wanted = "model.safetensors: is not what was written: its sha256"
+    assert wanted in fails("inspect", "packed", "--verify")
+    assert wanted in fails("unpack", "packed", "-o", "out") and not Path("out").exists()
 
 
 def test_verify_needs_checksums(packed: Path, fails: Callable[..., str]) -> None:

@@ -86,6 +86,22 @@ def test_two_processes_share_the_rows_and_columns(packed: Path, said: list[list[
     assert said_by_vllm(packed, "cpu-bitmask", tensor_parallel_size=2) == said
 
 
+@pytest.fixture(scope="module")
+def few_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model in 3 bits, steps of 128 columns."""
+    folder = tmp_path_factory.mktemp("few") / "bits"
+    some: dict[str, Any] = {"calibration": "builtin", "calibration_samples": 8, "seq_len": 128, "device": "cpu"}
+    llmsparse.quantize("builtin", bits=3, group=128, output=str(folder), **some)
+    return folder
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_few_bits_are_continued_as_what_they_stand_for(few_bits: Path, processes: int, tmp_path: Path) -> None:
+    llmsparse.unpack(str(few_bits), tmp_path / "dense")
+    found = said_by_vllm(few_bits, "cpu-nested", tensor_parallel_size=processes)
+    assert found == said_by_vllm(tmp_path / "dense")
+
+
 def changed(packed: Path, folder: Path, **keys: Any) -> Path:
     """A copy of a packed folder that says something else of itself."""
     folder.mkdir()

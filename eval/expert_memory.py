@@ -17,7 +17,6 @@ medians to eval/results/expert_memory.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import mmap
 import os
@@ -37,6 +36,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import llmsparse
+from eval.appended import append
 from llmsparse.backends.cpu.pages import Arena
 from llmsparse.inference import decode, foresight, on_disk
 from llmsparse.inference.expert_memory import Tally
@@ -276,12 +276,7 @@ def main() -> None:
             kept = Path(arguments.scratch or scratch) / name
             folder = kept / "packed" if (kept / "packed").is_dir() else build(kept, name)
             rows = compare(folder, name, arguments.rounds, arguments.new)
-        new_file = not RESULTS.exists()
-        with RESULTS.open("a", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-            if new_file:
-                writer.writeheader()
-            writer.writerows(rows)
+        append(RESULTS, rows)
         for row in rows:
             print(row)
 

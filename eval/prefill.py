@@ -16,7 +16,6 @@ priority (`chrt -r 5`) Linux takes 50 ms of each second away. With two threads a
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import tempfile
 import time
@@ -29,6 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import llmsparse
+from eval.appended import append
 from eval.cpu_speed import cpu_name
 from llmsparse.inference.load import load_model
 
@@ -129,14 +129,8 @@ def main() -> None:
             rows += compare(models, prompt, arguments.rounds)
             for row in rows[-len(models) :]:
                 print(*(f"{key} {row[key]}" for key in list(row)[3:]), flush=True)
-    if arguments.dry:
-        return
-    new_file = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        if new_file:
-            writer.writeheader()
-        writer.writerows(rows)
+    if not arguments.dry:
+        append(RESULTS, rows)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from llmsparse.backends.cpu import nested
 from llmsparse.backends.cpu.library import DTYPES
@@ -38,8 +39,8 @@ class CpuNested:
         return None
 
     def tokens(self, spec: WeightSpec) -> int | None:
-        found = nested.kernels(spec.stored or spec.dtype, spec.dtype, int8=self.int8)
-        return nested.KERNEL_ROWS[next(iter(found))]
+        stored = spec.stored or spec.dtype
+        return max(nested.kernel_rows(stored, spec.dtype, int8=int8) for int8 in {False, self.int8})
 
     def prepare(self, packed: Nested, spec: WeightSpec) -> nested.CpuNested:
         return nested.prepare(packed, int8=self.int8)
@@ -47,7 +48,12 @@ class CpuNested:
     def run(self, prepared: nested.CpuNested, x: Tensor, bias: Tensor | None) -> Tensor:
         if not x.numel():
             return x.new_empty(*x.shape[:-1], prepared.shape[-2])
-        return nested.matvec(prepared, x, bias, int8=self.int8)
+        kind, tokens = (prepared.frame.stored, prepared.dtype, prepared.wide), x.numel() // x.shape[-1]
+        if self.int8 and tokens <= nested.kernel_rows(*kind, int8=True):
+            return nested.matvec(prepared, x, bias, int8=True)
+        if tokens <= nested.kernel_rows(*kind):
+            return nested.matvec(prepared, x, bias)
+        return functional.linear(x, self.borrow(prepared), bias)
 
     def dense(self, prepared: nested.CpuNested) -> Tensor:
         return nested.expand(prepared, torch.empty(prepared.shape, dtype=prepared.dtype))

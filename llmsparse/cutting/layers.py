@@ -8,6 +8,7 @@ that few tokens reach are given what reached the others.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Layers:
 
     def sizes(self, tokens: int) -> dict[str, int]:
         """Weights that a token is multiplied with, on average of so many; of experts those it is routed to."""
-        return {name: round(self.shape(name)[0] * self.shape(name)[1] * self.met(name, tokens)) for name in self.inputs}
+        return {name: max(1, round(prod(self.shape(name)) * self.met(name, tokens))) for name in self.inputs}
 
     def shape(self, name: str) -> tuple[int, int]:
         """(out, in), of each expert."""
@@ -71,8 +72,9 @@ class Layers:
         return out, width
 
     def met(self, name: str, tokens: int) -> float:
-        """How many matrices of the layer a token meets, on average of so many: 1, of experts those it is routed to."""
-        return sum(entry.tokens for entry in self.inputs[name]) / tokens if name in self._experts else 1.0
+        """How many matrices of the layer a token meets, on average of so many: 1, of experts those it is routed to, whether they
+        are one layer or a layer each."""
+        return sum(entry.tokens for entry in self.inputs[name]) / tokens
 
     def rule(self, name: str, share: float, exact: bool) -> Rule:
         """The rule by which a layer leaves out a share of its sample; `exact`, or as a sorted part of it says."""

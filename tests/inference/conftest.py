@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from sparse import save_sparse
+from stored_mixtures import few_bits_of
 
 import llmsparse
 
@@ -27,3 +28,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
         return made[family, pattern]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def few_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return few_bits_of(tmp_path_factory.mktemp("few_bits"))

@@ -16,6 +16,7 @@
 #include "readers.h"
 
 enum { MOST = 4 };     /* rows of x in one pass over a tile */
+enum { FEW = 4 };      /* rows of x up to which a tile is unpacked once for each pass, and not for all (many.h) */
 enum { AHEAD = 8192 }; /* bytes prefetched ahead: of 0, 1, 2, 4, 8, 12 and 16 KB the best on Zen 5, 1.2 to 1.6 times none */
 
 #define TILE const void *values, const uint32_t *masks, const void *x, int64_t stride, int64_t groups, float *sums
@@ -80,6 +81,7 @@ static int always(void) { return 1; }
 #define X86 1
 #include "x86.h"
 #endif
+#include "many.h"
 
 static const struct kernel {
     const char *name;
@@ -87,16 +89,17 @@ static const struct kernel {
     int (*runs_here)(void);
     tile_kernel *tile[MOST];
     group_kernel *group;
+    unpack_kernel *unpack; /* for many tokens, or NULL */
 } kernels[] = { /* the fastest first */
 #if X86
-    {"avx512-bf16", BF16, BF16, has_bf16, EACH_M(avx512_bf16), avx512_group_bf16},
-    {"avx512-vbmi2", BF16, FP32, has_vbmi2, EACH_M(avx512_vbmi2), avx512_group_bf16},
-    {"avx512-fp32", FP32, FP32, has_avx512f, EACH_M(avx512_fp32), avx512_group_fp32},
-    {"avx2", BF16, FP32, has_avx2, EACH_M(avx2_bf16), avx2_group_bf16},
-    {"avx2", FP32, FP32, has_avx2, EACH_M(avx2_fp32), avx2_group_fp32},
+    {"avx512-bf16", BF16, BF16, has_bf16, EACH_M(avx512_bf16), avx512_group_bf16, unpack_avx512},
+    {"avx512-vbmi2", BF16, FP32, has_vbmi2, EACH_M(avx512_vbmi2), avx512_group_bf16, NULL},
+    {"avx512-fp32", FP32, FP32, has_avx512f, EACH_M(avx512_fp32), avx512_group_fp32, NULL},
+    {"avx2", BF16, FP32, has_avx2, EACH_M(avx2_bf16), avx2_group_bf16, NULL},
+    {"avx2", FP32, FP32, has_avx2, EACH_M(avx2_fp32), avx2_group_fp32, NULL},
 #endif
-    {"portable", BF16, FP32, always, EACH_M(portable_bf16), portable_group_bf16},
-    {"portable", FP32, FP32, always, EACH_M(portable_fp32), portable_group_fp32},
+    {"portable", BF16, FP32, always, EACH_M(portable_bf16), portable_group_bf16, NULL},
+    {"portable", FP32, FP32, always, EACH_M(portable_fp32), portable_group_fp32, NULL},
 };
 enum { KERNELS = sizeof kernels / sizeof *kernels };
 
@@ -121,6 +124,7 @@ struct product {
     const void *x;
     int64_t stride;
     int32_t m, y_dtype;
+    char *room; /* of each thread, for many tokens; NULL for few */
 };
 
 /* Add the bias and round, for m rows of x from `from` on. */
@@ -133,10 +137,34 @@ static void finish(const struct product *p, int64_t which, int64_t tile, int32_t
     }
 }
 
+#if X86
+/* The same in bf16, of several tiles. */
+WITH_AVX512F static void finish_many(const void *job, int64_t which, int64_t tile, int64_t tiles, int32_t from, int32_t m,
+                                     const float *sums) {
+    const struct product *p = job;
+    const struct target *t = &p->targets[which];
+    int64_t rows = p->w[which]->rows, row = tile * ROWS, count = rows - row < tiles * ROWS ? rows - row : tiles * ROWS;
+    uint16_t *y = (uint16_t *)t->y + from * rows + row;
+    float bias[TILES * ROWS] = {0};
+    for (int64_t i = 0; t->bias && i < count; i++) bias[i] = get(t->bias, row + i, t->bias_dtype);
+    for (int64_t j = 0; j < m; j++, y += rows, sums += TILES * ROWS) {
+        if (count == 16) _mm256_storeu_si256((__m256i *)y, narrow_16(_mm512_add_ps(_mm512_loadu_ps(sums), _mm512_loadu_ps(bias))));
+        else
+            for (int64_t i = 0; i < count; i++) put(y, i, BF16, sums[i] + bias[i]);
+    }
+}
+#endif
+
 static void multiply(const void *job, int64_t which, int64_t first, int64_t last) {
     const struct product *p = job;
     const struct weight *w = p->w[which];
     int64_t groups = groups_of(w);
+#if X86
+    if (p->room) {
+        struct many all = {p->kernel->unpack, finish_many, p, p->x, p->stride, p->m};
+        return multiply_many(&all, w, which, first, last, p->room + rank_in_team() * room_for_many(p->stride, p->m));
+    }
+#endif
     for (int64_t tile = first; tile < last; tile++) {
         const char *values = (const char *)w->values + w->starts[tile] * w->dtype;
         for (int32_t done = 0; done < p->m; done += MOST) { /* later passes find the tile in the cache */
@@ -168,13 +196,17 @@ static void *prepared(const struct product *p, const void *x, int32_t x_dtype) {
  * 0, or -1 if there is no memory. */
 int32_t matvec(const struct weight *const *w, const struct target *targets, int64_t count, int32_t k, const void *x,
                int32_t x_dtype, int32_t m, int32_t threads) {
-    struct product p = {w, targets, &kernels[k], NULL, groups_of(w[0]) * COLUMNS, m, x_dtype};
+    struct product p = {w, targets, &kernels[k], NULL, groups_of(w[0]) * COLUMNS, m, x_dtype, NULL};
+    int many = m > FEW && p.kernel->unpack;
     void *ready = prepared(&p, x, x_dtype);
-    if (!ready) return -1;
-    p.x = ready;
-    share_out(w, count, multiply, &p, threads);
+    if (many) p.room = aligned_alloc(LANES, (size_t)(room_for_many(p.stride, m) * (threads > 1 ? threads : 1)));
+    if (ready && (p.room || !many)) {
+        p.x = ready;
+        share_out(w, count, multiply, &p, threads);
+    }
+    free(p.room);
     if (ready != x) free(ready);
-    return 0;
+    return p.x ? 0 : -1;
 }
 
 struct unpacking {

@@ -4,7 +4,7 @@
  * Several rows of x read the union of what counts for each. Columns of a packed W hold a mask word for every GROUP rows and the
  * values that its bits stand for.
  *
- * Rows are shared out by TILE; a thread passes over as many of them at once as its sums stay in the L1 cache for, FOUR columns at a
+ * Rows are shared out by TILE; a thread passes over up to SUMS of them at once, so that what it reads of a column is long, FOUR columns at a
  * time. The sum of a row is made column by column in their order, in float32: the result depends neither on the number of threads
  * nor on how many rows of x there are.
  */
@@ -13,7 +13,7 @@
 #include "floats.h"
 #include "share.h"
 
-enum { GROUP = 32, TILE = 512, FOUR = 4, MOST = 4, SUMS = 2048 }; /* SUMS: in fp32 of all rows of x that a pass makes */
+enum { GROUP = 32, TILE = 512, FOUR = 4, MOST = 4, SUMS = 8192 }; /* SUMS: in fp32 of all rows of x that a pass makes */
 
 struct matrix {
     const char *values;     /* dense (columns, rows); packed: those that are kept, and SLACK bytes behind the last */

@@ -13,8 +13,8 @@ from llmsparse.errors import RecipeError
 
 DTYPES = {torch.bfloat16: 2, torch.float32: 4}  # as enum { BF16, FP32 } of floats.h
 ROWS, COLUMNS, SLACK = 4, 32, 32  # as in tiles.h
-KERNEL_ROWS = {  # rows of x up to which a kernel beats unpacking for torch's product, at 50 % and above, on Zen 5
-    "avx512-bf16": 48,  # it beats torch's product with a dense weight up to 24
+KERNEL_ROWS = {  # rows of x up to which a kernel beats unpacking for torch's product, at 50 % and above, on Zen 4 and 5
+    "avx512-bf16": 192,  # it beats torch's product with a dense weight up to 32 at least, and takes 0.95 to 1.07 of its time beyond
     "avx512-vbmi2": 8,
     "avx512-fp32": 64,  # and here it still does at 64, the most that was measured
     "avx2": 2,
@@ -65,7 +65,9 @@ SIGNATURES = {
 
 
 LIBRARY = KernelLibrary(
-    "CPU kernels", ("bitmask.c", "tiles.h", "stored.h", "readers.h", "x86.h", "avx.h", "floats.h", "team.h"), SIGNATURES
+    "CPU kernels",
+    ("bitmask.c", "tiles.h", "stored.h", "readers.h", "many.h", "x86.h", "avx.h", "floats.h", "team.h"),
+    SIGNATURES,
 )
 
 

@@ -6,6 +6,7 @@
 #include "nested.h"
 
 enum { MOST = 4 };     /* rows of x in one pass over a tile */
+enum { FEW = 4 };      /* rows of x up to which a tile is unpacked once for each pass, and not for all (many.h) */
 enum { AHEAD = 4096 }; /* bytes prefetched ahead */
 
 #define TILE const struct nested *w, int64_t tile, const void *x, int64_t stride, float *sums
@@ -108,6 +109,7 @@ static void lay_plain(const struct nested *w, const void *x, char *to) {
 
 #include "nested_int8_x86.h"
 #endif
+#include "many.h"
 
 static const struct kernel {
     const char *name;
@@ -118,16 +120,17 @@ static const struct kernel {
     row_kernel *row;
     lay_kernel *lay;
     weight_kernel *weights; /* or NULL */
+    unpack_kernel *unpack;  /* for many tokens, or NULL */
 } kernels[] = { /* the fastest first */
 #if X86
-    {"avx512-bf16", BF16, 0, has_bf16, EACH_M(avx512_bf16), numbers_avx512, lay_bf16, weights_avx512},
-    {"avx512", FP32, 1, has_vbmi2, EACH_M(avx512), numbers_avx512, lay_fours, weights_avx512},
-    {"avx2", FP32, 1, has_avx2, EACH_M(avx2), numbers_avx2, lay_plain, NULL},
-    {"avx512-vnni", INT8, 1, has_vnni, EACH_M(avx512_vnni), numbers_avx512, record_avx512, weights_avx512},
-    {"avx2-int8", INT8, 0, has_avx2, EACH_M(int8_avx2), numbers_avx2, record_avx2, NULL},
+    {"avx512-bf16", BF16, 0, has_bf16, EACH_M(avx512_bf16), numbers_avx512, lay_bf16, weights_avx512, unpack_avx512},
+    {"avx512", FP32, 1, has_vbmi2, EACH_M(avx512), numbers_avx512, lay_fours, weights_avx512, NULL},
+    {"avx2", FP32, 1, has_avx2, EACH_M(avx2), numbers_avx2, lay_plain, NULL, NULL},
+    {"avx512-vnni", INT8, 1, has_vnni, EACH_M(avx512_vnni), numbers_avx512, record_avx512, weights_avx512, NULL},
+    {"avx2-int8", INT8, 0, has_avx2, EACH_M(int8_avx2), numbers_avx2, record_avx2, NULL, NULL},
 #endif
-    {"portable", FP32, 1, always, EACH_M(portable), numbers_portable, lay_plain, NULL},
-    {"portable-int8", INT8, 1, always, EACH_M(int8_portable), numbers_portable, record_portable, NULL},
+    {"portable", FP32, 1, always, EACH_M(portable), numbers_portable, lay_plain, NULL, NULL},
+    {"portable-int8", INT8, 1, always, EACH_M(int8_portable), numbers_portable, record_portable, NULL, NULL},
 };
 enum { KERNELS = sizeof kernels / sizeof *kernels };
 
@@ -147,18 +150,19 @@ struct product {
     const void *given, *bias; /* of w's dtype */
     const void *x;            /* as the kernel reads it: (m, stride) */
     void *y;
+    char *room; /* of each thread, for many tokens; NULL for few */
     int64_t stride;
     int32_t m;
 };
 
 /* Add what is listed and the bias, and round, for m rows of x from `from` on. */
-static void finish(const struct product *p, int64_t tile, int32_t from, int32_t m, const float *sums) {
+static void finish(const struct product *p, int64_t tile, int32_t from, int32_t m, const float *sums, int64_t stride) {
     const struct nested *w = p->w;
     for (int64_t i = 0; i < rows_in(w, tile); i++) {
         int64_t row = tile * ROWS + i;
         float bias = p->bias ? get(p->bias, row, w->dtype) : 0;
         for (int64_t j = 0; j < m; j++) {
-            float y = sums[j * ROWS + i];
+            float y = sums[j * stride + i];
             for (int64_t e = w->listed[row]; e < w->listed[row + 1]; e++) {
                 int64_t c = w->columns_listed[e];
                 int q = w->numbers_listed[e], held = (int)escape_of(q) - OFFSET;
@@ -170,28 +174,60 @@ static void finish(const struct product *p, int64_t tile, int32_t from, int32_t 
     }
 }
 
+#if X86
+/* The same in bf16, of several tiles. */
+WITH_AVX512F static void finish_many(const void *job, int64_t which, int64_t tile, int64_t tiles, int32_t from, int32_t m,
+                                     const float *sums) {
+    const struct product *p = job;
+    const struct nested *w = p->w;
+    int64_t row = tile * ROWS;
+    (void)which;
+    if (tiles < TILES || row + TILES * ROWS > w->rows || w->listed[row] < w->listed[row + TILES * ROWS]) {
+        for (int64_t t = 0; t < tiles; t++) finish(p, tile + t, from, m, sums + t * ROWS, TILES * ROWS);
+        return;
+    }
+    float bias[TILES * ROWS] = {0};
+    for (int i = 0; p->bias && i < TILES * ROWS; i++) bias[i] = get(p->bias, row + i, BF16);
+    for (int64_t j = 0; j < m; j++) {
+        __m512 y = _mm512_add_ps(_mm512_loadu_ps(sums + j * TILES * ROWS), _mm512_loadu_ps(bias));
+        _mm256_storeu_si256((__m256i *)((uint16_t *)p->y + (from + j) * w->rows + row), narrow_16(y));
+    }
+}
+#endif
+
 static void multiply(const void *job, int64_t first, int64_t last) {
     const struct product *p = job;
+#if X86
+    if (p->room) {
+        struct many all = {p->kernel->unpack, finish_many, p, p->x, p->stride, p->m};
+        return multiply_many(&all, p->w, 0, first, last, p->room + rank_in_team() * room_for_many(p->stride, p->m));
+    }
+#endif
     for (int64_t tile = first; tile < last; tile++)
         for (int32_t done = 0; done < p->m; done += MOST) { /* later passes find the tile in the cache */
             float sums[MOST * ROWS];
             int32_t m = p->m - done < MOST ? p->m - done : MOST;
             p->kernel->tile[m - 1](p->w, tile, (const char *)p->x + done * p->stride * p->kernel->dtype, p->stride, sums);
-            finish(p, tile, done, m, sums);
+            finish(p, tile, done, m, sums, ROWS);
         }
 }
 
 /* y (m, rows) = x (m, columns) · Wᵀ + bias (rows,) or NULL, all of w's dtype. 0, or -1 if there is no memory. */
 int32_t nested_matvec(const struct nested *w, int32_t k, const void *x, int32_t m, const void *bias, void *y, int32_t threads) {
-    struct product p = {w, &kernels[k], x, bias, NULL, y, runs_of(w) * RUN, m};
+    struct product p = {w, &kernels[k], x, bias, NULL, y, NULL, runs_of(w) * RUN, m};
+    int many = m > FEW && p.kernel->unpack;
     if (p.kernel->dtype == INT8) p.stride = record_size(w);
     int64_t size = p.stride * p.kernel->dtype;
     char *laid = aligned_alloc(LINE, (size_t)(m * size + LINE));
-    if (!laid) return -1;
+    if (laid && many) p.room = aligned_alloc(LANES, (size_t)(room_for_many(p.stride, m) * (threads > 1 ? threads : 1)));
+    if (!laid || (many && !p.room)) {
+        free(laid);
+        return -1;
+    }
     for (int64_t j = 0; j < m; j++) p.kernel->lay(w, (const char *)x + j * w->columns * w->dtype, laid + j * size);
     p.x = laid;
     share_out(multiply, &p, tiles_of(w), threads);
-    free(laid);
+    free(laid), free(p.room);
     return 0;
 }
 

@@ -12,7 +12,7 @@ import ctypes
 import math
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ LIBRARY = KernelLibrary(
         "nested_x86.h",
         "nested_int8.h",
         "nested_int8_x86.h",
+        "many.h",
         "avx.h",
         "floats.h",
         "share.h",
@@ -74,7 +75,7 @@ LIBRARY = KernelLibrary(
     },
 )
 KERNEL_ROWS = {  # rows of x up to which it beats unpacking
-    "avx512-bf16": 8, "avx512": 8, "avx2": 2, "portable": 0, "avx512-vnni": 8, "avx2-int8": 2, "portable-int8": 0,
+    "avx512-bf16": 192, "avx512": 8, "avx2": 2, "portable": 0, "avx512-vnni": 8, "avx2-int8": 2, "portable-int8": 0,
 }  # fmt: skip
 
 
@@ -176,6 +177,12 @@ def kernels(stored: torch.dtype, dtype: torch.dtype, wide: bool = False, int8: b
     """Name → number of the kernels that this CPU can run on weights that are rounded to `stored` and computed with in `dtype`,
     exactly or with activations of 8 bits, the fastest first. MachineError where there are none (`why_not`)."""
     return LIBRARY.fitting(DTYPES[stored], DTYPES[dtype], wide, int8)
+
+
+@cache
+def kernel_rows(stored: torch.dtype, dtype: torch.dtype, wide: bool = False, int8: bool = False) -> int:
+    """Up to how many rows of x `matvec` takes less time on this CPU than `expand` and torch; 0 where it never does."""
+    return KERNEL_ROWS[next(iter(kernels(stored, dtype, wide, int8)))]
 
 
 def prepare(packed: Nested, *, int8: bool = False) -> CpuNested:

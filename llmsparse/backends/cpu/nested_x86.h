@@ -108,11 +108,13 @@ WITH_VBMI2 static void lay_bf16(const struct nested *w, const void *x, char *to)
     uint16_t *at = (uint16_t *)to;
     for (int64_t r = 0; r < runs_of(w); r++, at += RUN) {
         uint16_t row[RUN] = {0};
-        uint32_t two[RUN / 2];
         int64_t some = w->columns - r * RUN < RUN ? w->columns - r * RUN : RUN;
         memcpy(row, (const uint16_t *)x + r * RUN, (size_t)some * BF16);
-        memcpy(two, row, sizeof row);
-        for (int c = 0; c < RUN / 2; c++) at[c] = (uint16_t)two[c], at[RUN / 2 + c] = (uint16_t)(two[c] >> 16);
+        __m512i low = _mm512_loadu_si512(row), high = _mm512_loadu_si512(row + RUN / 2);
+        _mm512_storeu_si512(at, _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)), _mm512_cvtepi32_epi16(high), 1));
+        low = _mm512_srli_epi32(low, 16), high = _mm512_srli_epi32(high, 16);
+        __m512i odd = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)), _mm512_cvtepi32_epi16(high), 1);
+        _mm512_storeu_si512(at + RUN / 2, odd);
     }
 }
 
@@ -156,10 +158,15 @@ WITH_VBMI2 INLINE void avx512(TILE, int m) {
         }
         pairs += w->wide ? 8 * ROWS : RUN;
     }
-    for (int j = 0; j < m; j++)
-        for (int i = 0; i < ROWS; i++) sums[j * ROWS + i] = _mm512_reduce_add_ps(sum[j][i]);
+    for (int j = 0; j < m; j++) four_sums(sums + j * ROWS, sum[j]);
 }
 FOR_EACH_M(avx512, WITH_VBMI2)
+
+/* The weights that a q stands for, in bf16, by q + OFFSET. */
+WITH_VBMI2 INLINE __m512i half_table(const struct nested *w, int64_t row, int64_t column) {
+    __m512i wide = _mm512_castps_si512(table_of(step_of(w, row, column), BF16));
+    return _mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_srli_epi32(wide, 16)));
+}
 
 /* The same in bf16, of weights that are stored so: products and sums in fp32. */
 WITH_BF16 INLINE void avx512_bf16(TILE, int m) {
@@ -173,10 +180,7 @@ WITH_BF16 INLINE void avx512_bf16(TILE, int m) {
     for (int64_t r = 0, left = 0; r < runs_of(w); r++, row += RUN, pairs += RUN, left -= RUN) {
         if (left <= 0) {
             left = w->group;
-            for (int i = 0; i < ROWS; i++) {
-                __m512i wide = _mm512_castps_si512(table_of(step_of(w, tile * ROWS + i, r * RUN), BF16));
-                table[i] = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_srli_epi32(wide, 16)));
-            }
+            for (int i = 0; i < ROWS; i++) table[i] = half_table(w, tile * ROWS + i, r * RUN);
         }
         __m512i four = _mm512_loadu_si512(pairs), two = four;
         _mm_prefetch((const char *)pairs + AHEAD, _MM_HINT_T0), _mm_prefetch((const char *)escapes + AHEAD, _MM_HINT_T0);
@@ -190,10 +194,32 @@ WITH_BF16 INLINE void avx512_bf16(TILE, int m) {
             }
         }
     }
-    for (int j = 0; j < m; j++)
-        for (int i = 0; i < ROWS; i++) sums[j * ROWS + i] = _mm512_reduce_add_ps(sum[j][i]);
+    for (int j = 0; j < m; j++) four_sums(sums + j * ROWS, sum[j]);
 }
 FOR_EACH_M(avx512_bf16, WITH_BF16)
+
+WITH_BF16 static const void *unpack_avx512(const void *weight, int64_t tile, int64_t from, int64_t to, const void *at, uint16_t *out) {
+    const struct nested *w = weight;
+    const uint8_t *escapes = at ? at : w->escapes + w->starts[tile];
+    const uint8_t *pairs = w->pairs + tile * runs_of(w) * RUN + from, *counts = w->counts + (tile * runs_of(w) + from / RUN) * ROWS / 2;
+    __m512i table[ROWS];
+    int64_t width = to - from;
+    for (int64_t c = 0, left = 0; c < width; c += RUN, left -= RUN) {
+        if (left <= 0) {
+            left = w->group - (from + c) % w->group;
+            for (int i = 0; i < ROWS; i++) table[i] = half_table(w, tile * ROWS + i, from + c);
+        }
+        __m512i four = _mm512_loadu_si512(pairs + c), two = four;
+        _mm_prefetch((const char *)pairs + c + AHEAD, _MM_HINT_T0), _mm_prefetch((const char *)escapes + AHEAD, _MM_HINT_T0);
+        UNROLL for (int i = 0; i < ROWS; i++) {
+            if (i % 2 == 0) two = _mm512_loadu_si512(escapes), escapes += *counts++;
+            __m512i v = offset_numbers(four, i, two);
+            _mm512_store_si512(out + i * width + c, _mm512_permutexvar_epi16(v, table[i]));
+            _mm512_store_si512(out + i * width + c + RUN / 2, _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 8), table[i]));
+        }
+    }
+    return escapes;
+}
 
 static int has_vbmi2(void) {
     return has_avx512f() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi") &&

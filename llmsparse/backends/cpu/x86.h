@@ -96,8 +96,7 @@ WITH_AVX512F INLINE __m512 expand_fp32(const void *p, uint32_t mask) {
                 p += __builtin_popcount(mask);                                                            \
             }                                                                                             \
         }                                                                                                 \
-        for (int j = 0; j < m; j++)                                                                       \
-            for (int i = 0; i < ROWS; i++) sums[j * ROWS + i] = _mm512_reduce_add_ps(sum[j][i]);          \
+        for (int j = 0; j < m; j++) four_sums(sums + j * ROWS, sum[j]);                                    \
     }                                                                                                     \
     FOR_EACH_M(name, target)
 
@@ -133,6 +132,20 @@ WITH_AVX512F INLINE void stream(void *out, __m512i v) {
 WITH_VBMI2 static int64_t avx512_group_bf16(const void *values, uint32_t mask, void *out) {
     stream(out, expand_bf16(values, mask));
     return __builtin_popcount(mask);
+}
+WITH_VBMI2 static const void *unpack_avx512(const void *weight, int64_t tile, int64_t from, int64_t to, const void *at, uint16_t *out) {
+    const struct weight *w = weight;
+    const uint16_t *p = at ? at : (const uint16_t *)w->values + w->starts[tile];
+    const uint32_t *masks = w->masks + (tile * groups_of(w) + from / COLUMNS) * ROWS;
+    int64_t width = to - from;
+    for (int64_t c = 0; c < width; c += COLUMNS, masks += ROWS) {
+        _mm_prefetch((const char *)p + AHEAD, _MM_HINT_T0), _mm_prefetch((const char *)p + AHEAD + 64, _MM_HINT_T0);
+        UNROLL for (int i = 0; i < ROWS; i++) {
+            _mm512_store_si512(out + i * width + c, expand_bf16(p, masks[i]));
+            p += __builtin_popcount(masks[i]);
+        }
+    }
+    return p;
 }
 WITH_AVX512F static int64_t avx512_group_fp32(const void *values, uint32_t mask, void *out) {
     int low = __builtin_popcount(mask & 0xffff);

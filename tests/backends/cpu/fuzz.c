@@ -12,7 +12,7 @@ static void fail(const char *what, int64_t rows, int64_t columns, const char *ke
 }
 
 static void product(const struct weight *w, const void *dense, int32_t k, int x_dtype) {
-    int m = 1 + (int)draw(9), count = 1 + (int)draw(3), bias_dtype = draw(2) ? FP32 : BF16, with_bias = (int)draw(2);
+    int m = 1 + (int)draw(20), count = 1 + (int)draw(3), bias_dtype = draw(2) ? FP32 : BF16, with_bias = (int)draw(2);
     void *x = buffer(m * w->columns, x_dtype), *y = buffer(m * w->rows, x_dtype), *bias = buffer(w->rows, bias_dtype);
     fill(x, m * w->columns, x_dtype), fill(bias, w->rows, bias_dtype);
     const struct weight *weights[] = {w, w, w}; /* the last of them is looked at */

@@ -12,7 +12,7 @@ int main(int count, char **arguments) {
     use_team(GOMP_parallel, omp_get_thread_num, omp_get_num_threads);
     for (long round = 0; round < atol(arguments[1]); round++) {
         int32_t dtype = draw(2) ? FP32 : BF16, m = 1 + (int32_t)draw(MOST), packed = (int32_t)draw(2);
-        int64_t rows = 1 + (int64_t)draw(draw(4) ? 80 : 1200), columns = 1 + (int64_t)draw(30);
+        int64_t rows = 1 + (int64_t)draw(draw(4) ? 80 : draw(8) ? 1200 : 9000), columns = 1 + (int64_t)draw(30);
         int64_t groups = groups_of(rows), tiles = tiles_of(rows), kept = 0;
         void *w = buffer(columns * rows, dtype), *x = buffer(m * columns, dtype), *bias = draw(2) ? buffer(rows, dtype) : NULL;
         uint32_t *masks = buffer(columns * groups, sizeof *masks);

@@ -28,7 +28,7 @@ static double *in_8_bits(const struct nested *w, const void *x, int64_t row) {
 }
 
 static void product(const struct nested *w, const int8_t *q, int32_t k) {
-    int m = 1 + (int)draw(9), with_bias = (int)draw(2), dtype = w->dtype;
+    int m = 1 + (int)draw(20), with_bias = (int)draw(2), dtype = w->dtype;
     void *x = buffer(m * w->columns, dtype), *y = buffer(m * w->rows, dtype), *bias = buffer(w->rows, dtype);
     fill(x, m * w->columns, dtype), fill(bias, w->rows, dtype);
     if (nested_matvec(w, k, x, m, with_bias ? bias : NULL, y, 1 + (int)draw(4))) exit(1);

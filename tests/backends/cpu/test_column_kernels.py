@@ -75,7 +75,7 @@ def test_a_token_gives_the_same_bits_alone_and_among_others_on_any_number_of_thr
     kernel: str, dtype: torch.dtype, packed: bool, threads: None
 ) -> None:
     skip_unless_here(kernel, dtype, packed)
-    weight, x, bias = tensors(2600, 50, 6, dtype, 0)  # six tiles, more than sums of one pass
+    weight, x, bias = tensors(9100, 50, 6, dtype, 0)  # eighteen tiles, more than the sums of one pass
     held, cut = stored(weight, packed), Cut(threshold=0.7, norms=column_norms(weight) / 30)
     torch.set_num_threads(1)
     wanted = torch.cat([columns.product(held, cut, row[None], bias, kernel=kernel) for row in x])

@@ -72,6 +72,19 @@ def test_products_equal_float64_at_odd_shapes(
             check(weight, x, matvec(held, x, kernel=kernel))
 
 
+@pytest.mark.parametrize(
+    ("out", "width"), [(1, 17), (13, 200), (37, 2048), (19, 9000), (3, 20000)]
+)  # one band of columns, and several
+def test_a_token_has_the_same_bits_alone_and_among_others(out: int, width: int, threads: None) -> None:
+    held, bias = packed(sparse(out, width, dtype=BF16)), torch.randn(out).to(BF16)
+    for kernel in kernels(BF16, BF16):
+        for tokens in (4, 5, 7, 8, 13):
+            torch.set_num_threads(1 + tokens % 3)
+            x = torch.randn(tokens, width).to(BF16)
+            alone = torch.cat([matvec(held, token[None], bias, kernel=kernel) for token in x])
+            assert torch.equal(matvec(held, x, bias, kernel=kernel), alone), (kernel, tokens)
+
+
 @every_kernel
 def test_a_bias_of_either_dtype_is_added_before_rounding(kernel: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:
     skip_unless_here(kernel, dtype, x_dtype)

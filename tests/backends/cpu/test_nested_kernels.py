@@ -89,6 +89,21 @@ def test_groups_of_columns_have_steps_of_their_own(kernel: str, stored: torch.dt
         assert torch.equal(nested.expand(made, whole, kernel=kernel), packed.unpack().to(dtype))
 
 
+@pytest.mark.parametrize("spread", [0.4, 1.0, 3.0])
+@pytest.mark.parametrize(("out", "width", "group"), [(1, 17, None), (21, 768, 192), (37, 2048, None), (9, 9216, 192)])
+def test_a_token_has_the_same_bits_alone_and_among_others(
+    out: int, width: int, group: int | None, spread: float, threads: None
+) -> None:
+    packed, bias = weight_of(out, width, spread=spread, group=group), torch.randn(out).to(BF16)
+    made = nested.prepare(packed)
+    for kernel in nested.kernels(BF16, BF16, made.wide):
+        for tokens in (4, 5, 7, 13):
+            torch.set_num_threads(1 + tokens % 3)
+            x = torch.randn(tokens, width).to(BF16)
+            alone = torch.cat([nested.matvec(made, token[None], bias, kernel=kernel) for token in x])
+            assert torch.equal(nested.matvec(made, x, bias, kernel=kernel), alone), (kernel, tokens)
+
+
 @every_kernel
 def test_any_number_of_threads_gives_the_same_bits(
     kernel: str, stored: torch.dtype, dtype: torch.dtype, threads: None

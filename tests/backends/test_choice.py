@@ -11,6 +11,7 @@ import torch
 
 from llmsparse.backends import BACKENDS, WeightSpec
 from llmsparse.backends.choice import Choice, check_names, choose_backend
+from llmsparse.backends.protocol import KnowsCopies
 from llmsparse.backends.table import Measurement, device_kinds, read, save, shipped, user_file
 from llmsparse.errors import MachineError, RecipeError
 
@@ -84,7 +85,12 @@ def test_a_kernel_keeps_a_dense_copy_for_speed_only() -> None:
     assert [chosen(optimize=wish).dense_copy for wish in ("memory", "speed")] == [False, True]
     most = BACKENDS["cpu-bitmask"].tokens(SPEC)
     assert [chosen(optimize=wish).tokens for wish in ("memory", "speed")] == [most, 2], "unpacking costs more than it"
-    assert chosen(backend="cpu-bitmask", optimize="speed").tokens == most
+    own = BACKENDS["cpu-bitmask"]
+    assert isinstance(own, KnowsCopies) and most is not None
+    named = [chosen(backend="cpu-bitmask", optimize=wish).tokens for wish in ("memory", "speed")]
+    assert named == [most, min(most, own.tokens_beside_copy(SPEC))]
+    save([replace(ROW, backend="cpu-bitmask", tokens=most)])
+    assert chosen(optimize="speed").tokens == named[1], "a row of another CPU may claim more"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the backend can run")

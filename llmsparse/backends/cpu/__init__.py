@@ -15,10 +15,20 @@ from ctypes import c_void_p
 import torch
 from torch import Tensor, get_num_threads
 
-from llmsparse.backends.cpu.library import DTYPES, Target, kernel_rows, kernels, library, why_not
+from llmsparse.backends.cpu.library import DTYPES, Target, kernel_rows, kernels, library, rows_beside_copy, why_not
 from llmsparse.backends.cpu.weight import CpuWeight, prepare
 
-__all__ = ["CpuWeight", "expand", "kernel_rows", "kernels", "matvec", "matvecs", "prepare", "why_not"]
+__all__ = [
+    "CpuWeight",
+    "expand",
+    "kernel_rows",
+    "kernels",
+    "matvec",
+    "matvecs",
+    "prepare",
+    "rows_beside_copy",
+    "why_not",
+]
 
 
 def matvec(weight: CpuWeight, x: Tensor, bias: Tensor | None = None, *, kernel: str | None = None) -> Tensor:

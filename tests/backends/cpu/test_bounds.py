@@ -21,6 +21,8 @@ kept = []
 def guarded(tensor):
     "A copy whose last byte is the last one before a page that may not be read."
     size = tensor.nbytes
+    if not size:
+        return tensor
     pages = -(-size // mmap.PAGESIZE) + 1
     area = mmap.mmap(-1, pages * mmap.PAGESIZE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(area))

@@ -138,6 +138,14 @@ def test_the_cpu_kernel_runs_what_it_was_measured_on() -> None:
     assert chosen(replace(SPEC, shape=(32, 32), nnz=300)).backend == "dense"
 
 
+@pytest.mark.skipif("avx512_vbmi2" not in device_kinds(CPU)[0], reason="the kernel has not been measured on this CPU")
+def test_few_bits_run_beside_a_dense_copy_as_long_as_they_beat_it() -> None:
+    spec, own = replace(SPEC, format="nested", stored=torch.bfloat16), BACKENDS["cpu-nested"]
+    choice = chosen(spec, optimize="speed")
+    assert isinstance(own, KnowsCopies)
+    assert (choice.backend, choice.tokens) == ("cpu-nested", own.tokens_beside_copy(spec))
+
+
 def test_the_shipped_table_knows_its_backends_and_only_claims_gains() -> None:
     for row in shipped():
         assert row.backend in BACKENDS

@@ -112,8 +112,10 @@ def test_many_tokens_are_rounded_as_one_is(spread: float) -> None:
     bias[:8] = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.38e38, -3.38e38, 1e-40, -0.0, 0.0]).to(BF16)
     made = nested.prepare(packed)
     alone = torch.cat([nested.matvec(made, token[None], bias) for token in x])
-    assert torch.equal(nested.matvec(made, x, bias).view(torch.int16), alone.view(torch.int16))
-    assert alone.isnan().any() and alone.isinf().any()
+    y, nan = nested.matvec(made, x, bias), alone.isnan()  # which of two NaN a sum is, nobody says
+    assert torch.equal(y.isnan(), nan)
+    assert torch.equal(y[~nan].view(torch.int16), alone[~nan].view(torch.int16))
+    assert nan.any() and alone.isinf().any()
 
 
 @every_kernel

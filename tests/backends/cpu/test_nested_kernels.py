@@ -116,6 +116,10 @@ def test_many_tokens_are_rounded_as_one_is(spread: float) -> None:
     assert torch.equal(y.isnan(), nan)
     assert torch.equal(y[~nan].view(torch.int16), alone[~nan].view(torch.int16))
     assert nan.any() and alone.isinf().any()
+    ones, tie = torch.ones(32, 1, dtype=torch.int8), torch.full((6, 1), 2**-8, dtype=BF16)
+    made, bias = nested.prepare(Nested.encode(ones, torch.ones(32, 1, dtype=BF16), BF16)), torch.ones(32, dtype=BF16)
+    bias[1::2] += 2**-7
+    assert torch.equal(nested.matvec(made, tie, bias), (tie.float() + bias.float()).to(BF16))
 
 
 @every_kernel

@@ -19,7 +19,7 @@ BORDERS = (8, 9, 32, 33, 192, 193)
 
 def weight(wide: bool) -> Nested:
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(21, 320, generator=generator).mul(40.0 if wide else 1.0).round().clamp(-127, 127).to(torch.int8)
+    q = torch.randn(21, 8192, generator=generator).mul(40.0 if wide else 1.0).round().clamp(-127, 127).to(torch.int8)
     return Nested.encode(q, (torch.rand(21, 1, generator=generator) + 0.01).to(BF16), BF16)
 
 
@@ -39,7 +39,7 @@ def test_for_memory_the_kernel_runs_while_it_beats_unpacking(wide: bool, backend
     rounded = nested.kernel_rows(BF16, BF16, wide, True) if backend.endswith("int8") else 0
     assert matrix.copy is None and matrix.choice.tokens == (rounded or exact)
     for tokens in BORDERS:
-        x = torch.randn(tokens, 320).to(BF16)
+        x = torch.randn(tokens, 8192).to(BF16)
         if tokens <= rounded:
             wanted = nested.matvec(matrix.prepared, x, bias, int8=True)
         elif tokens <= exact:
@@ -58,7 +58,7 @@ def test_for_speed_the_dense_copy_multiplies_where_the_kernel_does_not_beat_it(w
     assert matrix.choice.tokens == most and matrix.copy is not None
     matrix.copy.zero_()  # so that its products show
     for tokens in BORDERS:
-        y = matrix(torch.randn(tokens, 320).to(BF16), None)
+        y = matrix(torch.randn(tokens, 8192).to(BF16), None)
         assert bool(y.any()) == (tokens <= most), tokens
 
 

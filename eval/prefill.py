@@ -82,7 +82,7 @@ def timed(model: Any, ids: Tensor) -> tuple[float, float]:
     return 1e3 * (time.process_time() - begun[0]), 1e3 * (time.perf_counter() - begun[1])
 
 
-def compare(models: dict[str, Any], prompt: int, rounds: int) -> list[dict[str, Any]]:
+def compare(models: dict[str, Any], prompt: int, rounds: int, note: str) -> list[dict[str, Any]]:
     ids = (torch.arange(prompt) % VOCABULARY)[None]
     for model in models.values():
         timed(model, ids)
@@ -108,6 +108,7 @@ def compare(models: dict[str, Any], prompt: int, rounds: int) -> list[dict[str, 
                 "over_dense": round(statistics.median(ratios), 3),
                 "over_dense_min": round(min(one[0] for one in times) / min(one[0] for one in found["dense"]), 3),
                 "over_dense_clock_min": round(min(one[1] for one in times) / min(one[1] for one in found["dense"]), 3),
+                "note": note,
             }
         )
     return rows
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--prompts", default="32,128,512,2048")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--note", default="", help="of these rows, in the last column")
     parser.add_argument("--dry", action="store_true", help="write nothing")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +128,7 @@ def main() -> None:
     for threads in map(int, arguments.threads.split(",")):
         torch.set_num_threads(threads)
         for prompt in map(int, arguments.prompts.split(",")):
-            rows += compare(models, prompt, arguments.rounds)
+            rows += compare(models, prompt, arguments.rounds, arguments.note)
             for row in rows[-len(models) :]:
                 print(*(f"{key} {row[key]}" for key in list(row)[3:]), flush=True)
     if not arguments.dry:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from llmsparse.backends import BACKENDS, WeightSpec
+from llmsparse.backends.protocol import KnowsCopies
 from llmsparse.backends.table import matching
 from llmsparse.errors import MachineError, RecipeError, did_you_mean
 
@@ -57,6 +58,15 @@ def why_not(backend: str, spec: WeightSpec) -> str | None:
     return BACKENDS[backend].why_not(spec)
 
 
+def limit_of(backend: str, spec: WeightSpec, optimize: str) -> int | None:
+    """Up to how many tokens a backend beats what else would multiply: the weight unpacked, or for speed a dense copy."""
+    one = BACKENDS[backend]
+    limit = one.tokens(spec)
+    if limit is None or optimize != "speed" or not isinstance(one, KnowsCopies):
+        return limit
+    return min(limit, one.tokens_beside_copy(spec))
+
+
 def choose_backend(
     weight: str, spec: WeightSpec, packed_bytes: int, *, backend: str = AUTO, optimize: str = "memory"
 ) -> Choice:
@@ -67,7 +77,7 @@ def choose_backend(
         reason = why_not(backend, spec) or BACKENDS[backend].wrong(spec.device)
         if reason is not None:
             raise MachineError(f"backend {backend} cannot run {weight}: {reason}; use auto or dense")
-        chosen, tokens, because = backend, BACKENDS[backend].tokens(spec), "asked for"
+        chosen, tokens, because = backend, limit_of(backend, spec, optimize), "asked for"
     else:
         for row in matching(spec):
             backend_of_row = BACKENDS.get(row.backend)
@@ -76,7 +86,7 @@ def choose_backend(
                 continue
             reason = why_not(row.backend, spec) or backend_of_row.wrong(spec.device)
             if reason is None:
-                limit = backend_of_row.tokens(spec)
+                limit = limit_of(row.backend, spec, optimize)
                 # beyond the row's tokens dense is faster, but only a dense copy is dense without being unpacked first
                 tokens = min(limit, row.tokens) if limit is not None and optimize == "speed" else limit
                 chosen = row.backend

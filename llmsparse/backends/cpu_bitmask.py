@@ -55,6 +55,9 @@ class CpuBitmask:
     def tokens(self, spec: WeightSpec) -> int | None:
         return cpu.kernel_rows(spec.dtype, spec.dtype)
 
+    def tokens_beside_copy(self, spec: WeightSpec) -> int:
+        return cpu.rows_beside_copy(spec.dtype, spec.dtype)
+
     def prepare(self, packed: Bitmask, spec: WeightSpec) -> cpu.CpuWeight:
         return cpu.prepare(packed)
 

@@ -39,8 +39,13 @@ class CpuNested:
         return None
 
     def tokens(self, spec: WeightSpec) -> int | None:
-        stored = spec.stored or spec.dtype
-        return max(nested.kernel_rows(stored, spec.dtype, int8=int8) for int8 in {False, self.int8})
+        return nested.kernel_rows(spec.stored or spec.dtype, spec.dtype, int8=self.int8)
+
+    def tokens_beside_copy(self, spec: WeightSpec) -> int:
+        return nested.rows_beside_copy(spec.stored or spec.dtype, spec.dtype, self.int8)
+
+    def tokens_of(self, prepared: nested.CpuNested) -> int:
+        return nested.kernel_rows(prepared.frame.stored, prepared.dtype, prepared.wide, self.int8)
 
     def prepare(self, packed: Nested, spec: WeightSpec) -> nested.CpuNested:
         return nested.prepare(packed, int8=self.int8)
@@ -48,10 +53,12 @@ class CpuNested:
     def run(self, prepared: nested.CpuNested, x: Tensor, bias: Tensor | None) -> Tensor:
         if not x.numel():
             return x.new_empty(*x.shape[:-1], prepared.shape[-2])
-        kind, tokens = (prepared.frame.stored, prepared.dtype, prepared.wide), x.numel() // x.shape[-1]
-        if self.int8 and tokens <= nested.kernel_rows(*kind, int8=True):
-            return nested.matvec(prepared, x, bias, int8=True)
-        if tokens <= nested.kernel_rows(*kind):
+        if x.numel() <= self.tokens_of(prepared) * x.shape[-1]:
+            return nested.matvec(prepared, x, bias, int8=self.int8)
+        return self.run_beyond(prepared, x, bias)
+
+    def run_beyond(self, prepared: nested.CpuNested, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.numel() <= nested.kernel_rows(prepared.frame.stored, prepared.dtype, prepared.wide) * x.shape[-1]:
             return nested.matvec(prepared, x, bias)
         return functional.linear(x, self.borrow(prepared), bias)
 

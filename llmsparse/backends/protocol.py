@@ -99,6 +99,28 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class KnowsCopies(Protocol):
+    """A backend that beats unpacking for more tokens than it beats a product with a dense copy that is there."""
+
+    def tokens_beside_copy(self, spec: WeightSpec) -> int:
+        """Up to how many rows of activations at once `run` beats that."""
+        ...
+
+
+@runtime_checkable
+class KnowsMore(Protocol):
+    """A backend that can say more of a weight once it is prepared."""
+
+    def tokens_of(self, prepared: Any) -> int:
+        """`tokens` of this weight, or fewer."""
+        ...
+
+    def run_beyond(self, prepared: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`run` for more rows than that, where there is no dense copy: exact, and no slower than unpacking."""
+        ...
+
+
+@runtime_checkable
 class RunsMany(Protocol):
     """A backend that multiplies the same activations with several weights in one call."""
 

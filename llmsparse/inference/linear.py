@@ -10,6 +10,7 @@ pass through them to what stands before, so that adapters and biases can be.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn import functional
 
 from llmsparse.backends import BACKENDS, WeightSpec
 from llmsparse.backends.choice import AUTO, Choice, choose_backend
-from llmsparse.backends.protocol import RunsMany
+from llmsparse.backends.protocol import KnowsMore, RunsMany
 from llmsparse.errors import RecipeError
 from llmsparse.formats import PackedTensor, format_of, layout, restore
 from llmsparse.inference import graphed
@@ -52,13 +53,16 @@ class PackedMatrix:
 
     def __init__(self, packed: PackedTensor, choice: Choice, transposed: bool = False) -> None:
         spec = WeightSpec.of(packed, transposed, choice.whole)
-        self.choice = choice
         self.backend = BACKENDS[choice.backend]
         self.transposed = transposed
         self.device, self.dtype = spec.device, spec.dtype
         self.described = packed.describe() | ({"transposed": True} if transposed else {})  # for config.json
         self.out_features = packed.shape[-2]
         self.prepared: Any = self.backend.prepare(packed, spec)
+        self.beyond: KnowsMore | None = self.backend if isinstance(self.backend, KnowsMore) else None
+        if self.beyond is not None and choice.tokens is not None:
+            choice = replace(choice, tokens=min(choice.tokens, self.beyond.tokens_of(self.prepared)))
+        self.choice = choice
         self.copy = self.backend.dense(self.prepared) if choice.dense_copy else None
         self.runs_many = isinstance(self.backend, RunsMany)
         self.handle = graphed.name(self)
@@ -79,8 +83,11 @@ class PackedMatrix:
         """The same without gradients, by the backend where it takes so many tokens."""
         limit = self.choice.tokens
         few = limit is None or x.numel() <= limit * x.shape[-1]
-        if few and not torch.is_autocast_enabled(x.device.type):  # no kernel knows of autocast
-            return self.backend.run(self.prepared, x, bias)
+        if not torch.is_autocast_enabled(x.device.type):  # no kernel knows of autocast
+            if few:
+                return self.backend.run(self.prepared, x, bias)
+            if self.beyond is not None and self.copy is None:
+                return self.beyond.run_beyond(self.prepared, x, bias)
         weight = self.backend.borrow(self.prepared) if self.copy is None else self.copy
         return functional.linear(x, weight, bias)
 

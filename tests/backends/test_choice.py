@@ -11,6 +11,7 @@ import torch
 
 from llmsparse.backends import BACKENDS, WeightSpec
 from llmsparse.backends.choice import Choice, check_names, choose_backend
+from llmsparse.backends.protocol import KnowsCopies
 from llmsparse.backends.table import Measurement, device_kinds, read, save, shipped, user_file
 from llmsparse.errors import MachineError, RecipeError
 
@@ -84,7 +85,12 @@ def test_a_kernel_keeps_a_dense_copy_for_speed_only() -> None:
     assert [chosen(optimize=wish).dense_copy for wish in ("memory", "speed")] == [False, True]
     most = BACKENDS["cpu-bitmask"].tokens(SPEC)
     assert [chosen(optimize=wish).tokens for wish in ("memory", "speed")] == [most, 2], "unpacking costs more than it"
-    assert chosen(backend="cpu-bitmask", optimize="speed").tokens == most
+    own = BACKENDS["cpu-bitmask"]
+    assert isinstance(own, KnowsCopies) and most is not None
+    named = [chosen(backend="cpu-bitmask", optimize=wish).tokens for wish in ("memory", "speed")]
+    assert named == [most, min(most, own.tokens_beside_copy(SPEC))]
+    save([replace(ROW, backend="cpu-bitmask", tokens=most)])
+    assert chosen(optimize="speed").tokens == named[1], "a row of another CPU may claim more"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the backend can run")
@@ -130,6 +136,14 @@ def test_the_cpu_kernel_runs_what_it_was_measured_on() -> None:
     assert chosen().backend == "cpu-bitmask"
     assert chosen(replace(SPEC, nnz=int(0.8 * 4096**2))).backend == "dense"
     assert chosen(replace(SPEC, shape=(32, 32), nnz=300)).backend == "dense"
+
+
+@pytest.mark.skipif("avx512_vbmi2" not in device_kinds(CPU)[0], reason="the kernel has not been measured on this CPU")
+def test_few_bits_run_beside_a_dense_copy_as_long_as_they_beat_it() -> None:
+    spec, own = replace(SPEC, format="nested", stored=torch.bfloat16), BACKENDS["cpu-nested"]
+    choice = chosen(spec, optimize="speed")
+    assert isinstance(own, KnowsCopies)
+    assert (choice.backend, choice.tokens) == ("cpu-nested", own.tokens_beside_copy(spec))
 
 
 def test_the_shipped_table_knows_its_backends_and_only_claims_gains() -> None:

@@ -1,7 +1,7 @@
 """Backend "cpu-bitmask": products with bitmask-packed weights on the CPU, by a C kernel built at first use.
 
 For few rows of x, where reading the weight is what takes the time: a weight without its zeros is read sooner. In bf16 with AVX-512 for up
-to 192 (`kernel_rows`): a few tiles at a time are unpacked into the cache.
+to 192 (`kernel_rows`; 48 where torch may have AMX): a few tiles at a time are unpacked into the cache.
 For more rows `expand` it into a scratch buffer and let torch multiply. AVX-512 (VBMI2, BF16), AVX2 and portable kernels are
 chosen by what the CPU has; the result does not depend on the number of threads, which is torch's.
 """
@@ -15,10 +15,20 @@ from ctypes import c_void_p
 import torch
 from torch import Tensor, get_num_threads
 
-from llmsparse.backends.cpu.library import DTYPES, Target, kernel_rows, kernels, library, why_not
+from llmsparse.backends.cpu.library import DTYPES, Target, kernel_rows, kernels, library, rows_beside_copy, why_not
 from llmsparse.backends.cpu.weight import CpuWeight, prepare
 
-__all__ = ["CpuWeight", "expand", "kernel_rows", "kernels", "matvec", "matvecs", "prepare", "why_not"]
+__all__ = [
+    "CpuWeight",
+    "expand",
+    "kernel_rows",
+    "kernels",
+    "matvec",
+    "matvecs",
+    "prepare",
+    "rows_beside_copy",
+    "why_not",
+]
 
 
 def matvec(weight: CpuWeight, x: Tensor, bias: Tensor | None = None, *, kernel: str | None = None) -> Tensor:

@@ -155,14 +155,15 @@ WITH_AVX512F static void finish_many(const void *job, int64_t which, int64_t til
 }
 #endif
 
-static void multiply(const void *job, int64_t which, int64_t first, int64_t last) {
+static void multiply(const void *job, int64_t rank, int64_t which, int64_t first, int64_t last) {
     const struct product *p = job;
+    (void)rank;
     const struct weight *w = p->w[which];
     int64_t groups = groups_of(w);
 #if X86
     if (p->room) {
         struct many all = {p->kernel->unpack, finish_many, p, p->x, p->stride, p->m};
-        return multiply_many(&all, w, which, first, last, p->room + rank_in_team() * room_for_many(p->stride, p->m));
+        return multiply_many(&all, w, which, first, last, p->room + rank * room_for_many(p->stride, p->m));
     }
 #endif
     for (int64_t tile = first; tile < last; tile++) {
@@ -215,9 +216,9 @@ struct unpacking {
     char *out;
 };
 
-static void unpack(const void *job, int64_t which, int64_t first, int64_t last) {
+static void unpack(const void *job, int64_t rank, int64_t which, int64_t first, int64_t last) {
     const struct unpacking *u = job;
-    (void)which;
+    (void)rank, (void)which;
     const struct weight *w = u->w;
     int64_t groups = groups_of(w), whole = w->columns / COLUMNS;
     for (int64_t tile = first; tile < last; tile++) {

@@ -200,7 +200,8 @@ INLINE void write_out(const struct product *p, const float *sums, int64_t row, i
     }
 }
 
-static void multiply(const void *job, int64_t first, int64_t last) {
+static void multiply(const void *job, int64_t rank, int64_t first, int64_t last) {
+    (void)rank;
     const struct product *p = job;
     int64_t rows = p->w->rows, end = last * TILE < rows ? last * TILE : rows, pair = p->kernel->pair;
     int64_t most = SUMS / p->m / TILE * TILE; /* rows of a pass: at least TILE */
@@ -284,7 +285,8 @@ struct expansion {
 };
 
 /* Tiles of GROUP columns: all of their rows. */
-static void expand_some(const void *job, int64_t first, int64_t last) {
+static void expand_some(const void *job, int64_t rank, int64_t first, int64_t last) {
+    (void)rank;
     const struct expansion *e = job;
     const struct matrix *w = e->w;
     int64_t groups = groups_of(w->rows), dtype = w->dtype, end = last * GROUP < w->columns ? last * GROUP : w->columns;

@@ -11,7 +11,8 @@ struct product {
 };
 
 /* Tiles `first` to `last` of the rows of W. */
-static void multiply(const void *job, int64_t first, int64_t last) {
+static void multiply(const void *job, int64_t rank, int64_t first, int64_t last) {
+    (void)rank;
     const struct product *p = job;
     int32_t dtype = p->kernel->dtype;
     for (int64_t row = first * ROWS; row < last * ROWS; row += ROWS) {

@@ -55,7 +55,8 @@ struct mixture {
 };
 
 /* Tiles `first` to `last` of the neurons of all groups: h. */
-static void enter(const void *job, int64_t first, int64_t last) {
+static void enter(const void *job, int64_t rank, int64_t first, int64_t last) {
+    (void)rank;
     const struct mixture *v = job;
     const struct experts *e = v->e;
     int64_t tiles = tiles_of(e->inner);
@@ -84,7 +85,8 @@ static void enter(const void *job, int64_t first, int64_t last) {
 }
 
 /* Tiles `first` to `last` of the rows of D: y. */
-static void leave(const void *job, int64_t first, int64_t last) {
+static void leave(const void *job, int64_t rank, int64_t first, int64_t last) {
+    (void)rank;
     const struct mixture *v = job;
     const struct experts *e = v->e;
     int64_t end = last * ROWS < e->width ? last * ROWS : e->width;

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from functools import cache
 
 import torch
 
 from llmsparse.backends.cpu.kernel_library import KernelLibrary
+from llmsparse.backends.table import cpu_info
 from llmsparse.errors import RecipeError
 
 DTYPES = {torch.bfloat16: 2, torch.float32: 4}  # as enum { BF16, FP32 } of floats.h
 ROWS, COLUMNS, SLACK = 4, 32, 32  # as in tiles.h
-KERNEL_ROWS = {  # rows of x up to which a kernel beats unpacking for torch's product, at 50 % and above, on Zen 4 and 5
-    "avx512-bf16": 192,  # it beats torch's product with a dense weight up to 32 at least, and takes 0.95 to 1.07 of its time beyond
+KERNEL_ROWS = {  # rows of x up to which a kernel beats unpacking for torch's product, at 50 % and above
+    "avx512-bf16": 192,  # on Zen 4; the rest on Zen 4 and 5
     "avx512-vbmi2": 8,
     "avx512-fp32": 64,  # and here it still does at 64, the most that was measured
     "avx2": 2,
     "portable": 0,
 }
+BESIDE_COPY = {
+    "avx512-bf16": 32
+}  # ... and torch's product with a dense weight that is there, where that is fewer: on Zen 4
+BESIDE_AMX = {
+    "avx512-bf16": 48
+}  # where torch multiplies in bf16 with AMX: the limit from before many tokens were, unmeasured
 
 
 class Matrix(ctypes.Structure):
@@ -96,4 +104,21 @@ def kernels(dtype: torch.dtype, x_dtype: torch.dtype) -> dict[str, int]:
 
 def kernel_rows(dtype: torch.dtype, x_dtype: torch.dtype) -> int:
     """Up to how many rows of x `matvec` takes less time on this CPU than `expand` and torch; 0 where it never does."""
-    return KERNEL_ROWS[next(iter(kernels(dtype, x_dtype)))]
+    return rows_up_to(next(iter(kernels(dtype, x_dtype))), KERNEL_ROWS, BESIDE_AMX, amx=has_amx())
+
+
+def rows_beside_copy(dtype: torch.dtype, x_dtype: torch.dtype) -> int:
+    """Up to how many rows of x `matvec` takes less time than torch with a dense copy of the weight."""
+    limit = kernel_rows(dtype, x_dtype)
+    return min(limit, BESIDE_COPY.get(next(iter(kernels(dtype, x_dtype))), limit))
+
+
+def rows_up_to(kernel: str, usual: Mapping[str, int], beside_amx: Mapping[str, int], *, amx: bool) -> int:
+    """The limit of a kernel on a CPU with AMX in bf16 or without."""
+    return beside_amx.get(kernel, usual[kernel]) if amx else usual[kernel]
+
+
+@cache
+def has_amx() -> bool:
+    """Whether torch may multiply in bf16 with AMX here."""
+    return any("amx_bf16" in line.split() for line in cpu_info() if line.startswith("flags"))

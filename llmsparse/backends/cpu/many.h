@@ -2,8 +2,12 @@
  * all tokens. Every sum is made in the order of the kernels for few tokens: a token has the same bits alone and among others. */
 #include <stdlib.h>
 
-enum { TOKENS = 6 };  /* in one pass over a tile: TOKENS · ROWS sums, and what they are made of, fill the registers */
-enum { BAND = 8192 }; /* columns at most: what it costs to put sums aside is more than what reading from the second cache costs */
+enum { FEWEST = 3 };  /* tokens in one pass over a tile, as `pass_of` shares them out */
+enum { TOKENS = 6 };  /* at most: TOKENS · ROWS sums, and what they are made of, fill the registers */
+_Static_assert(FEW + 1 >= FEWEST, "so few are multiplied in another way");
+#ifndef BAND
+#define BAND 8192 /* columns at most: what it costs to put sums aside is more than what reading from the second cache costs */
+#endif
 enum { TILES = 4 };   /* unpacked at a time, so that x is read once for all of them */
 enum { GROUP = 64 };  /* columns that are unpacked together, in any layout */
 enum { LANES = 64 };  /* bytes of a vector of sums */
@@ -62,15 +66,13 @@ WITH_BF16 INLINE void step(const struct step *s, float *sums, int m) {
             for (int i = 0; i < ROWS; i++) _mm512_store_ps(s->kept + (j * TILES * ROWS + i) * LANES, sum[j][i]);
     }
 }
-WITH_BF16 static void step_1(const struct step *s, float *sums) { step(s, sums, 1); }
-WITH_BF16 static void step_2(const struct step *s, float *sums) { step(s, sums, 2); }
 WITH_BF16 static void step_3(const struct step *s, float *sums) { step(s, sums, 3); }
 WITH_BF16 static void step_4(const struct step *s, float *sums) { step(s, sums, 4); }
 WITH_BF16 static void step_5(const struct step *s, float *sums) { step(s, sums, 5); }
 WITH_BF16 static void step_6(const struct step *s, float *sums) { step(s, sums, 6); }
-static void (*const steps[TOKENS])(const struct step *, float *) = {step_1, step_2, step_3, step_4, step_5, step_6};
+static void (*const steps[TOKENS - FEWEST + 1])(const struct step *, float *) = {step_3, step_4, step_5, step_6};
 
-/* Rows of x in the next pass, of those that are left: six, and no single one after them. */
+/* Rows of x in the next pass, of those that are left: six, and no one or two after them. */
 static int32_t pass_of(int32_t left) { return left >= 2 * TOKENS || left <= TOKENS ? left < TOKENS ? left : TOKENS : (left + 1) / 2; }
 
 /* Tiles `first` to `last` of weight w, which is number `which`. */
@@ -91,7 +93,7 @@ static void multiply_many(const struct many *p, const void *w, int64_t which, in
                     struct step s = {band + t * ROWS * width, p->x + done * p->columns + from, NULL, width, p->columns, !from,
                                      to == p->columns};
                     if (most < p->columns) s.kept = kept + (done * TILES + t) * ROWS * LANES;
-                    steps[m - 1](&s, sums + t * ROWS);
+                    steps[m - FEWEST](&s, sums + t * ROWS);
                 }
                 if (to == p->columns) p->finish(p->job, which, tile, tiles, done, m, sums);
             }

@@ -155,8 +155,9 @@ struct product {
     int32_t m;
 };
 
-/* Add what is listed and the bias, and round, for m rows of x from `from` on. */
-static void finish(const struct product *p, int64_t tile, int32_t from, int32_t m, const float *sums, int64_t stride) {
+/* Add what is listed and the bias, and round, for m rows of x from `from` on. Not inlined: few tokens and many are to have the same
+ * instructions, where a compiler would fuse the multiplication and the addition for one of them only. */
+__attribute__((noinline)) static void finish(const struct product *p, int64_t tile, int32_t from, int32_t m, const float *sums, int64_t stride) {
     const struct nested *w = p->w;
     for (int64_t i = 0; i < rows_in(w, tile); i++) {
         int64_t row = tile * ROWS + i;
@@ -195,12 +196,13 @@ WITH_AVX512F static void finish_many(const void *job, int64_t which, int64_t til
 }
 #endif
 
-static void multiply(const void *job, int64_t first, int64_t last) {
+static void multiply(const void *job, int64_t rank, int64_t first, int64_t last) {
     const struct product *p = job;
+    (void)rank;
 #if X86
     if (p->room) {
         struct many all = {p->kernel->unpack, finish_many, p, p->x, p->stride, p->m};
-        return multiply_many(&all, p->w, 0, first, last, p->room + rank_in_team() * room_for_many(p->stride, p->m));
+        return multiply_many(&all, p->w, 0, first, last, p->room + rank * room_for_many(p->stride, p->m));
     }
 #endif
     for (int64_t tile = first; tile < last; tile++)
@@ -238,7 +240,8 @@ struct unpacking {
     int8_t *q; /* (rows, columns), or NULL */
 };
 
-static void unpack(const void *job, int64_t first, int64_t last) {
+static void unpack(const void *job, int64_t rank, int64_t first, int64_t last) {
+    (void)rank;
     const struct unpacking *u = job;
     const struct nested *w = u->w;
     int64_t groups = (w->columns + w->group - 1) / w->group;

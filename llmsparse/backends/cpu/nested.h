@@ -132,7 +132,8 @@ struct decoding {
     int8_t *q;
     int32_t *right; /* (count,) */
 };
-static void decode_tiles(const void *job, int64_t from, int64_t to) {
+static void decode_tiles(const void *job, int64_t rank, int64_t from, int64_t to) {
+    (void)rank;
     const struct decoding *d = job;
     for (int64_t t = from; t < to; t++) {
         int64_t items = (d->first[t + 1] - d->first[t]) * d->columns;

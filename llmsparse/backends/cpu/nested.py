@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmsparse.backends.cpu import pages
 from llmsparse.backends.cpu.kernel_library import KernelLibrary
-from llmsparse.backends.cpu.library import DTYPES
+from llmsparse.backends.cpu.library import DTYPES, has_amx, rows_up_to
 from llmsparse.errors import CheckpointError
 from llmsparse.formats.digits import Code
 from llmsparse.formats.nested import Nested
@@ -74,9 +74,11 @@ LIBRARY = KernelLibrary(
         "nested_unpack": (None, (c_void_p, c_int32, c_void_p, c_void_p, c_int32)),
     },
 )
-KERNEL_ROWS = {  # rows of x up to which it beats unpacking
+KERNEL_ROWS = {  # rows of x up to which it beats unpacking; in bf16 on Zen 4
     "avx512-bf16": 192, "avx512": 8, "avx2": 2, "portable": 0, "avx512-vnni": 8, "avx2-int8": 2, "portable-int8": 0,
 }  # fmt: skip
+BESIDE_COPY = {"avx512-bf16": 32}  # ... and a dense copy, as in library.py
+BESIDE_AMX = {"avx512-bf16": 8}
 
 
 def why_not() -> str | None:
@@ -182,7 +184,13 @@ def kernels(stored: torch.dtype, dtype: torch.dtype, wide: bool = False, int8: b
 @cache
 def kernel_rows(stored: torch.dtype, dtype: torch.dtype, wide: bool = False, int8: bool = False) -> int:
     """Up to how many rows of x `matvec` takes less time on this CPU than `expand` and torch; 0 where it never does."""
-    return KERNEL_ROWS[next(iter(kernels(stored, dtype, wide, int8)))]
+    return rows_up_to(next(iter(kernels(stored, dtype, wide, int8))), KERNEL_ROWS, BESIDE_AMX, amx=has_amx())
+
+
+def rows_beside_copy(stored: torch.dtype, dtype: torch.dtype, int8: bool = False) -> int:
+    """Up to how many rows of x `matvec` takes less time than torch with a dense copy of the weight."""
+    limit = kernel_rows(stored, dtype, int8=int8)
+    return min(limit, BESIDE_COPY.get(next(iter(kernels(stored, dtype, int8=int8))), limit))
 
 
 def prepare(packed: Nested, *, int8: bool = False) -> CpuNested:

@@ -9,4 +9,3 @@ static int (*team_rank)(void), (*team_size)(void);
 void use_team(team_parallel *run, int (*rank)(void), int (*size)(void)) {
     parallel = run, team_rank = rank, team_size = size;
 }
-INLINE int64_t rank_in_team(void) { return parallel ? team_rank() : 0; }

@@ -28,10 +28,10 @@ static double cost_before(const struct weight *w, int64_t tile) {
     return (double)(w->starts[tile] - w->starts[0]) + (double)tile * (double)(groups_of(w) * ROWS * WORD_COST);
 }
 
-/* Weights that are read one after the other, and what is done with tiles `first` to `last` of number `which`. */
+/* Weights that are read one after the other, and what thread `rank` does with tiles `first` to `last` of number `which`. */
 struct share {
     const struct weight *const *w;
-    void (*run)(const void *job, int64_t which, int64_t first, int64_t last);
+    void (*run)(const void *job, int64_t rank, int64_t which, int64_t first, int64_t last);
     const void *job;
     int64_t count;
 };
@@ -59,15 +59,15 @@ static void run_share(void *data) {
     const struct share *s = data;
     int64_t rank = team_rank(), size = team_size();
     for (int64_t i = 0; i < s->count; i++)
-        s->run(s->job, i, first_tile(s->w, s->count, i, rank, size), first_tile(s->w, s->count, i, rank + 1, size));
+        s->run(s->job, rank, i, first_tile(s->w, s->count, i, rank, size), first_tile(s->w, s->count, i, rank + 1, size));
 }
 
-static void share_out(const struct weight *const *w, int64_t count, void (*run)(const void *, int64_t, int64_t, int64_t),
+static void share_out(const struct weight *const *w, int64_t count, void (*run)(const void *, int64_t, int64_t, int64_t, int64_t),
                       const void *job, int32_t threads) {
     struct share s = {w, run, job, count};
     if (threads > 1 && parallel && (count > 1 || tiles_of(*w) > 1)) parallel(run_share, &s, (unsigned)threads, 0);
     else
-        for (int64_t i = 0; i < count; i++) run(job, i, 0, tiles_of(w[i]));
+        for (int64_t i = 0; i < count; i++) run(job, 0, i, 0, tiles_of(w[i])); /* whatever its rank in a team of others */
 }
 
 /* __builtin_popcount is a call where the compiler may not count on the instruction. */
@@ -103,9 +103,9 @@ struct moving {
     int back;
 };
 
-static void move(const void *job, int64_t which, int64_t first, int64_t last) {
+static void move(const void *job, int64_t rank, int64_t which, int64_t first, int64_t last) {
     const struct moving *v = job;
-    (void)which;
+    (void)rank, (void)which;
     const struct weight *w = v->w;
     int64_t groups = groups_of(w), width = (w->columns + 7) / 8;
     const char *tiles_end = (char *)w->values + w->starts[last] * w->dtype;

@@ -11,7 +11,17 @@ from sparse_weights import n_of_m, sparse
 from torch import Tensor
 from torch.nn.functional import linear
 
-from llmsparse.backends.cpu import CpuWeight, expand, kernel_rows, kernels, matvec, prepare
+from llmsparse.backends.cpu import (
+    CpuWeight,
+    expand,
+    kernel_rows,
+    kernels,
+    matvec,
+    nested,
+    prepare,
+    rows_beside_copy,
+)
+from llmsparse.backends.cpu.library import BESIDE_AMX, KERNEL_ROWS, rows_up_to
 from llmsparse.formats.bitmask import Bitmask
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -78,11 +88,26 @@ def test_products_equal_float64_at_odd_shapes(
 def test_a_token_has_the_same_bits_alone_and_among_others(out: int, width: int, threads: None) -> None:
     held, bias = packed(sparse(out, width, dtype=BF16)), torch.randn(out).to(BF16)
     for kernel in kernels(BF16, BF16):
-        for tokens in (4, 5, 7, 8, 13):
+        for tokens in (4, 5, 7, 8, 13, *((32, 33, 192, 193) if out * width < 10_000 else ())):
             torch.set_num_threads(1 + tokens % 3)
             x = torch.randn(tokens, width).to(BF16)
             alone = torch.cat([matvec(held, token[None], bias, kernel=kernel) for token in x])
             assert torch.equal(matvec(held, x, bias, kernel=kernel), alone), (kernel, tokens)
+
+
+def test_many_tokens_are_rounded_as_one_is(threads: None) -> None:
+    torch.set_num_threads(1)
+    bits = [0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800000, 0xFF800000, 0x7F7FFFFF, 0xFF7FFFFF]  # NaN, Inf, overflow
+    bits += [0x3F808000, 0x3F818000, 0xBF808000, 0xBF818000, 0x3F808001, 0x3F807FFF]  # ties, and beside one
+    bits += [0x00000001, 0x00008000, 0x00018000, 0x007FFFFF, 0x80000001, 0x807F8000, 0x80000000, 0]  # denormals, -0.0
+    bias = torch.from_numpy(np.array(bits * 2, dtype=np.uint32).view(np.float32))
+    held, x = packed(sparse(len(bias), 64)), torch.zeros(6, 64, dtype=BF16)
+    x[3:] = torch.randn(3, 64).to(BF16)
+    alone = torch.cat([matvec(held, token[None], bias) for token in x]).view(torch.int16)
+    assert torch.equal(matvec(held, x, bias).view(torch.int16), alone)
+    number = ~bias.isnan()
+    assert torch.equal(alone[0, number], (bias[number] + 0.0).to(BF16).view(torch.int16))
+    assert matvec(held, x, bias)[:, ~number].isnan().all()
 
 
 @every_kernel
@@ -196,3 +221,14 @@ def test_the_rows_that_gain_are_those_of_the_fastest_kernel() -> None:
     for dtype, x_dtype in ((BF16, BF16), (BF16, FP32), (FP32, FP32)):
         fastest = next(iter(kernels(dtype, x_dtype)))
         assert (kernel_rows(dtype, x_dtype) == 0) == (fastest == "portable")
+        assert rows_beside_copy(dtype, x_dtype) <= kernel_rows(dtype, x_dtype)
+
+
+def test_where_torch_has_amx_the_rows_are_those_from_before_many_were_measured() -> None:
+    for usual, beside_amx, before in (
+        (KERNEL_ROWS, BESIDE_AMX, 48),
+        (nested.KERNEL_ROWS, nested.BESIDE_AMX, 8),
+    ):
+        rows = {amx: rows_up_to("avx512-bf16", usual, beside_amx, amx=amx) for amx in (True, False)}
+        assert rows == {True: before, False: 192}
+        assert rows_up_to("avx2", usual, beside_amx, amx=True) == usual["avx2"]

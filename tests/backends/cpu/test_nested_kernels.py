@@ -97,11 +97,29 @@ def test_a_token_has_the_same_bits_alone_and_among_others(
     packed, bias = weight_of(out, width, spread=spread, group=group), torch.randn(out).to(BF16)
     made = nested.prepare(packed)
     for kernel in nested.kernels(BF16, BF16, made.wide):
-        for tokens in (4, 5, 7, 13):
+        for tokens in (4, 5, 7, 13, *((32, 33, 192, 193) if out * width < 20_000 else ())):
             torch.set_num_threads(1 + tokens % 3)
             x = torch.randn(tokens, width).to(BF16)
             alone = torch.cat([nested.matvec(made, token[None], bias, kernel=kernel) for token in x])
             assert torch.equal(nested.matvec(made, x, bias, kernel=kernel), alone), (kernel, tokens)
+
+
+@pytest.mark.parametrize("spread", [1.0, 3.0])  # without a list, and with one
+def test_many_tokens_are_rounded_as_one_is(spread: float) -> None:
+    packed = weight_of(32, 64, spread=spread)
+    x, bias = torch.randn(6, 64).to(BF16), torch.randn(32).to(BF16)
+    x[1], x[2, 5], x[3, 5], x[4], x[5] = 3e38, torch.inf, torch.nan, 1e-40, 0  # the first overflows
+    bias[:8] = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.38e38, -3.38e38, 1e-40, -0.0, 0.0]).to(BF16)
+    made = nested.prepare(packed)
+    alone = torch.cat([nested.matvec(made, token[None], bias) for token in x])
+    y, nan = nested.matvec(made, x, bias), alone.isnan()  # which of two NaN a sum is, nobody says
+    assert torch.equal(y.isnan(), nan)
+    assert torch.equal(y[~nan].view(torch.int16), alone[~nan].view(torch.int16))
+    assert nan.any() and alone.isinf().any()
+    ones, tie = torch.ones(32, 1, dtype=torch.int8), torch.full((6, 1), 2**-8, dtype=BF16)
+    made, bias = nested.prepare(Nested.encode(ones, torch.ones(32, 1, dtype=BF16), BF16)), torch.ones(32, dtype=BF16)
+    bias[1::2] += 2**-7
+    assert torch.equal(nested.matvec(made, tie, bias), (tie.float() + bias.float()).to(BF16))
 
 
 @every_kernel

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TypeVar
 
 from llmsparse.ranks.group import Ranks
-from llmsparse.ranks.tree import fold, halves, leaves_at, leaves_of, subtrees
+from llmsparse.ranks.tree import fold, halves, held_at_once, leaves_at, leaves_of, subtrees
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -42,6 +42,20 @@ class Share:
         mine = self._leaves_at(self.ranks.rank)
         return range(self.leaves[mine.start].start, self.leaves[mine.stop - 1].stop) if mine else range(0)
 
+    @property
+    def tokens_here(self) -> int:
+        """Of the batches held here."""
+        return sum(self.shapes[number][0] * self.shapes[number][1] for number in self.numbers)
+
+    def tokens_before(self, leaf: int) -> int:
+        """Of all batches that come before those of a leaf."""
+        return sum(windows * tokens for windows, tokens in self.shapes[: self.leaves[leaf].start])
+
+    @property
+    def sums_at_once(self) -> int:
+        """The most partial sums that are there while leaves are added up: a process's own, and one that comes from another."""
+        return held_at_once(-(-len(self.leaves) // self.ranks.size)) + (self.ranks.size > 1)
+
     def take(self, batches: Sequence[T]) -> list[T]:
         """Those of all batches that are held here."""
         return [batches[number] for number in self.numbers]
@@ -51,7 +65,7 @@ class Share:
         return self.numbers.index(batch)
 
     def collected(self, values: Mapping[int, V]) -> dict[int, V]:
-        """Values of batches, by their numbers, from all processes."""
+        """Values of batches or leaves, by their numbers in order, from all processes."""
         found = {number: value for part in self.ranks.gather(dict(values)) for number, value in part.items()}
         return dict(sorted(found.items()))
 

@@ -25,6 +25,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 from torch import Tensor
 
+from llmsparse.errors import MachineError
 from llmsparse.models.block import Block
 from llmsparse.runs.device import full_float32
 from llmsparse.runs.memory import PeakMemory
@@ -33,6 +34,7 @@ from llmsparse.runs.plan import RunPlan
 from llmsparse.runs.progress import Progress, Silent
 from llmsparse.runs.report import RunReport
 from llmsparse.runs.written import Convert, Output, Written, WrittenElsewhere, not_ours, result_folder
+from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.text.mix import own_windows
 
 
@@ -112,6 +114,15 @@ class Run(Generic[Plan]):
     def folder(self) -> Path:
         """Where the checkpoint is written."""
         return result_folder(self.plan, self.state)
+
+    def made_so_far(self) -> CheckpointReader:
+        """What is written of the result, to be read by all processes. MachineError on a node that does not see it."""
+        with self.ranks.together():
+            if not self.folder.is_dir():
+                raise MachineError(
+                    f"{self.folder}: written by rank 0, not seen here; give an --output that all nodes share"
+                )
+            return CheckpointReader(self.folder)
 
     @property
     def state(self) -> Path:

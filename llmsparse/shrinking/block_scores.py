@@ -19,6 +19,7 @@ from torch import Tensor
 from llmsparse.errors import NumericalError
 from llmsparse.models.likelihood import LOGIT_ELEMENTS
 from llmsparse.models.streamed import Activations, StreamedModel
+from llmsparse.ranks.group import ALONE, Ranks
 
 SUFFIX_TOKENS = 2**13  # of calibration that divergences are measured on
 NOTHING = -1  # a candidate that skips no block
@@ -35,31 +36,35 @@ class Removal:
     score: float
 
 
-def by_influence(model: StreamedModel, batches: Sequence[Tensor], count: int, advance: Advance) -> list[Removal]:
+def by_influence(
+    model: StreamedModel, batches: Sequence[Tensor], count: int, advance: Advance, ranks: Ranks = ALONE
+) -> list[Removal]:
     """The `count` blocks of the least influence on these batches of (batch, tokens) ids, least first."""
     scores: list[float] = []
-    acts = model.embed(batches)
+    acts = model.embed(batches, ranks)
     for block in model.blocks():
-        angles = torch.zeros((), dtype=torch.float64)
-        for batch, hidden in enumerate(acts.hidden):
+        angles: dict[int, float] = {}
+        for place, (batch, hidden) in enumerate(zip(acts.share.numbers, acts.hidden, strict=True)):
             with torch.no_grad():
-                output = block.call(acts, batch).to(hidden.device)
-            angles += F.cosine_similarity(hidden.float(), output.float(), dim=-1).double().sum().cpu()
-            acts.hidden[batch] = output
-        scores.append(1 - angles.item() / sum(ids.numel() for ids in batches))
+                output = block.call(acts, place).to(hidden.device)
+            angles[batch] = F.cosine_similarity(hidden.float(), output.float(), dim=-1).double().sum().item()
+            acts.hidden[place] = output
+        scores.append(1 - sum(acts.share.collected(angles).values()) / acts.share.tokens)
         advance()
     removed = [Removal(index, _finite(score, index)) for index, score in enumerate(scores)]
     return sorted(removed, key=lambda one: one.score)[:count]
 
 
-def by_suffix(model: StreamedModel, batches: Sequence[Tensor], count: int, advance: Advance) -> list[Removal]:
+def by_suffix(
+    model: StreamedModel, batches: Sequence[Tensor], count: int, advance: Advance, ranks: Ranks = ALONE
+) -> list[Removal]:
     """`count` blocks, each the one without which the output stays closest to the whole model's once those before it are gone.
 
     `advance` is called for every candidate.
     """
-    start = model.embed(few := first_batches(batches, SUFFIX_TOKENS))
+    start = model.embed(first_batches(batches, SUFFIX_TOKENS), ranks)
     whole = without(model, start, [], [NOTHING])[NOTHING]
-    held = sum(hidden.nbytes for hidden in start.hidden)
+    held = ranks.broadcast(sum(hidden.nbytes for hidden in start.hidden), 0)  # no process holds more than the first
     removed: list[Removal] = []
     for _ in range(count):
         gone = [one.index for one in removed]
@@ -71,11 +76,11 @@ def by_suffix(model: StreamedModel, batches: Sequence[Tensor], count: int, advan
             for _ in group:
                 advance()
         best = min(scores, key=lambda index: scores[index])
-        removed.append(Removal(best, scores[best] / sum(ids.numel() for ids in few)))
+        removed.append(Removal(best, scores[best] / start.share.tokens))
     return removed
 
 
-SCORES: dict[str, Callable[[StreamedModel, Sequence[Tensor], int, Advance], list[Removal]]] = {
+SCORES: dict[str, Callable[[StreamedModel, Sequence[Tensor], int, Advance, Ranks], list[Removal]]] = {
     "suffix": by_suffix,
     "influence": by_influence,
 }
@@ -105,16 +110,19 @@ def without(
 def divergences(model: StreamedModel, whole: Activations, others: dict[int, Activations]) -> dict[int, float]:
     """Σ over tokens of KL(p ‖ q) in nats, p the output of `whole`, q that of each other, of hidden states after the last
     block."""
-    found = dict.fromkeys(others, 0.0)
-    for batch, hidden in enumerate(whole.hidden):  # (batch, tokens, width)
+    found: dict[int, dict[int, float]] = {}  # batch → other → Σ
+    for batch, place in zip(whole.share.numbers, range(len(whole.hidden)), strict=True):
+        hidden, sums = whole.hidden[place], dict.fromkeys(others, 0.0)  # (batch, tokens, width)
         tokens = max(1, LOGIT_ELEMENTS // (2 * hidden.shape[0] * model.vocabulary))
         for start in range(0, hidden.shape[1], tokens):
             part = slice(start, start + tokens)
             p = model.logits(hidden[:, part]).float().log_softmax(-1)  # (batch, tokens, vocabulary)
             for index, other in others.items():
-                q = model.logits(other.hidden[batch][:, part]).float().log_softmax(-1)
-                found[index] += F.kl_div(q, p, reduction="sum", log_target=True).item()
-    return found
+                q = model.logits(other.hidden[place][:, part]).float().log_softmax(-1)
+                sums[index] += F.kl_div(q, p, reduction="sum", log_target=True).item()
+        found[batch] = sums
+    of_batches = whole.share.collected(found).values()
+    return {index: sum(sums[index] for sums in of_batches) for index in others}
 
 
 def first_batches(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:

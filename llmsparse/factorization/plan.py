@@ -22,7 +22,7 @@ from llmsparse.factorization.router import NUMBERS_AT_ONCE
 from llmsparse.factorization.split import Layout
 from llmsparse.models.prunable import refuse_stored
 from llmsparse.models.streamed import StreamedModel
-from llmsparse.runs.joint import alone
+from llmsparse.runs.joint import joint
 from llmsparse.runs.memory import freed_bytes
 from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
@@ -105,12 +105,14 @@ class FactorizePlan(RunPlan[FactorizeRecipe]):
         stored = sum(spec.end - spec.begin for spec in specs) if on_cpu else 0
         block = sum(torch.Size(spec.shape).numel() for spec in specs) * itemsize
         made = 3 * neurons * width * (specs[0].dtype.itemsize if on_cpu else 0)  # experts, as they will be stored
-        streams = (tokens + 2 * self.windows.held_out.numel()) * width * itemsize
-        inputs = tokens * width * itemsize  # what enters the FFN
+        here, sums = self.share.tokens_here, self.share.sums_at_once
+        held_out = self.share_of(self.held_out).tokens_here if self.held_out else 0
+        streams = (here + 2 * held_out) * width * itemsize
+        inputs = here * width * itemsize  # what enters the FFN
         drawn = 4 * min(tokens, ROUTER_TOKENS) * width * 3  # that the router is trained on; standardised; profiled
         ffn = 9 * 4 * neurons * width  # three matrices, the same by expert, and three of down projections
         outputs = 4 * min(tokens * (neurons + self.layout.routed * width), NUMBERS_AT_ONCE)
-        equations = 4 * neurons * (3 * neurons + 2 * width) if self.recipe.refit else 0
+        equations = 4 * neurons * (max(3, sums) * neurons + (1 + sums) * width) if self.recipe.refit else 0
         judges = 4 * min(tokens // HELD_BACK, JUDGES) * (neurons + width) if self.recipe.refit else 0
         neighbours = stored + made  # the next block is read, and the last one written, meanwhile
         fitting = ffn + outputs + equations + judges + drawn + made
@@ -135,7 +137,7 @@ class FactorizePlan(RunPlan[FactorizeRecipe]):
         }
 
 
-@alone
+@joint
 def make_plan(
     recipe: FactorizeRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True
 ) -> FactorizePlan:

@@ -19,6 +19,8 @@ from llmsparse.errors import NumericalError
 from llmsparse.factorization.ffn import FFN
 from llmsparse.factorization.router import Router, expert_outputs, tokens_at_once
 from llmsparse.factorization.split import Split
+from llmsparse.ranks.group import ALONE
+from llmsparse.ranks.share import Share
 
 SCALE_DAMP = 0.01  # λ of the scales, as a fraction of the mean of the diagonal
 
@@ -69,38 +71,51 @@ Scaling = Callable[[FFN, Split, Router, Iterable[Tensor]], Tensor]
 SCALES: dict[str, Scaling] = {"fitted": fit_scales, "ratio": ratio_scales, "none": no_scales}
 
 
-def refit(dense: FFN, start: FFN, split: Split, router: Router, inputs: Iterable[Tensor]) -> tuple[FFN, dict[str, Any]]:
+def refit(
+    dense: FFN, start: FFN, split: Split, router: Router, inputs: Sequence[Tensor], share: Share | None = None
+) -> tuple[FFN, dict[str, Any]]:
     """`start` with the down projection that brings the routed output closest to that of `dense`; notes say how.
 
-    `inputs` are (tokens, width) each. Neurons that never run on them keep their column, and all of them do where no
-    fit is better on the tokens held back. NumericalError where no damping makes the equations solvable.
+    `inputs` are (tokens, width) each; of several processes those of the batches that this one holds, and the first one gets
+    the result, others `start`. Neurons that never run on them keep their column, and all of them do where no fit is better
+    on the tokens held back. NumericalError where no damping makes the equations solvable.
     """
+    share = share or Share(ALONE, tuple((1, len(x)) for x in inputs))
     order = torch.cat([split.shared, *split.routed]).to(start.down.device)  # experts as spans of neurons
-    back = order.argsort()
     arranged = FFN(dense.gate[order], dense.up[order], dense.down[:, order])
-    equations = Equations(start.neurons, [len(members) for members in split.routed], len(start.down), order.device)
-    judges: list[tuple[Tensor, Tensor]] = []  # g ⊙ h and y of tokens held back
-    seen = 0
-    for x in _chunks(dense, split, inputs):
-        hidden, gates = arranged.hidden(x), router.gates(x)  # (tokens, neurons), (tokens, routed)
-        target = hidden @ arranged.down.T  # (tokens, width)
-        judge = torch.arange(seen, seen + len(x), device=x.device) % HELD_BACK == HELD_BACK - 1
-        seen += len(x)
-        if sum(len(held) for held, _ in judges) < JUDGES:
-            judges.append((equations.gated(hidden[judge], gates[judge]), target[judge]))
-        equations.add(hidden[~judge], gates[~judge], target[~judge])
-    gram, targets = equations.gram(), equations.targets
 
+    def leaf(number: int) -> list[Equations]:
+        sizes = [len(members) for members in split.routed]
+        equations = Equations(start.neurons, sizes, len(start.down), order.device)
+        seen = share.tokens_before(number)
+        for x in _chunks(dense, split, [inputs[share.place(batch)] for batch in share.leaves[number]]):
+            hidden, gates = arranged.hidden(x), router.gates(x)  # (tokens, neurons), (tokens, routed)
+            target = hidden @ arranged.down.T  # (tokens, width)
+            judge = torch.arange(seen, seen + len(x), device=x.device) % HELD_BACK == HELD_BACK - 1
+            seen += len(x)
+            if sum(len(held) for held, _ in equations.judges) < JUDGES // len(share.leaves):
+                equations.judges.append((equations.gated(hidden[judge], gates[judge]), target[judge]))
+            equations.add(hidden[~judge], gates[~judge], target[~judge])
+        return [equations]
+
+    [total] = share.summed(leaf, Equations.merge, [0])
+    with share.ranks.together():
+        return (start, {}) if total is None else solved(total, start, order)
+
+
+def solved(total: Equations, start: FFN, order: Tensor) -> tuple[FFN, dict[str, Any]]:
+    """`start` fitted to equations of its neurons in this order, and notes."""
+    gram = total.gram()
     if not gram.any():
         return start, {"refit": "no neuron that runs says anything on the calibration text"}
-    fitted = fit(gram, targets, start.down[:, order], judges)
+    fitted = fit(gram, total.targets, start.down[:, order], total.judges)
     if not fitted.solved:
         raise NumericalError(
             f"the equations of the refit are not positive definite, even with a damping of {DAMPS[-1]:g}; use --no-refit"
         )
     if fitted.damp is None:
         return start, {"refit": "no fit is better on the tokens held back"}
-    return FFN(start.gate, start.up, fitted.weight[:, back]), {"damp": fitted.damp}
+    return FFN(start.gate, start.up, fitted.weight[:, order.argsort()]), {"damp": fitted.damp}
 
 
 class Equations:
@@ -111,6 +126,7 @@ class Equations:
 
     def __init__(self, neurons: int, sizes: Sequence[int], width: int, device: torch.device) -> None:
         self.targets = torch.zeros(neurons, width, device=device)  # HᵀY
+        self.judges: list[tuple[Tensor, Tensor]] = []  # g ⊙ h and y of tokens held back
         self._gram = torch.zeros(neurons, neurons, device=device)
         self._shared, self._sizes = neurons - sum(sizes), sizes
 
@@ -128,6 +144,13 @@ class Equations:
             self._gram[span] += seen[:, span].T @ seen
             self.targets[span] += seen[:, span].T @ target[rows]
             start += size
+
+    def merge(self, other: Equations) -> Equations:
+        """These, with those of later tokens."""
+        self.targets += other.targets
+        self.judges += other.judges
+        self._gram += other._gram
+        return self
 
     def gated(self, hidden: Tensor, gates: Tensor) -> Tensor:
         """g ⊙ h, in place."""

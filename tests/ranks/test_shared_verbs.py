@@ -19,11 +19,13 @@ CASES = {
     "narrower": "shrink dense --ffn 50% --heads 50% --match-steps 2",
     "fewer experts": "shrink mixture --experts 50%",
     "fewer blocks": "shrink dense --blocks 2",
+    "made a mixture": "factorize dense --experts 3 --shared 1 --active 1 --router-steps 10",
 }
 MORE = {
     "narrower in one pass": "shrink dense --ffn 50% --one-pass",
     "narrower without a fit": "shrink mixture --ffn 50% --no-refit",
     "narrower experts": "shrink mixture --experts 50% --ffn 50% --match-steps 2",
+    "made a mixture without a fit": "factorize dense --experts 3 --shared 0 --active 1 --router gate-mean --no-refit",
     "fewer blocks by influence": "shrink dense --blocks 2 --score influence --match-steps 2",
 }
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TypeVar
 
 from llmsparse.ranks.group import Ranks
-from llmsparse.ranks.tree import fold, halves, held_at_once, leaves_at, leaves_of, subtrees
+from llmsparse.ranks.tree import LEAVES, fold, halves, held_at_once, leaves_at, leaves_of, subtrees
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -16,10 +16,12 @@ V = TypeVar("V")
 
 @dataclass(frozen=True)
 class Share:
-    """The batches that process `ranks.rank` holds, of all that there are: `shapes` are (windows, tokens) of each of these."""
+    """The batches that process `ranks.rank` holds, of all that there are: `shapes` are (windows, tokens) of each of these. They
+    are dealt to at most `most` leaves."""
 
     ranks: Ranks
     shapes: tuple[tuple[int, int], ...]
+    most: int = LEAVES
 
     @property
     def total(self) -> int:
@@ -34,7 +36,7 @@ class Share:
     @cached_property
     def leaves(self) -> list[range]:
         """Leaf of the tree → the numbers of its batches."""
-        return leaves_of(self.total)
+        return leaves_of(self.total, self.most)
 
     @cached_property
     def numbers(self) -> range:

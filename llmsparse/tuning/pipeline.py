@@ -11,7 +11,6 @@ from typing import Any
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.recipe import from_arguments
 from llmsparse.runs.run import Run
-from llmsparse.tuning.accelerate_state import accelerate_set_aside
 from llmsparse.tuning.distillation import load_both
 from llmsparse.tuning.plan import make_plan
 from llmsparse.tuning.quality import expert_loads, held_out_losses
@@ -40,7 +39,7 @@ def tune(
     the same bytes. Raises a LlmsparseError of one line.
     """
     plan = make_plan(from_arguments(TuneRecipe, recipe, keys), resume=resume, overwrite=overwrite)
-    with Run(plan, progress, resume=resume, overwrite=overwrite) as run, accelerate_set_aside():
+    with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
         run.copy_the_rest()
         distillation = load_both(plan)
         models = {"teacher": distillation.teacher, "before": distillation.student}

@@ -29,6 +29,7 @@ class Forked:
 
     def __init__(self) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_CPP_LOG_LEVEL": "FATAL"}
+        environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # as `quiet` has it in processes that do not speak
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
         )

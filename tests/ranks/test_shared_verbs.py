@@ -11,6 +11,7 @@ from architectures import save_random, tiny_config
 from forked import Forked
 from safetensors.torch import save_file
 
+import llmsparse
 from tests.result_files import files
 
 Ask = Callable[[str, Path], list[str]]
@@ -19,13 +20,15 @@ CASES = {
     "narrower": "shrink dense --ffn 50% --heads 50% --match-steps 2",
     "fewer experts": "shrink mixture --experts 50%",
     "fewer blocks": "shrink dense --blocks 2",
+    "tuned": "tune factorized --steps 3 --batch-size 8",
     "made a mixture": "factorize dense --experts 3 --shared 1 --active 1 --router-steps 10",
 }
 MORE = {
-    "narrower in one pass": "shrink dense --ffn 50% --one-pass",
+    "fewer experts in one pass": "shrink mixture --experts 50% --one-pass",
     "narrower without a fit": "shrink mixture --ffn 50% --no-refit",
     "narrower experts": "shrink mixture --experts 50% --ffn 50% --match-steps 2",
     "made a mixture without a fit": "factorize dense --experts 3 --shared 0 --active 1 --router gate-mean --no-refit",
+    "tuned in a few numbers": "tune factorized --steps 3 --batch-size 5 --train lora",
     "fewer blocks by influence": "shrink dense --blocks 2 --score influence --match-steps 2",
 }
 
@@ -44,13 +47,21 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Ask:
         "dense": save_random(tiny_config("llama", num_hidden_layers=4), folder / "dense"),
         "mixture": save_random(tiny_config("qwen3_moe"), folder / "mixture"),
     }
-    ids = torch.randint(3, 64, (30, 16), generator=torch.Generator().manual_seed(0))
-    save_file({"input_ids": ids}, folder / "tokens.safetensors")
-    windows = ["--calibration", str(folder / "tokens.safetensors"), "--calibration-samples", "24", "--batch-size", "2"]
+    ids = torch.randint(3, 64, (60, 16), generator=torch.Generator().manual_seed(0))
+    tokens = folder / "tokens.safetensors"
+    save_file({"input_ids": ids}, tokens)
+    windows = ["--calibration", str(tokens), "--calibration-samples", "24", "--batch-size", "2"]
+    texts = {"tune": ["--teacher", str(models["dense"]), "--text", str(tokens)]}
 
     def command(case: str, out: Path) -> list[str]:
         verb, model, *flags = case.split()
-        return [verb, str(models[model]), "-o", str(out), *windows, *flags]
+        if model not in models:
+            models[model] = folder / model
+            layout = {"experts": 3, "shared": 1, "active": 1, "router_steps": 10}
+            llmsparse.factorize(
+                model=str(models["dense"]), output=str(models[model]), calibration=str(tokens), **layout
+            )
+        return [verb, str(models[model]), "-o", str(out), *texts.get(verb, windows), *flags]
 
     return command
 

@@ -29,6 +29,8 @@ MORE = {
     "narrower experts": "shrink mixture --experts 50% --ffn 50% --match-steps 2",
     "made a mixture without a fit": "factorize dense --experts 3 --shared 0 --active 1 --router gate-mean --no-refit",
     "tuned in a few numbers": "tune factorized --steps 3 --batch-size 5 --train lora",
+    "inputs left out": "activations dense --sparsity 0.5",
+    "inputs of experts left out": "activations mixture --sparsity 0.5 --rule topk --bias fold",
     "fewer blocks by influence": "shrink dense --blocks 2 --score influence --match-steps 2",
 }
 
@@ -66,8 +68,9 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Ask:
     return command
 
 
-def tensors(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in files(folder).items() if name.endswith(".safetensors")}
+def made(folder: Path) -> dict[str, bytes]:
+    """Weights, and what config.json says of them."""
+    return {name: data for name, data in files(folder).items() if name.endswith((".safetensors", "config.json"))}
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,7 @@ def test_any_number_of_processes_makes_the_bytes_of_one(
         assert [one.code for one in ended] == [0] * number, ended
         assert all(one.out == one.err == "" for one in ended[1:]), "the first process speaks"
     for name in cases:
-        assert tensors(tmp_path / f"{name} {size}") == tensors(tmp_path / f"{name} 1") != {}, name
+        assert made(tmp_path / f"{name} {size}") == made(tmp_path / f"{name} 1") != {}, name
 
 
 @pytest.mark.slow
@@ -107,4 +110,4 @@ def test_one_that_is_killed_ends_the_others_and_any_number_goes_on(
         assert not out.exists() and out.with_name("out.partial").is_dir()
     ended = forked.run(3, [*asked(CASES[name], out), "--resume"])
     assert [one.code for one in ended] == [0] * 3, ended
-    assert tensors(out) == tensors(whole)
+    assert made(out) == made(whole)

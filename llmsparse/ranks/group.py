@@ -38,13 +38,14 @@ class Ranks:
                 made = make()
         return self.broadcast(made, 0)
 
-    def broadcast(self, value: T, source: int) -> T:
-        """The value of process `source`, at all of them."""
+    def broadcast(self, value: T | None, source: int) -> T:
+        """The value of process `source`, at all of them; what others give is not looked at."""
+        found: Any = value
         if self.size == 1:
-            return value
+            return found
         from llmsparse.ranks.messages import broadcast
 
-        return broadcast(value, source)
+        return broadcast(found, source)
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, by rank, at all of them."""
@@ -90,7 +91,7 @@ class Ranks:
                 if owner == self.rank:
                     made[number] = work(item)
         for number, owner in enumerate(owners):
-            yield self.broadcast(made.pop(number, None), owner)  # type: ignore[misc]
+            yield self.broadcast(made.pop(number, None), owner)
 
 
 ALONE = Ranks()

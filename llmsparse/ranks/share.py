@@ -81,17 +81,17 @@ class Share:
             right.clear()
             return left
 
-        parts: dict[range, list[T | None]] = {}
+        parts: dict[range, dict[int, T]] = {}
         with self.ranks.together():
             for span in self._spans:
-                parts[span] = [*fold(span, leaf, both)]
+                parts[span] = dict(enumerate(fold(span, leaf, both)))
         return [self._at_owner(item, owner, parts, add) for item, owner in enumerate(owners)]
 
     def summed_for_all(self, leaf: Callable[[int], list[T]], add: Callable[[T, T], T], sizes: Sequence[int]) -> list[T]:
         """The same at all processes; who adds up what goes by the sizes of the sums."""
         owners = self.ranks.assigned(sizes)
         found = self.summed(leaf, add, owners)
-        return [self.ranks.broadcast(value, owner) for value, owner in zip(found, owners, strict=True)]  # type: ignore[misc]
+        return [self.ranks.broadcast(value, owner) for value, owner in zip(found, owners, strict=True)]
 
     @cached_property
     def _spans(self) -> list[range]:
@@ -111,14 +111,13 @@ class Share:
         return None
 
     def _at_owner(
-        self, item: int, owner: int, parts: Mapping[range, list[T | None]], add: Callable[[T, T], T]
+        self, item: int, owner: int, parts: Mapping[range, dict[int, T]], add: Callable[[T, T], T]
     ) -> T | None:
         from llmsparse.ranks.messages import receive, send
 
         if owner != self.ranks.rank:
             for part in parts.values():
-                send(part[item], owner)
-                part[item] = None
+                send(part.pop(item), owner)
             return None
 
         def whole(span: range) -> T:
@@ -128,7 +127,6 @@ class Share:
                 return add(whole(left), whole(right))
             if holder != owner:
                 return receive(holder)
-            found, parts[span][item] = parts[span][item], None
-            return found  # pyright: ignore[reportReturnType]
+            return parts[span].pop(item)
 
         return whole(range(len(self.leaves)))

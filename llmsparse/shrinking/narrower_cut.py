@@ -107,6 +107,9 @@ class NarrowerCut(Cut):
 
     def take_sums(self, totals: Sequence[Any]) -> None:
         self._seen = dict(zip(self._slots, totals, strict=True))
+        for (name, _), seen in self._seen.items():
+            if seen is not None:
+                seen.device = self._block.module.get_parameter(name).device  # it may have come from another process
 
     def cut(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Choose what stays, find out how it is laid out, cut it out, and fit the projections."""

@@ -110,10 +110,13 @@ class Training:
                 done = self.history.step
                 if done % stretch == 0 or done == steps:
                     said = self._close_stretch()
-                stops = any(self._plan.ranks.gather(interrupts.pending))  # wherever a signal came, all stop at one step
+                stops = any(self._plan.ranks.gather(interrupts.pending))
                 if stops or done == steps or done % self._plan.recipe.save_every == 0:
                     self.save()
-                interrupts.deliver()
+                if stops:  # wherever a signal came, all stop at one step; one that has come since is of the next
+                    interrupts.deliver()
+                    if self._plan.ranks.size > 1:
+                        raise KeyboardInterrupt
 
     def _step(self) -> None:
         """One step of the optimizer, over as many forwards as it takes."""
@@ -195,6 +198,10 @@ class Training:
         saved = self._plan.ranks.known(self._read)
         if saved is None:
             return
+        with self._plan.ranks.together():
+            self._restore(saved)
+
+    def _restore(self, saved: Any) -> None:
         try:
             with torch.no_grad():
                 for name, parameter in self._trainable.parameters.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,15 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
+
+
+class Death(NamedTuple):
+    """A rank, and the file name that it is sent a signal at as it is opened for the so-and-so-many-th time."""
+
+    rank: int
+    file: str
+    time: int
+    signal: int = signal.SIGKILL
 
 
 class Ended(NamedTuple):
@@ -42,16 +52,11 @@ class Forked:
     ) -> None:
         self._process.communicate()
 
-    def run(
-        self, size: int, *commands: list[str], die: tuple[int, str, int] | None = None, **environment: str
-    ) -> list[Ended]:
-        """Each of `size` processes runs these command lines, one after the other, until one fails. `die`: a rank, and the
-        file name that it is killed at as it is opened for the so-and-so-many-th time."""
+    def run(self, size: int, *commands: list[str], die: Death | None = None, **environment: str) -> list[Ended]:
+        """Each of `size` processes runs these command lines, one after the other, until one fails."""
         return self.run_each([list(commands)] * size, die=die, **environment)
 
-    def run_each(
-        self, commands: list[list[list[str]]], die: tuple[int, str, int] | None = None, **environment: str
-    ) -> list[Ended]:
+    def run_each(self, commands: list[list[list[str]]], die: Death | None = None, **environment: str) -> list[Ended]:
         """Command lines of each process."""
         assert self._process.stdin is not None and self._process.stdout is not None
         asked = {"commands": commands, "die": die, "environment": environment}
@@ -74,7 +79,7 @@ def _child(rank: int, asked: dict[str, Any], folder: Path) -> None:
     if asked["die"] and asked["die"][0] == rank:
         from warm_process import die_at
 
-        die_at(asked["die"][1], asked["die"][2])
+        die_at(*asked["die"][1:])
     code = 0
     for command in asked["commands"][rank]:
         code = code or main(command)

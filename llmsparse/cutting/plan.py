@@ -54,7 +54,7 @@ class ActivationsPlan(RunPlan[ActivationsRecipe]):
             sum(self.model.bytes_of(key) for key in self.model.block_keys(index))
             for index in range(len(self.model.block_names))
         )
-        tokens = self.share.tokens_here + 2 * self.share_of(self.held_out).tokens_here
+        tokens = self.share.most_tokens + 2 * self.share_of(self.held_out).most_tokens
         acts = tokens * self.model.hidden_size * self.dtype.itemsize
         shapes = [{weight.slot: weight.shape for weight in some} for some in self.weights.values()]
         samples = max(map(self._samples, shapes), default=0)

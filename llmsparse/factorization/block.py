@@ -111,7 +111,7 @@ def factorize_block(
         written, notes = refit(dense, written, split, router, inputs, share)
 
     if held_out:
-        few = batches_of(held_out.share, MEASURED_TOKENS)
+        few = held_out.share.first_batches(MEASURED_TOKENS)
         judged = draw(ffn_inputs(block, held_out, few), held_out.share, MEASURED_TOKENS, generator, few)
     else:
         judged = draw(inputs, share, MEASURED_TOKENS, generator)
@@ -119,9 +119,11 @@ def factorize_block(
     where = "held-out" if held_out else "calibration"
     notes = ranks.broadcast(notes, 0) | {"zeros_before": dense.zeros()}
     record = LayerRecord(block.name, routing, where, notes, time.perf_counter() - started)
-    if not ranks.first:
-        return Made({}, record)
-    return Made(export.tensors(container, layout, target.prefix, written, split, router, target.dtype), record)
+    tensors: dict[str, Tensor] = {}
+    with ranks.together():
+        if ranks.first:
+            tensors = export.tensors(container, layout, target.prefix, written, split, router, target.dtype)
+    return Made(tensors, record)
 
 
 def load_ffn(block: Block, target: Target, device: torch.device) -> FFN:
@@ -154,15 +156,6 @@ def ffn_inputs(block: Block, acts: Activations, most: int | None = None) -> list
                 f"the activations that enter the FFN of {block.name} are NaN or Inf; try --dtype float32, or check the model"
             )
     return inputs
-
-
-def batches_of(share: Share, count: int) -> int:
-    """How many of all batches hold `count` tokens."""
-    batches, tokens = 0, 0
-    while batches < share.total and tokens < count:
-        tokens += share.shapes[batches][0] * share.shapes[batches][1]
-        batches += 1
-    return batches
 
 
 def draw(

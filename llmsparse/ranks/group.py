@@ -7,8 +7,9 @@ in the same order.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from llmsparse.errors import LlmsparseError
@@ -71,6 +72,17 @@ class Ranks:
                 error = kind.__new__(kind, f"rank {rank}: {text}" if rank else text)
                 error.common = True
                 raise error from found
+
+    def each(self, items: Generator[T]) -> Generator[T]:
+        """Items that every process makes by itself, all the same; an error in making one is an error of all."""
+        with closing(items):
+            while True:
+                made: list[T] = []
+                with self.together():
+                    made.extend(islice(items, 1))
+                if not made:
+                    return
+                yield made.pop()
 
     def assigned(self, costs: Sequence[float]) -> list[int]:
         """For each of several pieces of work the process that does it: the costliest first, to whoever has least."""

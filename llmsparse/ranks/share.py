@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import TypeVar
 
 from llmsparse.ranks.group import Ranks
@@ -41,13 +42,19 @@ class Share:
     @cached_property
     def numbers(self) -> range:
         """Of the batches held here, among all."""
-        mine = self._leaves_at(self.ranks.rank)
-        return range(self.leaves[mine.start].start, self.leaves[mine.stop - 1].stop) if mine else range(0)
+        return self._numbers_at(self.ranks.rank)
 
     @property
-    def tokens_here(self) -> int:
-        """Of the batches held here."""
-        return sum(self.shapes[number][0] * self.shapes[number][1] for number in self.numbers)
+    def most_tokens(self) -> int:
+        """Of the batches that one process holds, at most. Leaves do not all have as many batches, and the first process need
+        not have the most."""
+        held = [self._numbers_at(rank) for rank in range(self.ranks.size)]
+        return max(sum(self.shapes[number][0] * self.shapes[number][1] for number in numbers) for numbers in held)
+
+    def first_batches(self, tokens: int) -> int:
+        """How many batches hold so many tokens, from the first on; all of them where they do not."""
+        held = accumulate(windows * length for windows, length in self.shapes)
+        return next((number for number, some in enumerate(held, 1) if some >= tokens), self.total)
 
     def tokens_before(self, leaf: int) -> int:
         """Of all batches that come before those of a leaf."""
@@ -98,6 +105,10 @@ class Share:
         """The parts of the tree that can be summed up here."""
         mine = self._leaves_at(self.ranks.rank)
         return subtrees(range(len(self.leaves)), mine) if mine else []
+
+    def _numbers_at(self, rank: int) -> range:
+        leaves = self._leaves_at(rank)
+        return range(self.leaves[leaves.start].start, self.leaves[leaves.stop - 1].stop) if leaves else range(0)
 
     def _leaves_at(self, rank: int) -> range:
         return leaves_at(rank, self.ranks.size, len(self.leaves))

@@ -20,6 +20,7 @@ from llmsparse.errors import NumericalError
 from llmsparse.models.likelihood import LOGIT_ELEMENTS
 from llmsparse.models.streamed import Activations, StreamedModel
 from llmsparse.ranks.group import ALONE, Ranks
+from llmsparse.ranks.tree import LEAVES
 
 SUFFIX_TOKENS = 2**13  # of calibration that divergences are measured on
 NOTHING = -1  # a candidate that skips no block
@@ -42,7 +43,7 @@ def by_influence(
     """The `count` blocks of the least influence on these batches of (batch, tokens) ids, least first."""
     scores: list[float] = []
     acts = model.embed(batches, ranks)
-    for block in model.blocks():
+    for block in ranks.each(model.blocks()):
         angles: dict[int, float] = {}
         for place, (batch, hidden) in enumerate(zip(acts.share.numbers, acts.hidden, strict=True)):
             with torch.no_grad():
@@ -51,7 +52,8 @@ def by_influence(
             acts.hidden[place] = output
         scores.append(1 - sum(acts.share.collected(angles).values()) / acts.share.tokens)
         advance()
-    removed = [Removal(index, _finite(score, index)) for index, score in enumerate(scores)]
+    with ranks.together():
+        removed = [Removal(index, _finite(score, index)) for index, score in enumerate(scores)]
     return sorted(removed, key=lambda one: one.score)[:count]
 
 
@@ -62,9 +64,9 @@ def by_suffix(
 
     `advance` is called for every candidate.
     """
-    start = model.embed(first_batches(batches, SUFFIX_TOKENS), ranks)
+    start = model.embed(measured(batches), ranks)
     whole = without(model, start, [], [NOTHING])[NOTHING]
-    held = ranks.broadcast(sum(hidden.nbytes for hidden in start.hidden), 0)  # no process holds more than the first
+    held = max(ranks.gather(sum(hidden.nbytes for hidden in start.hidden)))
     removed: list[Removal] = []
     for _ in range(count):
         gone = [one.index for one in removed]
@@ -72,7 +74,9 @@ def by_suffix(
         scores: dict[int, float] = {}
         for group in _groups(left, max(1, STREAM_BYTES // held)):
             ends = without(model, start, gone, group)
-            scores |= {index: _finite(score, index) for index, score in divergences(model, whole, ends).items()}
+            found = divergences(model, whole, ends)
+            with ranks.together():
+                scores |= {index: _finite(score, index) for index, score in found.items()}
             for _ in group:
                 advance()
         best = min(scores, key=lambda index: scores[index])
@@ -96,7 +100,8 @@ def without(
     """
     common = start.like(list(start.hidden))  # skips what is gone, and no candidate yet
     skipping: dict[int, Activations] = {}
-    for block in model.blocks({name for index, name in enumerate(model.block_names) if index not in gone}):
+    names = {name for index, name in enumerate(model.block_names) if index not in gone}
+    for block in start.share.ranks.each(model.blocks(names)):
         for stream in skipping.values():
             block.run(stream, into=stream)
         if block.index in candidates:
@@ -125,14 +130,26 @@ def divergences(model: StreamedModel, whole: Activations, others: dict[int, Acti
     return {index: sum(sums[index] for sums in of_batches) for index in others}
 
 
-def first_batches(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """The first ones, until they hold so many tokens."""
-    found: list[Tensor] = []
-    for ids in batches:
-        if sum(one.numel() for one in found) >= tokens:
+def measured(batches: Sequence[Tensor]) -> list[Tensor]:
+    """The first batches, until they hold SUFFIX_TOKENS."""
+    windows = [windows for windows, _ in shapes_measured([(ids.shape[0], ids.shape[1]) for ids in batches])]
+    first = torch.cat([ids[: sum(windows)] for ids in batches])[: sum(windows)]
+    return list(first.split(windows))
+
+
+def shapes_measured(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Of those: (windows, tokens) each. Where they are too few for each of so many processes as can work to have one they are
+    made smaller."""
+    found: list[tuple[int, int]] = []
+    for windows, tokens in shapes:
+        if sum(count * length for count, length in found) >= SUFFIX_TOKENS:
             break
-        found.append(ids)
-    return found
+        found.append((windows, tokens))
+    count, length = sum(windows for windows, _ in found), found[0][1]
+    size = -(-count // LEAVES)
+    if len(found) >= LEAVES or size >= found[0][0]:
+        return found
+    return [(min(size, count - start), length) for start in range(0, count, size)]
 
 
 def _groups(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

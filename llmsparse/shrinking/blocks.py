@@ -15,7 +15,7 @@ from llmsparse.models.activations import Call
 from llmsparse.models.streamed import Activations, Block
 from llmsparse.ranks.group import ALONE, Ranks
 from llmsparse.ranks.share import Share
-from llmsparse.shrinking.block_scores import SCORES, STREAM_BYTES, SUFFIX_TOKENS, Removal
+from llmsparse.shrinking.block_scores import SCORES, STREAM_BYTES, Removal, shapes_measured
 from llmsparse.shrinking.depth_config import fields_for_blocks
 from llmsparse.shrinking.folding import Folded, fold
 from llmsparse.shrinking.recipe import ShrinkRecipe, amount_of, refuse_amount
@@ -67,7 +67,8 @@ class Blocks(Reduction):
 
         removed = tuple(Removal(**one) for one in run.fact(FACT, find)["removed"])
         kept = tuple(index for index in range(self.depth) if index not in {one.index for one in removed})
-        fields = fields_for_blocks(self.source, kept)
+        with plan.ranks.together():
+            fields = fields_for_blocks(self.source, kept)
         return replace(self, kept=kept, fields=fields, removed=removed, batches=plan.batches, ranks=plan.ranks)
 
     def target(self, index: int) -> int | None:
@@ -88,11 +89,8 @@ class Blocks(Reduction):
 
     def memory_bytes(self, share: Share) -> int:
         """Hidden states without one block each."""
-        stream = (
-            -(-min(share.tokens, SUFFIX_TOKENS) * share.tokens_here // share.tokens)
-            * self.source.model.hidden_size
-            * self.source.model.dtype.itemsize
-        )
+        tokens = Share(share.ranks, tuple(shapes_measured(share.shapes))).most_tokens
+        stream = tokens * self.source.model.hidden_size * self.source.model.dtype.itemsize
         return 2 * stream + min(self.depth * stream, STREAM_BYTES) if self.score == "suffix" else 0
 
     def begin(self, block: Block) -> Cut:
@@ -111,7 +109,8 @@ class Blocks(Reduction):
         """Outputs of block `index` taken through the gap behind it; one of its blocks is in memory at a time."""
         acts = Activations(list(outputs), self.calls)
         for number in self.gap(index):
-            block = self.source.model.block(number)
+            with self.ranks.together():
+                block = self.source.model.block(number)
             block.run(acts, into=acts)
             block.evict()
         return acts.hidden

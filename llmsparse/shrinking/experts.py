@@ -164,7 +164,7 @@ class Experts(Reduction):
         their output, the hidden units of one of them, its equations and the tokens that judge it."""
         width = self.config.get_text_config(decoder=True).hidden_size
         one_in = self._one_in(share.tokens, share.total)
-        tokens, judges = -(-share.tokens_here // one_in), min(JUDGES, -(-share.tokens // one_in))
+        tokens, judges = -(-share.most_tokens // one_in), min(JUDGES, -(-share.tokens // one_in))
         equations = max(3, 1 + share.sums_at_once) * self.inner**2 + (3 + share.sums_at_once) * self.inner * width
         fitting = 2 * tokens * width + equations + judges * (self.inner + width) + tokens * self.inner
         return 4 * fitting * self.recipe.refit + (2 + share.sums_at_once) * 8 * self.experts**2

@@ -67,7 +67,8 @@ def fit_to_logits(made: Block, acts: Activations, model: StreamedModel, aims: li
     if not found.least < before:
         return None
     made.stored = made.stored | {weight.key: made.stored[weight.key].clone()}
-    made.store(weight, start + found.best)
+    with share.ranks.together():
+        made.store(weight, start + found.best)
     made.reload({weight.key})
     return {"projection": weight.name, "before": before, "after": found.least}
 
@@ -81,8 +82,8 @@ def fit_bytes(model: StreamedModel, inputs: int, share: Share) -> int:
     """An estimate of what the fit of a matrix (width, inputs) holds, of these batches: tokens of them, the head, matrices of the
     size of the weight, and logits."""
     width, itemsize, vocabulary = model.hidden_size, model.dtype.itemsize, model.vocabulary
-    held = min(share.tokens_here, tokens_at_most(inputs, width)) * (inputs + 2 * width) * itemsize
-    at_once = min(share.tokens_here, _at_once(vocabulary))
+    held = min(share.most_tokens, tokens_at_most(inputs, width)) * (inputs + 2 * width) * itemsize
+    at_once = min(share.most_tokens, _at_once(vocabulary))
     matrices = MATRICES - 1 + share.sums_at_once
     return held + vocabulary * width * itemsize + 4 * (matrices * inputs * width + LOGITS * at_once * vocabulary)
 

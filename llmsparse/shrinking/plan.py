@@ -146,8 +146,8 @@ class ShrinkPlan(RunPlan[ShrinkRecipe]):
         stored = max(sum(torch.Size(s).numel() * d.itemsize for s, d in specs.values()) for specs in sizes)
         stored = stored if self.device.type == "cpu" else 0
         share = self.share
-        calibration = share.tokens_here * (self.watches + (self.recipe.one_pass and self.fits) + self.fits + self.aims)
-        held_out = self.share_of(self.held_out).tokens_here if self.held_out else 0
+        calibration = share.most_tokens * (self.watches + (self.recipe.one_pass and self.fits) + self.fits + self.aims)
+        held_out = self.share_of(self.held_out).most_tokens if self.held_out else 0
         streams = (calibration + 2 * held_out) * width * itemsize
         matching = 0
         if self.recipe.match_steps:  # masters, what Adam remembers, and their gradients in the tree

@@ -154,7 +154,7 @@ class Reduction(ABC):
         """Start work on a block, which is loaded whole."""
 
     def memory_bytes(self, share: Share) -> int:
-        """What the first process holds beside a block while that is worked on, for these calibration batches."""
+        """What a process holds beside a block while that is worked on, for these calibration batches."""
         return 0
 
     def fingerprint(self) -> dict[str, Any]:

@@ -82,10 +82,9 @@ def choose(
     inputs = learn_inputs(block, acts, weights)
     layers = Layers(block, recipe, inputs)  # with samples at the first process alone, which chooses
     _measure(block, acts, inputs, recipe, note)
-    error = _BlockError(block, acts) if ranks.first else None
+    error = _BlockError(block, acts)  # with samples at the first process alone, too
 
     def error_at(levels: Levels) -> float:
-        assert error is not None
         return error({name: layers.rule(name, share, exact=False) for name, share in levels.items() if share > 0})
 
     def choose_levels() -> Levels:
@@ -117,7 +116,6 @@ def choose(
             for name, rule in rules.items()
         ]
         means = {f"{block.name}.{name}": mean.cpu() for name, mean in layers.means().items()}
-        assert error is not None
         return CutBlock(block.name, made, error.relative(error(rules)), means)
 
     return ranks.known(found)
@@ -147,23 +145,26 @@ def _measure(
 
 
 class _BlockError:
-    """How far a block's output is off when its layers leave inputs out, on the first windows: such as the first process has,
-    whatever the number of them."""
+    """How far a block's output is off when its layers leave inputs out, on the first windows, which all processes that hold
+    some bring to the first one."""
 
     def __init__(self, block: Block, acts: Activations) -> None:
         self._block = block
-        tokens = 0
-        self._inputs: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
-        self._change = 0.0
-        for batch in acts.share.leaves[0]:
-            if tokens >= GREEDY_TOKENS:
-                break
-            hidden = acts.hidden[batch]
-            tokens += hidden.shape[0] * hidden.shape[1]
-            whole = block.call(acts, batch)
-            entering = hidden.to(whole.device)
-            self._change += (whole.float() - entering.float()).square().sum().item()
-            self._inputs.append((*acts.calls[block.index][batch].bind(entering), whole))
+        share, here = acts.share, dict[int, tuple[float, tuple[Any, ...], dict[str, Any], Tensor]]()
+        with share.ranks.together():
+            for batch in range(share.first_batches(GREEDY_TOKENS)):
+                if batch in share.numbers:
+                    here[batch] = self._seen(acts, share.place(batch))
+        found = share.collected(here).values()
+        self._change = sum(change for change, *_ in found)
+        self._inputs = [(args, kwargs, whole) for _, args, kwargs, whole in found if share.ranks.first]
+
+    def _seen(self, acts: Activations, place: int) -> tuple[float, tuple[Any, ...], dict[str, Any], Tensor]:
+        """Of a batch that is held here: how much the block changes, what it is called with and what it makes of that."""
+        whole = self._block.call(acts, place)
+        entering = acts.hidden[place].to(whole.device)
+        change = (whole.float() - entering.float()).square().sum().item()
+        return change, *acts.calls[self._block.index][place].bind(entering), whole
 
     def __call__(self, rules: Mapping[str, Rule]) -> float:
         total = 0.0

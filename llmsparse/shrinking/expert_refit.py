@@ -94,9 +94,11 @@ def refit_experts(made: Block, acts: Activations, mixture: Mixture, targets: dic
         return said
     weights = last_projections(made, mixture)
     kept = {weight.key: made.stored[weight.key] for weight in weights}
+    judging = sum(not judges.isdisjoint(numbers) for numbers in share.leaves)
+    most = -(-JUDGES // judging)
     made.stored.update({key: tensor.clone() for key, tensor in kept.items()})
     try:
-        changed = [weight.slot[1] for weight in weights if refit_expert(made, weight, left, share)]
+        changed = [weight.slot[1] for weight in weights if refit_expert(made, weight, left, share, most)]
     except Unseen:
         made.stored.update(kept)
         return said | {"why": "hidden units of experts are not seen one for each token"}
@@ -129,9 +131,10 @@ def what_is_left(
     return found
 
 
-def refit_expert(made: Block, weight: Weight, left: dict[int, Left], share: Share) -> bool:
+def refit_expert(made: Block, weight: Weight, left: dict[int, Left], share: Share, most: int) -> bool:
     """Fit the last projection of one expert to what is `left`, and take from that what it then gives; False where it stays
-    as it is. Its hidden units are multiplied in the dtype that they come in, and their Gram matrix in float32."""
+    as it is. `most`: tokens of each leaf that judge. Its hidden units are multiplied in the dtype that they come in, and their
+    Gram matrix in float32."""
     start = made.view(weight).to(made.module.get_parameter(weight.slot[0]).device, torch.float32, copy=True)
     if is_sparse(start):  # (width, in)
         return False
@@ -144,7 +147,7 @@ def refit_expert(made: Block, weight: Weight, left: dict[int, Left], share: Shar
             units[number] = hidden_units(made, weight, left[number].call)
         except Unseen:
             return [Equations(start.new_zeros(()), start.new_zeros(()), [], seen=False)]
-        return [equations(*units[number], left[number], start, -(-JUDGES // len(share.leaves)))]
+        return [equations(*units[number], left[number], start, most)]
 
     def solved() -> Fit | None:
         """Of all tokens; None where hidden units were not seen."""
@@ -159,7 +162,8 @@ def refit_expert(made: Block, weight: Weight, left: dict[int, Left], share: Shar
         raise Unseen
     if found.damp is None:
         return False
-    made.store(weight, start + found.weight)
+    with share.ranks.together():
+        made.store(weight, start + found.weight)
     stored = made.view(weight).to(start) - start
     for number, (tokens, h) in units.items():
         change = stored.to(h.dtype)

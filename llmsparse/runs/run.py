@@ -144,12 +144,14 @@ class Run(Generic[Plan]):
         evicted when the next one is asked for."""
         model = self.plan.model
         self.progress.start(len(model.block_names) + head)
-        blocks = model.blocks()
+        blocks = self.ranks.each(model.blocks())
         self._stack.callback(blocks.close)  # also where the loop is left by an error
         for block in blocks:
             self.progress.block(block.name)
             yield block
-        if head and (last := model.head()) is not None:
+        with self.ranks.together():
+            last = model.head() if head else None
+        if last is not None:
             self.progress.block(last.name)
             yield last
 

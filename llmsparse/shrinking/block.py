@@ -166,6 +166,7 @@ def match_made(made: Block, acts: Activations, loss: Loss, options: ShrinkOption
     if matched.record.improved:
         on_disk = made.on_disk(matched.values)
         made.stored = {key: tensor.clone() for key, tensor in made.stored.items()}
-        for weight in weights:
-            made.store(weight, made.view(weight, on_disk))
+        with acts.share.ranks.together():
+            for weight in weights:
+                made.store(weight, made.view(weight, on_disk))
     return matched.record

@@ -86,7 +86,8 @@ def fold(
     if found is None:
         return None
     made.stored = made.stored | {weight.key: made.stored[weight.key].clone()}
-    made.store(weight, found[0])
+    with share.ranks.together():
+        made.store(weight, found[0])
     made.reload({weight.key})
     return found[1]
 

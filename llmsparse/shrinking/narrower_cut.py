@@ -124,7 +124,8 @@ class NarrowerCut(Cut):
         layouts = [self._layout(unit, kept[unit]) for unit in self._units]
         self._first = None
         pieces = [kept[unit] for unit in self._units]
-        return narrow(self._plan.model, self._block.index, tensors, self._units, layouts, pieces, fitted)
+        with self._share.ranks.together():
+            return narrow(self._plan.model, self._block.index, tensors, self._units, layouts, pieces, fitted)
 
     def _matrix(self, unit: Unit, expert: int | None) -> Tensor:
         """A projection, (out, in) fp32."""
@@ -167,11 +168,12 @@ class NarrowerCut(Cut):
         if unit not in known:
             fits = (layout for layout in range(unit.layouts) if self._unchanged(unit, layout, kept))
             known[unit] = self._share.ranks.known(lambda: next(fits, -1))
-        if known[unit] < 0:
-            raise CheckpointError(
-                f"{self._block.name}: {unit.into.name} does not take in its {self._plan.pieces} one by one: what stays changes "
-                f"with what goes, so {self._plan.model.config.model_type} cannot be cut with --{self._plan.name}"
-            )
+        with self._share.ranks.together():
+            if known[unit] < 0:
+                raise CheckpointError(
+                    f"{self._block.name}: {unit.into.name} does not take in its {self._plan.pieces} one by one: what stays "
+                    f"changes with what goes, so {self._plan.model.config.model_type} cannot be cut with --{self._plan.name}"
+                )
         return known[unit]
 
     @torch.no_grad()

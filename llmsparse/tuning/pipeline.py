@@ -1,6 +1,7 @@
 """Tune a factorized checkpoint to the dense model it came from: load both, train, write.
 
-Unlike in other verbs both models are held whole, and the trained weights four times over in fp32: masters, gradients, two moments.
+Unlike in other verbs both models are held whole, and the trained weights several times over in fp32: masters, two moments, and
+gradients that are added up in a tree, three at most in one process.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def tune(
     plan = make_plan(from_arguments(TuneRecipe, recipe, keys), resume=resume, overwrite=overwrite)
     with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
         run.copy_the_rest()
-        distillation = load_both(plan)
+        with plan.ranks.together():
+            distillation = load_both(plan)
         models = {"teacher": distillation.teacher, "before": distillation.student}
         before = run.fact(BEFORE, lambda: held_out_losses(plan, models))
         distillation.sharpen(plan.windows.ids[plan.schedule[0][: plan.windows_at_once]].to(plan.device))

@@ -30,11 +30,12 @@ def held_out_losses(plan: TunePlan, models: dict[str, Any]) -> dict[str, float]:
                 logits = model(input_ids=ids, use_cache=False).logits
             sums[number] = language(logits, ids).item() * len(ids)
         found[name] = perplexity_of(sum(share.collected(sums).values()), len(plan.windows.held_out))
-        if not math.isfinite(found[name]):
-            raise CheckpointError(
-                f"{plan.teacher if name == 'teacher' else plan.folder}: its perplexity is {found[name]}, so it holds NaN "
-                "or Inf; repair the checkpoint"
-            )
+        with share.ranks.together():
+            if not math.isfinite(found[name]):
+                raise CheckpointError(
+                    f"{plan.teacher if name == 'teacher' else plan.folder}: its perplexity is {found[name]}, so it holds "
+                    "NaN or Inf; repair the checkpoint"
+                )
     return found
 
 

@@ -87,6 +87,12 @@ class TunePlan(RunPlan[TuneRecipe]):
         count = self.batch_size // self.windows_at_once
         return Share(self.ranks, ((self.windows_at_once, self.seq_len),) * count, PARTS)
 
+    @property
+    def idle(self) -> str:
+        """Which of the processes have nothing to do, in words; "" where all have something."""
+        parts, size = len(self.share.leaves), self.ranks.size
+        return f"a step has {parts} parts, so {size - parts} of {size} processes have none" if size > parts else ""
+
     @cached_property
     def batches(self) -> list[Tensor]:
         return [*self.windows.ids.split(self.batch_size)]
@@ -188,6 +194,7 @@ class TunePlan(RunPlan[TuneRecipe]):
             "teacher": plan["teacher"],
             "output": plan["output"],
             "train": f"{plan['train']}, {plan['parameters_to_train']:,} parameters, {plan['steps']} steps",
+            **({"processes": self.idle} if self.idle else {}),
         }
 
 

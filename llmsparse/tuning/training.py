@@ -95,6 +95,8 @@ class Training:
         """All steps that are left. Saves every so often, at the end, and when interrupted."""
         steps, stretch = self._plan.recipe.steps, max(1, self._plan.recipe.steps // STRETCHES)
         progress.start(-(-steps // stretch))
+        if idle := self._plan.idle:
+            progress.log(f"tune: {idle}")
         said = "the first steps"
         advance: Callable[[], None] | None = None
         with Interrupts() as interrupts:
@@ -158,7 +160,8 @@ class Training:
         return {name: term.item() for name, term in terms.items()}
 
     def _close_stretch(self) -> str:
-        """Put the mean of the last steps into the history; returns it in words."""
+        """Put the mean of the last steps into the history; returns it in words. How evenly experts run it says of the last
+        forward of the first process alone."""
         history, plan = self.history, self._plan
         mean = {name: sum(step[name] for step in history.pending) / len(history.pending) for name in history.pending[0]}
         mean["loss"] = sum(plan.recipe.weights[name] * value for name, value in mean.items())

@@ -121,35 +121,43 @@ def solved(total: Equations, start: FFN, order: Tensor) -> tuple[FFN, dict[str, 
 class Equations:
     """HᵀH and HᵀY of a routed FFN, summed up over tokens; of each expert only the tokens that it runs for are touched.
 
-    Neurons are in the order of the experts, the shared ones first; `sizes` counts those of each routed expert.
+    Neurons are in the order of the experts, the shared ones first; `sizes` counts those of each routed expert. Of HᵀH, which
+    is symmetric, rows of an expert are kept as far as its own columns.
     """
 
     def __init__(self, neurons: int, sizes: Sequence[int], width: int, device: torch.device) -> None:
         self.targets = torch.zeros(neurons, width, device=device)  # HᵀY
         self.judges: list[tuple[Tensor, Tensor]] = []  # g ⊙ h and y of tokens held back
-        self._gram = torch.zeros(neurons, neurons, device=device)
         self._shared, self._sizes = neurons - sum(sizes), sizes
+        spans = [slice(0, self._shared), *self._spans()]
+        self._strips = [torch.zeros(span.stop - span.start, span.stop, device=device) for span in spans]
 
     def add(self, hidden: Tensor, gates: Tensor, target: Tensor) -> None:
         """Take in h (tokens, neurons), which is overwritten, gates (tokens, routed) and y (tokens, width)."""
         shared = self._shared
         hidden = self.gated(hidden, gates)
         always = hidden[:, :shared]
-        self._gram[:shared, :shared] += always.T @ always
+        self._strips[0] += always.T @ always
         self.targets[:shared] += always.T @ target
-        start = shared
-        for expert, size in enumerate(self._sizes):
-            rows, span = gates[:, expert].nonzero()[:, 0], slice(start, start + size)
+        for expert, span in enumerate(self._spans()):
+            rows = gates[:, expert].nonzero()[:, 0]
             seen = hidden[rows]
-            self._gram[span] += seen[:, span].T @ seen
+            self._strips[1 + expert] += seen[:, span].T @ seen[:, : span.stop]
             self.targets[span] += seen[:, span].T @ target[rows]
+
+    def _spans(self) -> Iterator[slice]:
+        """Neurons of each routed expert."""
+        start = self._shared
+        for size in self._sizes:
+            yield slice(start, start + size)
             start += size
 
     def merge(self, other: Equations) -> Equations:
         """These, with those of later tokens."""
         self.targets += other.targets
         self.judges += other.judges
-        self._gram += other._gram
+        for own, one in zip(self._strips, other._strips, strict=True):
+            own += one
         return self
 
     def gated(self, hidden: Tensor, gates: Tensor) -> Tensor:
@@ -159,10 +167,16 @@ class Equations:
         return hidden
 
     def gram(self) -> Tensor:
-        """HᵀH, (neurons, neurons); its upper right was left to its lower left."""
-        shared = self._shared
-        self._gram[:shared, shared:] = self._gram[shared:, :shared].T
-        return self._gram
+        """HᵀH, (neurons, neurons); what it was summed up in is let go of."""
+        neurons = self._strips[-1].shape[1]
+        gram = self.targets.new_zeros(neurons, neurons)
+        for strip in self._strips:
+            rows, stop = strip.shape
+            start = stop - rows
+            gram[start:stop, :stop] = strip
+            gram[:start, start:stop] = strip[:, :start].T
+        self._strips.clear()
+        return gram
 
 
 def _chunks(ffn: FFN, split: Split, inputs: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -104,7 +105,11 @@ def _serve() -> None:
                 pid = os.fork()
                 if pid == 0:
                     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)} | shared)
-                    _child(rank, asked, Path(name))
+                    try:
+                        _child(rank, asked, Path(name))
+                    except BaseException:  # a bug's traceback; the folder is the parent's
+                        traceback.print_exc()
+                        os._exit(70)
                 children.append(pid)
             codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
             said = [[(Path(name) / f"{n}.{kind}").read_text() for kind in ("stdout", "stderr")] for n in range(size)]

@@ -101,7 +101,7 @@ def test_one_that_is_killed_ends_the_others_and_any_number_goes_on(
     out, whole = tmp_path / "out", tmp_path / "whole"
     assert [one.code for one in forked.run(1, asked(CASES[name], whole))] == [0]
     last = max((Path(asked(CASES[name], out)[1])).glob("*.safetensors")).name
-    for size, rank, file, time in ((2, 1, last, 2), (4, 0, "journal.jsonl", 3)):
+    for size, rank, file, time in ((4, 0, "journal.jsonl", 3), (2, 1, last, 2)):
         resume = ["--resume"] if out.with_name("out.partial").exists() else []
         ended = forked.run(size, [*asked(CASES[name], out), *resume], die=(rank, file, time))
         assert ended[rank].code == -9, ended

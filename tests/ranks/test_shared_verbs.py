@@ -119,7 +119,7 @@ def test_one_that_is_killed_ends_the_others_and_any_number_goes_on(
     assert [one.code for one in forked.run(1, asked(case, whole))] == [0]
     last = max((Path(asked(case, out)[1])).glob("*.safetensors")).name
     between_steps = [(2, 0, "tuning.pt", 2)] if name == "tuned" else []
-    for size, rank, file, time in (*between_steps, (2, 1, last, 2), (4, 0, "journal.jsonl", 3)):
+    for size, rank, file, time in (*between_steps, (4, 0, "journal.jsonl", 3), (2, 1, last, 2)):
         resume = ["--resume"] if out.with_name("out.partial").exists() else []
         ended = forked.run(size, [*asked(case, out), *resume], die=Death(rank, file, time))
         assert ended[rank].code == -9, ended

@@ -62,7 +62,8 @@ def test_perplexity_comes_closer_to_the_teachers_on_text_not_trained_on(
     )
     perplexity = report.perplexity
     assert abs(perplexity["after"] - perplexity["teacher"]) < 0.9 * abs(perplexity["before"] - perplexity["teacher"])
-    assert report.losses[-1]["kl"] < 0.6 * report.losses[0]["kl"]
+    kl = [one["kl"] for one in report.losses]  # of a step each, of other windows
+    assert sum(kl[-5:]) < 0.75 * sum(kl[:5])
     assert report.losses[-1]["layer"] < report.losses[0]["layer"]
 
 

@@ -134,7 +134,7 @@ def measured(batches: Sequence[Tensor]) -> list[Tensor]:
     """The first batches, until they hold SUFFIX_TOKENS."""
     windows = [windows for windows, _ in shapes_measured([(ids.shape[0], ids.shape[1]) for ids in batches])]
     first = torch.cat([ids[: sum(windows)] for ids in batches])[: sum(windows)]
-    return list(first.split(windows))
+    return [*torch.split(first, windows)]
 
 
 def shapes_measured(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

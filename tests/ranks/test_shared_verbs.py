@@ -118,8 +118,8 @@ def test_one_that_is_killed_ends_the_others_and_any_number_goes_on(
     out, whole, case = tmp_path / "out", tmp_path / "whole", (CASES | MORE)[name]
     assert [one.code for one in forked.run(1, asked(case, whole))] == [0]
     last = max((Path(asked(case, out)[1])).glob("*.safetensors")).name
-    between_steps = [(2, 0, "tuning.pt", 2)] if name == "tuned" else []
-    for size, rank, file, time in (*between_steps, (4, 0, "journal.jsonl", 3), (2, 1, last, 2)):
+    first = (2, 0, "tuning.pt", 2) if name == "tuned" else (4, 0, "journal.jsonl", 3)  # between steps, or blocks
+    for size, rank, file, time in (first, (2, 1, last, 2)):
         resume = ["--resume"] if out.with_name("out.partial").exists() else []
         ended = forked.run(size, [*asked(case, out), *resume], die=Death(rank, file, time))
         assert ended[rank].code == -9, ended

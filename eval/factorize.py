@@ -36,6 +36,8 @@ from llmsparse.factorization.recipe import FactorizeRecipe
 from llmsparse.factorization.refit import refit, routed_hidden
 from llmsparse.factorization.router import expert_outputs, tokens_at_once, top
 from llmsparse.factorization.split import Layout, Split, clustered
+from llmsparse.ranks.group import ALONE
+from llmsparse.ranks.share import Share
 
 RESULTS = Path(__file__).parent / "results" / "factorize.csv"
 WINDOWS, SEQ_LEN = 64, 256
@@ -95,7 +97,7 @@ def layout_at(neurons: int, percent: int) -> Layout:
 
 def by_oracle(ffn: FFN, layout: Layout, inputs: list[Tensor], generator: torch.Generator) -> tuple[Split, Any]:
     """Our split, and experts chosen by what they add."""
-    some = draw(inputs, PROFILE_TOKENS, generator)
+    some = draw(inputs, Share(ALONE, tuple((1, len(x)) for x in inputs)), PROFILE_TOKENS, generator)
     split = clustered(layout, ffn.loudness(some).T.contiguous(), generator)
     return split, Gates(lambda x: greedy(expert_outputs(ffn, split, x), layout.active).float())
 

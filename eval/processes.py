@@ -1,7 +1,8 @@
-"""How much faster several processes prune than one, at the same bytes.
+"""How much faster several processes work than one, at the same bytes.
 
 `python -m eval.processes [--methods a,b] [--processes 1,2,4]` builds the two blocks of Llama-3.2-1B of `eval.speed`, prunes
-them with 16 × 512 tokens by processes of one thread each, and appends to eval/results/processes.csv. Where more runs on a
+them with 16 × 512 tokens by processes of one thread each, and appends to eval/results/processes.csv. `--small` builds four blocks of
+512 / 2048 instead, and 64 × 256 tokens; methods besides those of pruning are `shrink`, `factorize` and `tune`. Where more runs on a
 machine than it has cores, the clock says little of how fast they would be alone. So beside it stands the critical path: the
 sum, over the stretches between two meetings of all processes, of the CPU seconds that the busiest main thread took. For one
 process that is the CPU time of its main thread.
@@ -19,10 +20,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from eval.speed import SHAPES, build
+from eval.speed import SHAPES, Shape, build
 
 RESULTS = Path(__file__).parent / "results" / "processes.csv"
 HEADER = [
@@ -30,12 +32,33 @@ HEADER = [
     "peak_mb_each", "speedup_clock", "speedup_critical", "same_bytes",
 ]  # fmt: skip
 
+SMALL = Shape("512 / 2048", 512, 2048, 8, 4, 4, 16, 64, 256)
+LAYOUT = {"experts": 8, "shared": 2, "active": 2}
+VERBS: dict[str, dict[str, Any]] = {  # beside `prune`, whose methods are all other names
+    "shrink": {"ffn": "75%"},
+    "factorize": LAYOUT,
+    "tune": {"steps": 4, "batch_size": 8},
+}
+
+
+def asked_of(method: str, folder: Path, out: Path) -> tuple[str, dict[str, Any]]:
+    """A verb, and the keys of its recipe."""
+    model, tokens = str(folder / "model"), str(folder / "tokens.safetensors")
+    common = {"model": model, "output": str(out), "device": "cpu"}
+    if method == "tune":
+        return "tune", common | {"model": str(folder / "mixture"), "teacher": model, "text": tokens} | VERBS["tune"]
+    common |= {"calibration": tokens}
+    if method in VERBS:
+        return method, common | VERBS[method]
+    return "prune", common | {"method": method, "sparsity": 0.5, "match_steps": 0}
+
 
 def child(method: str, folder: Path, out: Path) -> None:
     """One of the processes: its stretches of CPU seconds, as JSON."""
     import llmsparse
     from llmsparse.ranks import messages
     from llmsparse.ranks.launch import joined
+    from llmsparse.runs import verbs
     from llmsparse.runs.memory import PeakMemory
 
     torch.set_num_threads(1)
@@ -50,15 +73,15 @@ def child(method: str, folder: Path, out: Path) -> None:
         return found
 
     messages.broadcast = meeting
-    asked = {"model": str(folder / "model"), "output": str(out), "method": method, "sparsity": 0.5, "match_steps": 0}
-    asked |= {"calibration": str(folder / "tokens.safetensors"), "device": "cpu"}
-    llmsparse.plan(**asked)  # imports what it needs before the clock starts, transformers' code for the model too
+    verb, asked = asked_of(method, folder, out)
+    recipe = verbs.VERBS[verb].load_recipe()(**asked)
+    llmsparse.plan(recipe)  # imports what it needs before the clock starts, transformers' code for the model too
     ranks = joined()
     ranks.gather(None)
     stretches.clear()
     started, cpu, last = time.perf_counter(), time.process_time(), time.thread_time()
     with PeakMemory(torch.device("cpu")) as memory:
-        llmsparse.prune(**asked)
+        verbs.VERBS[verb].load_run()(recipe)
     stretches.append(time.thread_time() - last)
     found = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu, "peak": memory.bytes}
     (folder / f"{ranks.rank}.json").write_text(json.dumps(found | {"stretches": stretches}))
@@ -93,17 +116,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="wanda,sparsegpt")
     parser.add_argument("--processes", default="1,2")
+    parser.add_argument("--small", action="store_true")
     parser.add_argument("--child", nargs=3)
     options = parser.parse_args()
     if options.child:
         method, folder, out = options.child
         return child(method, Path(folder), Path(out))
-    shape, new = SHAPES["cpu"], not RESULTS.exists()
+    shape, new = SMALL if options.small else SHAPES["cpu"], not RESULTS.exists()
     with tempfile.TemporaryDirectory() as name, RESULTS.open("a", newline="", encoding="utf-8") as file:
         folder, writer = Path(name), csv.writer(file)
         if new:
             writer.writerow(HEADER)
         build(shape, folder)
+        if "tune" in options.methods.split(","):
+            import llmsparse
+
+            keys = {"calibration": str(folder / "tokens.safetensors"), "calibration_samples": 8, "device": "cpu"}
+            llmsparse.factorize(model=str(folder / "model"), output=str(folder / "mixture"), **LAYOUT, **keys)
         for method in options.methods.split(","):
             one: dict[str, float] = {}
             first = b""

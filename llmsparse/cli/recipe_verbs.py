@@ -11,6 +11,7 @@ import typer
 
 from llmsparse.cli.options import MODEL, Json, option, verb
 from llmsparse.cli.terminal import Terminal
+from llmsparse.errors import RecipeError
 from llmsparse.ranks.launch import joined
 from llmsparse.runs.keys import Key
 from llmsparse.runs.verbs import VERBS
@@ -60,7 +61,10 @@ DryRun = Annotated[
 Processes = Annotated[
     int | None,
     typer.Option(
-        min=1, metavar="N", help="Of each of so many processes that torchrun would start.", rich_help_panel="Output",
+        min=1,
+        metavar="N",
+        help="Plan for each of so many processes that torchrun would start.",
+        rich_help_panel="Output",
         show_default=False,
     ),
 ]  # fmt: skip
@@ -83,7 +87,8 @@ def add_recipe_verb(
         option("recipe", RecipeName, None),
         option("resume", Resume, False),
         option("overwrite", Restart, False),
-        option("processes", Processes, None) if plan_only else option("dry_run", DryRun, False),
+        *([] if plan_only else [option("dry_run", DryRun, False)]),
+        option("processes", Processes, None),
         option("json", Json, False),
         *recipe_flags(described.keys),
     ]
@@ -93,6 +98,10 @@ def add_recipe_verb(
         json, dry_run, processes = given.pop("json"), given.pop("dry_run", plan_only), given.pop("processes", None)
         terminal.calm_libraries()
         with joined().together():
+            if processes is not None and not dry_run:
+                raise RecipeError(
+                    f"--processes {processes}: is about a plan; add --dry-run, or start so many with torchrun --nproc-per-node"
+                )
             chosen = recipe_from(described.load_recipe(), given, **how)
         if dry_run:
             plan = described.load_make_plan()(chosen, **how, download=False)

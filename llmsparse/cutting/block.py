@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,41 +74,58 @@ def choose(
     recipe: ActivationsRecipe,
     note: Callable[[str, int], Callable[[], None]],
 ) -> CutBlock:
-    """The rules of a block for what enters it, `acts`; `weights`: those of the layers that leave inputs out."""
+    """The rules of a block for what enters it, `acts`; `weights`: those of the layers that leave inputs out. Of several processes
+    each takes samples of its windows to the first one, which chooses."""
     if not weights:
         return CutBlock(block.name, [], None)
+    ranks, tokens = acts.share.ranks, acts.share.tokens
     inputs = learn_inputs(block, acts, weights)
-    layers = Layers(block, recipe, inputs)
+    layers = Layers(block, recipe, inputs)  # with samples at the first process alone, which chooses
     _measure(block, acts, inputs, recipe, note)
-    tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in acts.hidden)
-    sizes = layers.sizes(tokens)
-    layers.take(list(sizes))
-    error = _BlockError(block, acts)
+    error = _BlockError(block, acts)  # with samples at the first process alone, too
 
     def error_at(levels: Levels) -> float:
         return error({name: layers.rule(name, share, exact=False) for name, share in levels.items() if share > 0})
 
-    levels = uniform(sizes, recipe.share)
-    if recipe.allocation == "greedy" and recipe.share > 0 and len(sizes) > 1:
-        levels = greedy(sizes, recipe.share, error_at)
+    def choose_levels() -> Levels:
+        sizes = layers.sizes(tokens)
+        layers.take(list(sizes))
+        if recipe.allocation == "greedy" and recipe.share > 0 and len(sizes) > 1:
+            return greedy(sizes, recipe.share, error_at)
+        return uniform(sizes, recipe.share)
+
+    levels = ranks.known(choose_levels)
     rules: dict[str, Rule] = {}
-    for name in sizes:
+    for name in levels:
         if name in rules:
             continue
         beside = layers.beside(name)
-        if rules:
+        anew = bool(rules)
+        if anew:
             layers.forget_samples()  # what enters the layers that follow is measured anew
             with cutting(block.module, rules):
                 _measure(block, acts, layers.inputs[name], recipe, note)
-            layers.take(beside)
-        rules |= {other: layers.rule(other, levels[other], exact=True) for other in beside}
-    layers.forget_samples()
-    made = [
-        CutLayer(f"{block.name}.{name}", layers.shape(name), levels[name], described(rule), layers.met(name, tokens))
-        for name, rule in rules.items()
-    ]
-    means = {f"{block.name}.{name}": mean.cpu() for name, mean in layers.means().items()}
-    return CutBlock(block.name, made, error.relative(error(rules)), means)
+        rules |= ranks.known(partial(_rules_of, layers, beside, levels, anew))
+
+    def found() -> CutBlock:
+        layers.forget_samples()
+        made = [
+            CutLayer(
+                f"{block.name}.{name}", layers.shape(name), levels[name], described(rule), layers.met(name, tokens)
+            )
+            for name, rule in rules.items()
+        ]
+        means = {f"{block.name}.{name}": mean.cpu() for name, mean in layers.means().items()}
+        return CutBlock(block.name, made, error.relative(error(rules)), means)
+
+    return ranks.known(found)
+
+
+def _rules_of(layers: Layers, names: Sequence[str], levels: Levels, anew: bool) -> dict[str, Rule]:
+    """Of layers that share what enters them, of samples that are there `anew` or were taken before."""
+    if anew:
+        layers.take(names)
+    return {name: layers.rule(name, levels[name], exact=True) for name in names}
 
 
 def _measure(
@@ -127,21 +145,26 @@ def _measure(
 
 
 class _BlockError:
-    """How far a block's output is off when its layers leave inputs out, on the first windows."""
+    """How far a block's output is off when its layers leave inputs out, on the first windows, which all processes that hold
+    some bring to the first one."""
 
     def __init__(self, block: Block, acts: Activations) -> None:
         self._block = block
-        tokens = 0
-        self._inputs: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
-        self._change = 0.0
-        for batch, hidden in enumerate(acts.hidden):
-            if tokens >= GREEDY_TOKENS:
-                break
-            tokens += hidden.shape[0] * hidden.shape[1]
-            whole = block.call(acts, batch)
-            entering = hidden.to(whole.device)
-            self._change += (whole.float() - entering.float()).square().sum().item()
-            self._inputs.append((*acts.calls[block.index][batch].bind(entering), whole))
+        share, here = acts.share, dict[int, tuple[float, tuple[Any, ...], dict[str, Any], Tensor]]()
+        with share.ranks.together():
+            for batch in range(share.first_batches(GREEDY_TOKENS)):
+                if batch in share.numbers:
+                    here[batch] = self._seen(acts, share.place(batch))
+        found = share.collected(here).values()
+        self._change = sum(change for change, *_ in found)
+        self._inputs = [(args, kwargs, whole) for _, args, kwargs, whole in found if share.ranks.first]
+
+    def _seen(self, acts: Activations, place: int) -> tuple[float, tuple[Any, ...], dict[str, Any], Tensor]:
+        """Of a batch that is held here: how much the block changes, what it is called with and what it makes of that."""
+        whole = self._block.call(acts, place)
+        entering = acts.hidden[place].to(whole.device)
+        change = (whole.float() - entering.float()).square().sum().item()
+        return change, *acts.calls[self._block.index][place].bind(entering), whole
 
     def __call__(self, rules: Mapping[str, Rule]) -> float:
         total = 0.0

@@ -46,5 +46,7 @@ def activations(
                 streams.through_made(block)
             report.blocks.append(made)
         report.perplexity = streams.perplexity()
-        write_thresholds(run.folder, report.thresholds())
+        with run.ranks.together():
+            if run.ranks.first:
+                write_thresholds(run.folder, report.thresholds())
         return run.publish(report)

@@ -24,7 +24,7 @@ from llmsparse.models.origin import Origin, is_packed, read_config
 from llmsparse.models.prunable import refuse_shared_blocks
 from llmsparse.models.streamed import Slot, StreamedModel, Weight
 from llmsparse.packing.packed_reader import PackedReader
-from llmsparse.runs.joint import alone
+from llmsparse.runs.joint import joint
 from llmsparse.runs.memory import freed_bytes
 from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
@@ -54,7 +54,7 @@ class ActivationsPlan(RunPlan[ActivationsRecipe]):
             sum(self.model.bytes_of(key) for key in self.model.block_keys(index))
             for index in range(len(self.model.block_names))
         )
-        tokens = self.windows.ids.numel() + 2 * self.windows.held_out.numel()
+        tokens = self.share.most_tokens + 2 * self.share_of(self.held_out).most_tokens
         acts = tokens * self.model.hidden_size * self.dtype.itemsize
         shapes = [{weight.slot: weight.shape for weight in some} for some in self.weights.values()]
         samples = max(map(self._samples, shapes), default=0)
@@ -89,7 +89,7 @@ class ActivationsPlan(RunPlan[ActivationsRecipe]):
         }
 
 
-@alone
+@joint
 def make_plan(
     recipe: ActivationsRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True
 ) -> ActivationsPlan:

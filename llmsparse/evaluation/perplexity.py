@@ -102,7 +102,7 @@ def perplexity(
     with torch.no_grad(), progress:
         acts = streamed.embed(batches, ranks)
         progress.start(len(streamed.block_names))
-        for block in streamed.blocks():
+        for block in ranks.each(streamed.blocks()):
             progress.block(block.name)
             with cutting(block.module, rules_of(cut, block.name, block.module) if cut else {}):
                 block.run(acts, into=acts)

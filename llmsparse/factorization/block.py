@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,11 +18,12 @@ from llmsparse.factorization.ffn import FFN
 from llmsparse.factorization.oracle import Routing, routing_quality
 from llmsparse.factorization.recipe import FactorizeRecipe
 from llmsparse.factorization.refit import SCALES, refit, scaled
-from llmsparse.factorization.router import ROUTERS, RouterTask, shipped
+from llmsparse.factorization.router import ROUTERS, Router, RouterTask, shipped
 from llmsparse.factorization.split import SPLITS, Layout
 from llmsparse.models.streamed import Activations, Block, Slot
 from llmsparse.models.tap import Tap
 from llmsparse.models.weight import Weight
+from llmsparse.ranks.share import Share
 from llmsparse.runs.run import Made
 from llmsparse.runs.seeding import generator_for
 
@@ -78,33 +80,50 @@ class LayerRecord:
 def factorize_block(
     block: Block, acts: Activations, held_out: Activations | None, target: Target, options: FactorizeOptions
 ) -> Made[LayerRecord]:
-    """The on-disk tensors that take the place of the block's FFN, and what is to be said of them.
+    """The on-disk tensors that take the place of the block's FFN, at the first process, and what is to be said of them.
 
-    `block` is dense; `acts` and `held_out` are what enters it behind the blocks factorized so far.
+    `block` is dense; `acts` and `held_out` are what enters it behind the blocks factorized so far. Of several processes each
+    sums up its own tokens; the first one chooses, trains and solves.
     """
     started = time.perf_counter()
     layout, recipe, container = options.layout, options.recipe, options.container
-    generator = generator_for(block.name, recipe.seed)
+    generator = generator_for(block.name, recipe.seed)  # of the first process
+    share, ranks = acts.share, acts.share.ranks
     dense = load_ffn(block, target, options.device)
     inputs = ffn_inputs(block, acts)
 
-    some = draw(inputs, PROFILE_TOKENS, generator).to(options.device)
-    split = SPLITS[recipe.split](layout, dense.loudness(some).T.contiguous(), generator)
-    x = draw(inputs, ROUTER_TOKENS, generator).to(options.device)
-    affine = container.bias is not None
-    scores = ROUTERS[recipe.router](RouterTask(dense, split, x, layout.active, affine, recipe.router_steps, generator))
-    router = shipped(scores, x, container.formula, layout.active, target.dtype)
-    notes: dict[str, Any] = {}
-    written = scaled(dense, split, SCALES[recipe.scale](dense, split, router, [some]))
-    if recipe.refit:
-        written, notes = refit(dense, written, split, router, inputs)
+    some = draw(inputs, share, PROFILE_TOKENS, generator).to(options.device)
+    split = ranks.known(lambda: SPLITS[recipe.split](layout, dense.loudness(some).T.contiguous(), generator))
+    x = draw(inputs, share, ROUTER_TOKENS, generator).to(options.device)
 
-    seen = ffn_inputs(block, first_tokens(held_out, MEASURED_TOKENS)) if held_out else inputs
-    routing = routing_quality(dense, written, split, router, [draw(seen, MEASURED_TOKENS, generator)])
-    tensors = export.tensors(container, layout, target.prefix, written, split, router, target.dtype)
+    def make_router() -> tuple[Router, Tensor]:
+        affine = container.bias is not None
+        scores = ROUTERS[recipe.router](
+            RouterTask(dense, split, x, layout.active, affine, recipe.router_steps, generator)
+        )
+        router = shipped(scores, x, container.formula, layout.active, target.dtype)
+        return router, SCALES[recipe.scale](dense, split, router, [some])
+
+    router, scales = ranks.known(make_router)
+    notes: dict[str, Any] = {}
+    written = scaled(dense, split, scales)
+    if recipe.refit:
+        written, notes = refit(dense, written, split, router, inputs, share)
+
+    if held_out:
+        few = held_out.share.first_batches(MEASURED_TOKENS)
+        judged = draw(ffn_inputs(block, held_out, few), held_out.share, MEASURED_TOKENS, generator, few)
+    else:
+        judged = draw(inputs, share, MEASURED_TOKENS, generator)
+    routing = ranks.known(lambda: routing_quality(dense, written, split, router, [judged]))
     where = "held-out" if held_out else "calibration"
-    notes |= {"zeros_before": dense.zeros()}
-    return Made(tensors, LayerRecord(block.name, routing, where, notes, time.perf_counter() - started))
+    notes = ranks.broadcast(notes, 0) | {"zeros_before": dense.zeros()}
+    record = LayerRecord(block.name, routing, where, notes, time.perf_counter() - started)
+    tensors: dict[str, Tensor] = {}
+    with ranks.together():
+        if ranks.first:
+            tensors = export.tensors(container, layout, target.prefix, written, split, router, target.dtype)
+    return Made(tensors, record)
 
 
 def load_ffn(block: Block, target: Target, device: torch.device) -> FFN:
@@ -116,8 +135,9 @@ class _Known(Exception):
     """What was wanted of a block is known; the rest of it need not run."""
 
 
-def ffn_inputs(block: Block, acts: Activations) -> list[Tensor]:
-    """What enters the FFN, one (tokens, width) a batch, on the device of the activations."""
+def ffn_inputs(block: Block, acts: Activations, most: int | None = None) -> list[Tensor]:
+    """What enters the FFN, one (tokens, width) a batch that is held here, on the device of the activations; `most`: of the
+    first so many of all batches."""
     inputs: list[Tensor] = []
 
     def note(slot: Slot, x: Tensor) -> None:
@@ -125,34 +145,37 @@ def ffn_inputs(block: Block, acts: Activations) -> list[Tensor]:
             inputs.append(x.to(acts.hidden[0].device, copy=True))
             raise _Known  # the FFN is most of the block
 
-    with Tap(block, note):
-        for batch in range(len(acts.hidden)):
-            with suppress(_Known):
-                block.call(acts, batch)
-    if not all(torch.isfinite(x).all() for x in inputs):
-        raise NumericalError(
-            f"the activations that enter the FFN of {block.name} are NaN or Inf; try --dtype float32, or check the model"
-        )
+    with acts.share.ranks.together():
+        with Tap(block, note):
+            for place, number in enumerate(acts.share.numbers):
+                if most is None or number < most:
+                    with suppress(_Known):
+                        block.call(acts, place)
+        if not all(torch.isfinite(x).all() for x in inputs):
+            raise NumericalError(
+                f"the activations that enter the FFN of {block.name} are NaN or Inf; try --dtype float32, or check the model"
+            )
     return inputs
 
 
-def first_tokens(acts: Activations, count: int) -> Activations:
-    """The first batches, until they hold `count` tokens."""
-    batches, tokens = 0, 0
-    while batches < len(acts.hidden) and tokens < count:
-        tokens += acts.hidden[batches].shape[:2].numel()
-        batches += 1
-    return acts.like(acts.hidden[:batches])
+def draw(
+    inputs: Sequence[Tensor], share: Share, count: int, generator: torch.Generator, most: int | None = None
+) -> Tensor:
+    """At most `count` tokens of all, or of the first batches, drawn by the generator, in order: (tokens, width) fp32 at the first
+    process, none at others. `inputs`: of the batches held here."""
+    total = sum(windows * tokens for windows, tokens in share.shapes[:most])
+    rows = share.ranks.known(lambda: torch.randperm(total, generator=generator)[:count].sort().values)
 
+    def leaf(number: int) -> list[list[Tensor]]:
+        found: list[Tensor] = []
+        start = share.tokens_before(number)
+        for batch in share.leaves[number]:
+            if most is None or batch < most:
+                x = inputs[share.place(batch)]
+                inside = rows[(rows >= start) & (rows < start + len(x))] - start
+                found.append(x[inside.to(x.device)])
+                start += len(x)
+        return [found]
 
-def draw(inputs: list[Tensor], count: int, generator: torch.Generator) -> Tensor:
-    """At most `count` tokens of all, drawn by the generator, in order: (tokens, width) fp32."""
-    total = sum(map(len, inputs))
-    rows = torch.randperm(total, generator=generator)[:count].sort().values
-    found: list[Tensor] = []
-    start = 0
-    for x in inputs:
-        inside = rows[(rows >= start) & (rows < start + len(x))] - start
-        found.append(x[inside.to(x.device)].float())
-        start += len(x)
-    return torch.cat(found)
+    [found] = share.summed(leaf, lambda one, other: one + other, [0])
+    return torch.cat(found).float() if found else torch.empty(0)

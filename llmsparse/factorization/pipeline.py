@@ -18,7 +18,6 @@ from llmsparse.models.streamed import StreamedModel
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.recipe import from_arguments
 from llmsparse.runs.run import Run
-from llmsparse.storage.checkpoint import CheckpointReader
 
 
 def factorize(
@@ -39,7 +38,7 @@ def factorize(
     with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
         plan = run.plan
         run.copy_the_rest()
-        mixture = StreamedModel(CheckpointReader(run.folder), device=plan.device, dtype=plan.dtype)
+        mixture = StreamedModel(run.made_so_far(), device=plan.device, dtype=plan.dtype)
         streams = plan.streams(mixture)
         layout, container = describe(plan.layout), plan.container.name
         report = FactorizeReport(**plan.described(), layout=layout, experts=spell(plan.layout), container=container)

@@ -3,6 +3,7 @@
 # pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -22,7 +23,7 @@ from llmsparse.factorization.router import NUMBERS_AT_ONCE
 from llmsparse.factorization.split import Layout
 from llmsparse.models.prunable import refuse_stored
 from llmsparse.models.streamed import StreamedModel
-from llmsparse.runs.joint import alone
+from llmsparse.runs.joint import joint
 from llmsparse.runs.memory import freed_bytes
 from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
@@ -105,12 +106,17 @@ class FactorizePlan(RunPlan[FactorizeRecipe]):
         stored = sum(spec.end - spec.begin for spec in specs) if on_cpu else 0
         block = sum(torch.Size(spec.shape).numel() for spec in specs) * itemsize
         made = 3 * neurons * width * (specs[0].dtype.itemsize if on_cpu else 0)  # experts, as they will be stored
-        streams = (tokens + 2 * self.windows.held_out.numel()) * width * itemsize
-        inputs = tokens * width * itemsize  # what enters the FFN
+        here, sums = self.share.most_tokens, self.share.sums_at_once
+        held_out = self.share_of(self.held_out).most_tokens if self.held_out else 0
+        streams = (here + 2 * held_out) * width * itemsize
+        inputs = here * width * itemsize  # what enters the FFN
         drawn = 4 * min(tokens, ROUTER_TOKENS) * width * 3  # that the router is trained on; standardised; profiled
         ffn = 9 * 4 * neurons * width  # three matrices, the same by expert, and three of down projections
         outputs = 4 * min(tokens * (neurons + self.layout.routed * width), NUMBERS_AT_ONCE)
-        equations = 4 * neurons * (3 * neurons + 2 * width) if self.recipe.refit else 0
+        slots, shared = self.layout.experts, self.layout.shared
+        filled = (shared**2 + sum(range(shared + 1, slots + 1))) / slots**2  # of a matrix that is summed up
+        matrices = max(3, math.ceil(sums * filled))
+        equations = 4 * neurons * (matrices * neurons + (1 + sums) * width) if self.recipe.refit else 0
         judges = 4 * min(tokens // HELD_BACK, JUDGES) * (neurons + width) if self.recipe.refit else 0
         neighbours = stored + made  # the next block is read, and the last one written, meanwhile
         fitting = ffn + outputs + equations + judges + drawn + made
@@ -135,7 +141,7 @@ class FactorizePlan(RunPlan[FactorizeRecipe]):
         }
 
 
-@alone
+@joint
 def make_plan(
     recipe: FactorizeRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True
 ) -> FactorizePlan:

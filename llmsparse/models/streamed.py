@@ -190,7 +190,8 @@ class StreamedModel:
         Runs no block. The input embedding is read for it, and dropped afterwards.
         """
         share = Share(ranks, tuple((ids.shape[0], ids.shape[1]) for ids in batches))
-        self._filler.load(self._input, self._beside)
+        with ranks.together():
+            self._filler.load(self._input, self._beside)
         recorder = Recorder(len(self._blocks))
 
         def record(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -48,8 +48,9 @@ def match_block(
     )
     if matched.record.improved:
         values, kept = block.on_disk(matched.values), block.on_disk(matched.keep)
-        for choice in choices.values():
-            block.store(choice.weight, block.view(choice.weight, values) * block.view(choice.weight, kept))
+        with acts.share.ranks.together():
+            for choice in choices.values():
+                block.store(choice.weight, block.view(choice.weight, values) * block.view(choice.weight, kept))
     return matched.record
 
 

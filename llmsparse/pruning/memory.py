@@ -25,7 +25,6 @@ from llmsparse.models.weight import Slot
 from llmsparse.pruners import workspace_of
 from llmsparse.pruning.permutation.order import ROWS
 from llmsparse.pruning.selection import HEAD, Choice
-from llmsparse.ranks.share import Share
 from llmsparse.ranks.tree import LEAVES, held_at_once
 from llmsparse.runs.memory import freed_bytes
 from llmsparse.sparsity.stats import Gram, Statistic, combine
@@ -65,9 +64,8 @@ def _activations(plan: PrunePlan) -> int:
 
 
 def _held_here(plan: PrunePlan, batches: Sequence[Tensor]) -> int:
-    """Tokens of those batches that the first process holds, which has no fewer than others; all of them if it is alone."""
-    share = Share(plan.ranks, tuple((ids.shape[0], ids.shape[1]) for ids in batches))
-    return sum(ids.numel() for ids in share.take(batches))
+    """Tokens of those batches that one process holds, at most; all of them if it is alone."""
+    return plan.share_of(batches).most_tokens if batches else 0
 
 
 def _embedding(plan: PrunePlan) -> int:

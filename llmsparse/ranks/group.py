@@ -7,8 +7,9 @@ in the same order.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from llmsparse.errors import LlmsparseError
@@ -38,13 +39,14 @@ class Ranks:
                 made = make()
         return self.broadcast(made, 0)
 
-    def broadcast(self, value: T, source: int) -> T:
-        """The value of process `source`, at all of them."""
+    def broadcast(self, value: T | None, source: int) -> T:
+        """The value of process `source`, at all of them; what others give is not looked at."""
+        found: Any = value
         if self.size == 1:
-            return value
+            return found
         from llmsparse.ranks.messages import broadcast
 
-        return broadcast(value, source)
+        return broadcast(found, source)
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, by rank, at all of them."""
@@ -71,6 +73,17 @@ class Ranks:
                 error.common = True
                 raise error from found
 
+    def each(self, items: Generator[T]) -> Generator[T]:
+        """Items that every process makes by itself, all the same; an error in making one is an error of all."""
+        with closing(items):
+            while True:
+                made: list[T] = []
+                with self.together():
+                    made.extend(islice(items, 1))
+                if not made:
+                    return
+                yield made.pop()
+
     def assigned(self, costs: Sequence[float]) -> list[int]:
         """For each of several pieces of work the process that does it: the costliest first, to whoever has least."""
         load, owners = [0.0] * self.size, [0] * len(costs)
@@ -90,7 +103,7 @@ class Ranks:
                 if owner == self.rank:
                     made[number] = work(item)
         for number, owner in enumerate(owners):
-            yield self.broadcast(made.pop(number, None), owner)  # type: ignore[misc]
+            yield self.broadcast(made.pop(number, None), owner)
 
 
 ALONE = Ranks()

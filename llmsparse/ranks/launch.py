@@ -59,8 +59,6 @@ def _join(place: Place) -> None:
             f"waited {patience.seconds} s at {where} for {place.size - 1} other processes, and they did not all come; {LAUNCH}, "
             f"on every node, or give them longer with {JOIN_SECONDS}"
         ) from error
-    if torch.cuda.is_available():
-        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=SOLVING)

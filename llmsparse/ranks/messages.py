@@ -30,7 +30,7 @@ def send(value: Any, to: int) -> None:
 
 
 def receive(source: int) -> Any:
-    """What `send` sends; tensors of a GPU come to the one of this process."""
+    """What `send` sends; tensors of a GPU come to the one that is current here."""
     with _peers():
         return _read(partial(dist.recv, src=source))
 

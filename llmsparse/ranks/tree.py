@@ -17,9 +17,9 @@ LEAVES = 8  # so many processes have something to do
 T = TypeVar("T")
 
 
-def leaves_of(batches: int) -> list[range]:
-    """Leaf → the numbers of its batches."""
-    count = max(1, min(LEAVES, batches))
+def leaves_of(batches: int, most: int = LEAVES) -> list[range]:
+    """Leaf → the numbers of its batches; at most so many leaves."""
+    count = max(1, min(most, batches))
     return [range(leaf * batches // count, (leaf + 1) * batches // count) for leaf in range(count)]
 
 

@@ -37,7 +37,8 @@ def full_float32() -> Generator[None]:
 def choose_device(name: str) -> torch.device:
     """`auto` is the first GPU, or the CPU. MachineError for a device this machine lacks.
 
-    Of several processes on a machine each takes a GPU of its own, from the named one on.
+    Of several processes on a machine each takes a GPU of its own, from the named one on, and what others send to it comes
+    there.
     """
     if name == "auto":
         name = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -51,6 +52,7 @@ def choose_device(name: str) -> torch.device:
             raise MachineError(
                 f"no GPU for local rank {launched().local_rank}: this machine has {count}; start fewer processes"
             )
+        torch.cuda.set_device(device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MachineError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"

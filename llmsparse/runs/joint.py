@@ -41,20 +41,6 @@ def joint(make_plan: MakesPlan[Asked, Planned]) -> MakesPlan[Asked, Planned]:
     return make
 
 
-def alone(make_plan: MakesPlan[Asked, Planned]) -> MakesPlan[Asked, Planned]:
-    """`make_plan` of a verb that one process runs by itself."""
-
-    def make(recipe: Asked, *, resume: bool = False, overwrite: bool = False, download: bool = True) -> Planned:
-        ranks = joined()
-        with ranks.together():
-            if ranks.size > 1:
-                raise RecipeError(f"{ranks.size} processes cannot share this work; start it without torchrun, in one")
-        return make_plan(recipe, resume=resume, overwrite=overwrite, download=download)
-
-    make.__doc__ = make_plan.__doc__
-    return make
-
-
 def refuse_others(ranks: Ranks, fingerprint: dict[str, Any]) -> None:
     """RecipeError for a process whose fingerprint, JSON-able, is not that of the first."""
     mine: dict[str, Any] = json.loads(json.dumps(fingerprint))

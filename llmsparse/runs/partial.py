@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from llmsparse.errors import CheckpointError, RecipeError
+from llmsparse.ranks.place import launched
 from llmsparse.runs.differences import spell_differences
 from llmsparse.runs.lock import Lock
 from llmsparse.runs.recipe import refuse_both
@@ -132,7 +133,7 @@ def check_output(
     place = _RunFolder(out, source, single_file)
     try:
         place.decide(resume, overwrite)
-        if place.lock.exists():
+        if place.lock.exists() and launched().rank == 0:  # others of the run would be in its way
             Lock(place.lock, place.out).release()
         parent = next(path for path in place.out.parents if path.exists())
         if not parent.is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -20,6 +20,7 @@ from llmsparse.models.origin import Origin, config_fingerprint
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.ranks.group import Ranks
 from llmsparse.ranks.launch import joined
+from llmsparse.ranks.share import Share
 from llmsparse.runs.device import split_batches
 from llmsparse.runs.fingerprint import machine, versions
 from llmsparse.runs.memory import footprint_bytes
@@ -85,6 +86,15 @@ class RunPlan(ABC, Generic[Chosen]):
     @cached_property
     def batches(self) -> list[Tensor]:
         return split_batches(self.windows.ids, self.recipe.batch_size, self.device, self.model.hidden_size)
+
+    @cached_property
+    def share(self) -> Share:
+        """Of the batches, those that this process holds."""
+        return self.share_of(self.batches)
+
+    def share_of(self, batches: Sequence[Tensor]) -> Share:
+        """Of other ones."""
+        return Share(self.ranks, tuple((ids.shape[0], ids.shape[1]) for ids in batches))
 
     @cached_property
     def held_out(self) -> list[Tensor]:

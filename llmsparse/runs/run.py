@@ -25,6 +25,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 from torch import Tensor
 
+from llmsparse.errors import MachineError
 from llmsparse.models.block import Block
 from llmsparse.runs.device import full_float32
 from llmsparse.runs.memory import PeakMemory
@@ -33,6 +34,7 @@ from llmsparse.runs.plan import RunPlan
 from llmsparse.runs.progress import Progress, Silent
 from llmsparse.runs.report import RunReport
 from llmsparse.runs.written import Convert, Output, Written, WrittenElsewhere, not_ours, result_folder
+from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.text.mix import own_windows
 
 
@@ -113,6 +115,15 @@ class Run(Generic[Plan]):
         """Where the checkpoint is written."""
         return result_folder(self.plan, self.state)
 
+    def made_so_far(self) -> CheckpointReader:
+        """What is written of the result, to be read by all processes. MachineError on a node that does not see it."""
+        with self.ranks.together():
+            if not self.folder.is_dir():
+                raise MachineError(
+                    f"{self.folder}: written by rank 0, not seen here; give an --output that all nodes share"
+                )
+            return CheckpointReader(self.folder)
+
     @property
     def state(self) -> Path:
         """Where a verb may keep what it needs to go on."""
@@ -133,12 +144,14 @@ class Run(Generic[Plan]):
         evicted when the next one is asked for."""
         model = self.plan.model
         self.progress.start(len(model.block_names) + head)
-        blocks = model.blocks()
+        blocks = self.ranks.each(model.blocks())
         self._stack.callback(blocks.close)  # also where the loop is left by an error
         for block in blocks:
             self.progress.block(block.name)
             yield block
-        if head and (last := model.head()) is not None:
+        with self.ranks.together():
+            last = model.head() if head else None
+        if last is not None:
             self.progress.block(last.name)
             yield last
 

@@ -18,8 +18,8 @@ from llmsparse.scoring.plan import ScoresPlan, make_plan
 from llmsparse.scoring.recipe import ScoresRecipe
 from llmsparse.scoring.report import ScoredBlock, ScoresReport
 from llmsparse.scoring.scores import super_experts
-from llmsparse.scoring.statistics import ExpertStatistics, blend, of_both
-from llmsparse.scoring.watcher import Watcher
+from llmsparse.scoring.statistics import blend
+from llmsparse.scoring.watcher import SumsOfTexts, Watcher
 
 
 def scores(
@@ -60,17 +60,19 @@ def measure(plan: ScoresPlan, block: Block, acts: Activations, progress: Progres
     share, mixture = acts.share, plan.mixtures[block.index]
     advance = progress.batches(f"measuring {block.name}", len(acts.hidden))
 
-    def leaf(number: int) -> list[dict[str, ExpertStatistics]]:
-        watcher = Watcher(block, mixture, plan.texts_of_batches)
+    watcher = Watcher(block, mixture, plan.texts_of_batches)
+
+    def leaf(number: int) -> list[SumsOfTexts]:
+        sums = watcher.begin_sums()
         for batch in share.leaves[number]:
             place = share.place(batch)
             with watcher.watching(batch):
                 acts.hidden[place] = block.call(acts, place).to(acts.hidden[place].device)
             advance()
-        return [watcher.statistics]
+        return [sums]
 
-    [summed] = share.summed_for_all(leaf, of_both, [1])
-    statistics = {text: sums.cpu() for text, sums in summed.items()}
+    [summed] = share.summed_for_all(leaf, SumsOfTexts.merge, [1])
+    statistics = summed.cpu()
     record = ScoredBlock(
         block.name,
         mixture.experts,

@@ -17,7 +17,7 @@ from llmsparse.models.streamed import Activations, Block, StreamedModel
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.run import Made
 from llmsparse.shrinking.logit_fit import fit_to_logits
-from llmsparse.shrinking.reduction import Cut, Reduction
+from llmsparse.shrinking.reduction import Cut, Reduction, Sum
 from llmsparse.storage.heap import release_freed
 
 
@@ -115,21 +115,34 @@ def watch(
     advance: Callable[[], None],
     aims: Activations | None = None,
 ) -> list[Tensor]:
-    """Run every batch through the block, which is whole; returns its outputs where they are to be kept. `onwards` they take
-    the place of the inputs. What they lack of `aims` is told to the cuts."""
-    outputs: list[Tensor] = []
-    for batch, hidden in enumerate(acts.hidden):
-        with ExitStack() as stack:
+    """Run every batch that is held here through the block, which is whole; returns its outputs where they are to be kept.
+    `onwards` they take the place of the inputs. What they lack of `aims` is told to the cuts."""
+    share, outputs = acts.share, list[Tensor]()
+    for cut in cuts:
+        cut.learn(acts, aims)
+
+    def leaf(number: int) -> list[Sum]:
+        sums = [one for cut in cuts for one in cut.begin_sums(number)]
+        for batch in share.leaves[number]:
+            place = share.place(batch)
+            hidden = acts.hidden[place]
+            with ExitStack() as stack:
+                for cut in cuts:
+                    stack.enter_context(cut.watching(batch))
+                output = block.call(acts, place).to(hidden.device)
             for cut in cuts:
-                stack.enter_context(cut.watching(batch))
-            output = block.call(acts, batch).to(hidden.device)
-        for cut in cuts:
-            cut.watched(output, aims.hidden[batch] if aims else None)
-        if keep:
-            outputs.append(output)
-        if onwards:
-            acts.hidden[batch] = output
-        advance()
+                cut.watched(output, aims.hidden[place] if aims else None)
+            if keep:
+                outputs.append(output)
+            if onwards:
+                acts.hidden[place] = output
+            advance()
+        return sums
+
+    owners = [cut.owners(share.ranks) for cut in cuts]
+    totals = iter(share.summed(leaf, lambda one, other: one.merge(other), [one for some in owners for one in some]))
+    for cut, some in zip(cuts, owners, strict=True):
+        cut.take_sums([next(totals) for _ in some])
     return outputs
 
 
@@ -153,6 +166,7 @@ def match_made(made: Block, acts: Activations, loss: Loss, options: ShrinkOption
     if matched.record.improved:
         on_disk = made.on_disk(matched.values)
         made.stored = {key: tensor.clone() for key, tensor in made.stored.items()}
-        for weight in weights:
-            made.store(weight, made.view(weight, on_disk))
+        with acts.share.ranks.together():
+            for weight in weights:
+                made.store(weight, made.view(weight, on_disk))
     return matched.record

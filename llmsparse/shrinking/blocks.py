@@ -13,7 +13,9 @@ from torch import Tensor
 
 from llmsparse.models.activations import Call
 from llmsparse.models.streamed import Activations, Block
-from llmsparse.shrinking.block_scores import SCORES, STREAM_BYTES, SUFFIX_TOKENS, Removal
+from llmsparse.ranks.group import ALONE, Ranks
+from llmsparse.ranks.share import Share
+from llmsparse.shrinking.block_scores import SCORES, STREAM_BYTES, Removal, shapes_measured
 from llmsparse.shrinking.depth_config import fields_for_blocks
 from llmsparse.shrinking.folding import Folded, fold
 from llmsparse.shrinking.recipe import ShrinkRecipe, amount_of, refuse_amount
@@ -38,6 +40,7 @@ class Blocks(Reduction):
     folds: bool = False  # the block before a gap is fitted to what came behind it
     removed: tuple[Removal, ...] = ()  # in the order in which they were chosen
     batches: Sequence[Tensor] = ()  # of calibration
+    ranks: Ranks = ALONE
 
     name: ClassVar[str] = "blocks"
 
@@ -59,13 +62,14 @@ class Blocks(Reduction):
         advance = run.progress.batches(f"choosing {count} blocks", passes)
 
         def find() -> dict[str, Any]:
-            removed = SCORES[self.score](plan.model, plan.batches, count, advance)
+            removed = SCORES[self.score](plan.model, plan.batches, count, advance, plan.ranks)
             return {"removed": [asdict(one) for one in removed]}
 
         removed = tuple(Removal(**one) for one in run.fact(FACT, find)["removed"])
         kept = tuple(index for index in range(self.depth) if index not in {one.index for one in removed})
-        fields = fields_for_blocks(self.source, kept)
-        return replace(self, kept=kept, fields=fields, removed=removed, batches=plan.batches)
+        with plan.ranks.together():
+            fields = fields_for_blocks(self.source, kept)
+        return replace(self, kept=kept, fields=fields, removed=removed, batches=plan.batches, ranks=plan.ranks)
 
     def target(self, index: int) -> int | None:
         return self.kept.index(index) if index in self.kept else None
@@ -83,9 +87,10 @@ class Blocks(Reduction):
     def cut_outside(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.renamed(tensors)
 
-    def memory_bytes(self, tokens: int, batches: int) -> int:
+    def memory_bytes(self, share: Share) -> int:
         """Hidden states without one block each."""
-        stream = min(tokens, SUFFIX_TOKENS) * self.source.model.hidden_size * self.source.model.dtype.itemsize
+        tokens = Share(share.ranks, tuple(shapes_measured(share.shapes))).most_tokens
+        stream = tokens * self.source.model.hidden_size * self.source.model.dtype.itemsize
         return 2 * stream + min(self.depth * stream, STREAM_BYTES) if self.score == "suffix" else 0
 
     def begin(self, block: Block) -> Cut:
@@ -97,14 +102,15 @@ class Blocks(Reduction):
 
     @cached_property
     def calls(self) -> list[list[Call]]:
-        """What the source's blocks are called with, besides hidden states."""
-        return self.source.model.embed(self.batches).calls
+        """What the source's blocks are called with for the batches held here, besides hidden states."""
+        return self.source.model.embed(self.batches, self.ranks).calls
 
     def beyond(self, index: int, outputs: list[Tensor]) -> list[Tensor]:
         """Outputs of block `index` taken through the gap behind it; one of its blocks is in memory at a time."""
         acts = Activations(list(outputs), self.calls)
         for number in self.gap(index):
-            block = self.source.model.block(number)
+            with self.ranks.together():
+                block = self.source.model.block(number)
             block.run(acts, into=acts)
             block.evict()
         return acts.hidden

@@ -15,18 +15,20 @@ from llmsparse.errors import CheckpointError, RecipeError
 from llmsparse.models.new_config import text_part
 from llmsparse.models.prunable import refuse_stored
 from llmsparse.models.streamed import Activations, Block
+from llmsparse.ranks.group import ALONE, Ranks
+from llmsparse.ranks.share import Share
 from llmsparse.runs.seeding import generator_for
 from llmsparse.scoring.file import ScoresFile
 from llmsparse.scoring.mixture import Mixture
 from llmsparse.scoring.plan import find_mixtures
 from llmsparse.scoring.scores import Chosen, choose
 from llmsparse.scoring.statistics import ExpertStatistics, blend
-from llmsparse.scoring.watcher import Watcher
+from llmsparse.scoring.watcher import SumsOfTexts, Watcher
 from llmsparse.shrinking.expert_count import ACTIVE, GROUPS, GROUPS_ACTIVE, number, with_experts
 from llmsparse.shrinking.expert_keys import Op, Ops, beside, cut_specs, cut_tensors, expert_keys, expert_sizes
 from llmsparse.shrinking.expert_refit import one_in, refit_experts
 from llmsparse.shrinking.recipe import ShrinkRecipe, amount_of, refuse_amount
-from llmsparse.shrinking.reduction import Cut, Reduction, Rows, Source, Specs
+from llmsparse.shrinking.reduction import Cut, Reduction, Rows, Source, Specs, Sum
 
 if TYPE_CHECKING:
     from llmsparse.runs.run import Run
@@ -157,15 +159,15 @@ class Experts(Reduction):
     def _more(self) -> dict[str, Op]:
         return {key: op for ops in self.more for key, op in ops.items()}
 
-    def memory_bytes(self, tokens: int, batches: int) -> int:
+    def memory_bytes(self, share: Share) -> int:
         """Sums of pairs; where what is left is fitted to what all experts gave, what entered them and what is missing of
         their output, the hidden units of one of them, its equations and the tokens that judge it."""
         width = self.config.get_text_config(decoder=True).hidden_size
-        tokens = -(-tokens // self._one_in(tokens, batches))
-        judges = min(JUDGES, tokens)
-        fitting = 2 * tokens * width + 3 * self.inner**2 + 4 * self.inner * width + judges * (self.inner + width)
-        fitting += tokens * self.inner
-        return 4 * fitting * self.recipe.refit + 4 * 8 * self.experts**2
+        one_in = self._one_in(share.tokens, share.total)
+        tokens, judges = -(-share.most_tokens // one_in), min(JUDGES, -(-share.tokens // one_in))
+        equations = max(3, 1 + share.sums_at_once) * self.inner**2 + (3 + share.sums_at_once) * self.inner * width
+        fitting = 2 * tokens * width + equations + judges * (self.inner + width) + tokens * self.inner
+        return 4 * fitting * self.recipe.refit + (2 + share.sums_at_once) * 8 * self.experts**2
 
     def begin(self, block: Block) -> Cut:
         if block.index not in self.mixtures:
@@ -223,22 +225,38 @@ class ExpertCut(Cut):
         self._plan, self._name, self._mixture, self._ops = plan, block.name, mixture, ops
         self._watcher = Watcher(block, mixture, plan.texts, plan.fitted)
         self.watches = plan.watches
+        self._summed: SumsOfTexts | None = None
+        self._ranks = ALONE
         self._chosen: Chosen | None = None
         self._refit: dict[str, Any] = {}
+
+    def learn(self, acts: Activations, aims: Activations | None) -> None:
+        self._ranks = acts.share.ranks
+
+    def owners(self, ranks: Ranks) -> list[int]:
+        return [0] * self.watches
+
+    def begin_sums(self, leaf: int) -> Sequence[Sum]:
+        return [self._watcher.begin_sums()] * self.watches
 
     def watching(self, batch: int) -> AbstractContextManager[None]:
         return self._watcher.watching(batch) if self.watches else nullcontext()
 
+    def take_sums(self, totals: Sequence[Any]) -> None:
+        self._summed = next(iter(totals), None)
+
     def cut(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        plan = self._plan
-        measured = {text: sums.cpu() for text, sums in self._watcher.statistics.items()}
+        self._chosen = self._ranks.known(lambda: self._choose(tensors))
+        return cut_tensors(self._ops, tensors, self._chosen.kept)
+
+    def _choose(self, tensors: dict[str, Tensor]) -> Chosen:
+        plan, measured = self._plan, self._summed.cpu() if self._summed else {}
         statistics = blend(measured if plan.scores is None else plan.scores.statistics(self._name), plan.weights)
         sizes = expert_sizes(self._ops, tensors, plan.experts) if bool((statistics.tokens == 0).any()) else None
         generator = generator_for(self._name, plan.recipe.seed)
-        self._chosen = choose(
+        return choose(
             statistics, plan.recipe.expert_score, plan.kept, groups=plan.groups, sizes=sizes, generator=generator
         )
-        return cut_tensors(self._ops, tensors, self._chosen.kept)
 
     def refit(self, made: Block, acts: Activations) -> None:
         mixture = Mixture(self._mixture.path, self._plan.kept, self._mixture.parameters, self._mixture.weighs_inputs)

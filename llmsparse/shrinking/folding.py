@@ -9,7 +9,7 @@ added to the model (as in ReplaceMe, arXiv 2505.02819, whose linear map is folde
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def fold(
     made: Block, acts: Activations, beyond: Callable[[list[Tensor]], list[Tensor]], hidden_size: int
 ) -> Folded | None:
     """Fit the last matrix of `made`, in `made.stored`; `acts` enter it, `beyond` takes its outputs, one (batch, tokens, width) a
-    batch, through what went. None where no fit is better on tokens held back, or where the last matrix does not add to the
+    batch held here, through what went. None where no fit is better on tokens held back, or where the last matrix does not add to the
     output as it is: behind a norm, or in experts."""
     weight = last_matrix(made.weights, hidden_size)
     if weight is None:
@@ -51,33 +51,63 @@ def fold(
     matrix = made.view(weight).to(device, torch.float32)  # (out, in)
     if is_sparse(matrix):  # a fit would fill its zeros
         return None
-    if not adds_up(made, acts, weight, matrix):
+    share = acts.share
+    if not share.ranks.known(lambda: adds_up(made, acts, weight, matrix)):
         return None
     wanted = beyond([made.call(acts, batch).to(hidden.device) for batch, hidden in enumerate(acts.hidden)])
-    gram = Gram(matrix.shape[1], device)
-    targets = torch.zeros(matrix.shape[1], matrix.shape[0], device=device)
-    judges: list[tuple[Tensor, Tensor]] = []
-    added, seen = 0.0, 0
-    for batch, target in enumerate(wanted):
-        entering, output = entering_last(made, acts, batch, weight.slot)
-        more = (target.to(output.device).float() - output.float()).flatten(
-            0, -2
-        )  # (tokens, width): what went adds this
-        y = entering @ matrix.T + more
-        judge = torch.arange(seen, seen + len(y), device=y.device) % HELD_BACK == HELD_BACK - 1
-        seen += len(y)
-        if sum(len(h) for h, _ in judges) < JUDGES:
-            judges.append((entering[judge], y[judge]))
-            added += more[judge].square().sum().item()
-        gram.update(entering[~judge])
-        targets += entering[~judge].T @ y[~judge]
-    fitted = fit(gram.xtx, targets, matrix, judges)
-    if fitted.damp is None or not added:
+
+    def leaf(number: int) -> list[_Sums]:
+        sums = _Sums(Gram(matrix.shape[1], device), torch.zeros(matrix.shape[1], matrix.shape[0], device=device))
+        seen = share.tokens_before(number)
+        for batch in share.leaves[number]:
+            place = share.place(batch)
+            entering, output = entering_last(made, acts, place, weight.slot)
+            more = (wanted[place].to(output.device).float() - output.float()).flatten(0, -2)  # what went adds this
+            y = entering @ matrix.T + more  # (tokens, width)
+            judge = torch.arange(seen, seen + len(y), device=y.device) % HELD_BACK == HELD_BACK - 1
+            seen += len(y)
+            if sum(len(h) for h, _ in sums.judges) < JUDGES // len(share.leaves):
+                sums.judges.append((entering[judge], y[judge]))
+                sums.added += more[judge].square().sum().item()
+            sums.gram.update(entering[~judge])
+            sums.targets += entering[~judge].T @ y[~judge]
+        return [sums]
+
+    def solved() -> tuple[Tensor, Folded] | None:
+        assert total is not None
+        fitted = fit(total.gram.xtx, total.targets, matrix, total.judges)
+        if fitted.damp is None or not total.added:
+            return None
+        off = error(fitted.weight, total.judges) / total.added
+        return fitted.weight, Folded(weight.name, off, fitted.damp)
+
+    [total] = share.summed(leaf, _Sums.merge, [0])
+    found = share.ranks.known(solved)
+    if found is None:
         return None
     made.stored = made.stored | {weight.key: made.stored[weight.key].clone()}
-    made.store(weight, fitted.weight)
+    with share.ranks.together():
+        made.store(weight, found[0])
     made.reload({weight.key})
-    return Folded(weight.name, error(fitted.weight, judges) / added, fitted.damp)
+    return found[1]
+
+
+@dataclass
+class _Sums:
+    """Of some batches."""
+
+    gram: Gram
+    targets: Tensor  # (in, width)
+    judges: list[tuple[Tensor, Tensor]] = field(default_factory=list[tuple[Tensor, Tensor]])
+    added: float = 0.0  # Σ ‖·‖² of what the blocks that went added to the tokens held back
+
+    def merge(self, other: _Sums) -> _Sums:
+        """These, with later batches."""
+        self.gram.merge(other.gram)
+        self.targets += other.targets
+        self.judges += other.judges
+        self.added += other.added
+        return self
 
 
 def last_matrix(weights: Iterable[Weight], hidden_size: int) -> Weight | None:

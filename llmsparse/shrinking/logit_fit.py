@@ -9,8 +9,9 @@ matrix of all weights by all weights is ever made. Tokens held back say when to 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from llmsparse.calibration.least_squares import JUDGES
 from llmsparse.calibration.matching import HELD_OUT_SHARE
 from llmsparse.calibration.matching_loss import LOGITS_AT_ONCE
 from llmsparse.models.streamed import Activations, Block, StreamedModel
+from llmsparse.ranks.share import Share
 from llmsparse.shrinking.folding import adds_up, entering_last, last_matrix
 from llmsparse.sparsity.patterns import is_sparse
 
@@ -35,27 +37,29 @@ LOGITS = 8  # of as many tokens as are worked on at once, in fp32: the curvature
 
 def fit_to_logits(made: Block, acts: Activations, model: StreamedModel, aims: list[Tensor]) -> dict[str, Any] | None:
     """Fit the last matrix of `made`, in `made.stored`, and `made.reload()`; `acts` enter it, `aims` are what came out of the
-    source's last block, (batch, tokens, width) a batch. Returns {"before", "after"}, nats a token held back; None where no fit
+    source's last block, (batch, tokens, width) a batch held here. Returns {"before", "after"}, nats a token held back; None where no fit
     is better, or the matrix does not add to the output as it is. `model`: what `made` is the last block of."""
     weight = last_matrix(made.weights, model.hidden_size)
     if weight is None:
         return None
     most = tokens_at_most(weight.shape[1], model.hidden_size)
-    batches = range(0, len(aims), -(-sum(aim[..., 0].numel() for aim in aims) // most))
+    share = acts.share
+    batches = range(0, share.total, -(-share.tokens // most))
     if len(batches) < 2:
         return None
     device = made.module.get_parameter(weight.slot[0]).device
     start = made.view(weight).to(device, torch.float32, copy=True)  # (out, in)
-    if is_sparse(start) or not adds_up(made, acts, weight, start):
+    if is_sparse(start) or not share.ranks.known(lambda: adds_up(made, acts, weight, start)):
         return None
-    parts: list[Tokens] = []
+    parts: dict[int, Tokens] = {}
     for batch in batches:
-        entering, output = entering_last(made, acts, batch, weight.slot)
-        entering = entering.to(model.dtype)  # as it was: nothing is lost
-        parts.append(Tokens(model, entering, output.flatten(0, -2), aims[batch].to(device).flatten(0, -2)))
-    judges, train = parts[::HELD_OUT_SHARE], [part for n, part in enumerate(parts) if n % HELD_OUT_SHARE]
+        if batch in share.numbers:
+            place = share.place(batch)
+            entering, output = entering_last(made, acts, place, weight.slot)
+            entering = entering.to(model.dtype)  # as it was: nothing is lost
+            parts[batch] = Tokens(model, entering, output.flatten(0, -2), aims[place].to(device).flatten(0, -2))
 
-    found = _Descent(train, judges, start.new_zeros(start.shape))
+    found = _Descent(share, parts, batches[::HELD_OUT_SHARE], start.new_zeros(start.shape))
     before = found.least
     for _ in range(ROUNDS):
         if not found.round():
@@ -63,7 +67,8 @@ def fit_to_logits(made: Block, acts: Activations, model: StreamedModel, aims: li
     if not found.least < before:
         return None
     made.stored = made.stored | {weight.key: made.stored[weight.key].clone()}
-    made.store(weight, start + found.best)
+    with share.ranks.together():
+        made.store(weight, start + found.best)
     made.reload({weight.key})
     return {"projection": weight.name, "before": before, "after": found.least}
 
@@ -73,13 +78,14 @@ def tokens_at_most(inputs: int, width: int) -> int:
     return max(1, min(JUDGES, HELD // (inputs + 2 * width)))
 
 
-def fit_bytes(model: StreamedModel, inputs: int, tokens: int) -> int:
-    """An estimate of what the fit of a matrix (width, inputs) holds, of so many tokens: these, the head, matrices of the size of
-    the weight, and logits."""
+def fit_bytes(model: StreamedModel, inputs: int, share: Share) -> int:
+    """An estimate of what the fit of a matrix (width, inputs) holds, of these batches: tokens of them, the head, matrices of the
+    size of the weight, and logits."""
     width, itemsize, vocabulary = model.hidden_size, model.dtype.itemsize, model.vocabulary
-    held = min(tokens, tokens_at_most(inputs, width)) * (inputs + 2 * width) * itemsize
-    at_once = min(tokens, _at_once(vocabulary))
-    return held + vocabulary * width * itemsize + 4 * (MATRICES * inputs * width + LOGITS * at_once * vocabulary)
+    held = min(share.most_tokens, tokens_at_most(inputs, width)) * (inputs + 2 * width) * itemsize
+    at_once = min(share.most_tokens, _at_once(vocabulary))
+    matrices = MATRICES - 1 + share.sums_at_once
+    return held + vocabulary * width * itemsize + 4 * (matrices * inputs * width + LOGITS * at_once * vocabulary)
 
 
 def _at_once(vocabulary: int) -> int:
@@ -87,22 +93,23 @@ def _at_once(vocabulary: int) -> int:
 
 
 class _Descent:
-    """Where Newton's method is: Δ (out, in), and the best so far of those that were judged."""
+    """Where Newton's method is: Δ (out, in), and the best so far of those that were judged. `parts`: tokens of batches that
+    are held here, of which `judges` are not fitted on."""
 
-    def __init__(self, train: list[Tokens], judges: list[Tokens], start: Tensor) -> None:
-        self._train, self._judges = train, judges
+    def __init__(self, share: Share, parts: Mapping[int, Tokens], judges: Sequence[int], start: Tensor) -> None:
+        self._share, self._parts, self._judges = share, parts, judges
         self._change = self.best = start
         self.least = self._judge(start)
 
     def round(self) -> bool:
         """One step of Newton's method; False where little is to be had any more."""
-        residual = sum_of(part.gradient(self._change) for part in self._train).neg_()
+        residual = self._summed(partial(Tokens.gradient, change=self._change)).neg_()
         step, direction, size = torch.zeros_like(residual), residual.clone(), residual.square().sum()
         damping, idle, before = 0.0, 0, self.least
         for _ in range(STEPS):
             if not size > 0 or idle == PATIENCE:
                 break
-            curved = sum_of(part.curvature(self._change, direction) for part in self._train)
+            curved = self._summed(partial(Tokens.curvature, change=self._change, direction=direction))
             damping = damping or DAMP * ((direction * curved).sum() / size).item()
             curved.add_(direction, alpha=damping)
             length = (size / (direction * curved).sum()).item()
@@ -120,15 +127,30 @@ class _Descent:
 
     def _judge(self, change: Tensor) -> float:
         """Nats a token that is held back."""
-        return sum(part.divergence(change) for part in self._judges) / sum(len(part.h) for part in self._judges)
+        here = {batch: self._parts[batch].divergence(change) for batch in self._judges if batch in self._parts}
+        tokens = [windows * tokens for windows, tokens in (self._share.shapes[batch] for batch in self._judges)]
+        return sum(self._share.collected(here).values()) / sum(tokens)
+
+    def _summed(self, term: Callable[[Tokens], Tensor]) -> Tensor:
+        """Over all tokens that are fitted on."""
+
+        def leaf(number: int) -> list[Tensor | None]:
+            total: Tensor | None = None
+            for batch in self._share.leaves[number]:
+                if batch in self._parts and batch not in self._judges:
+                    total = both(total, term(self._parts[batch]))
+            return [total]
+
+        [total] = self._share.summed_for_all(leaf, both, [1])
+        assert total is not None
+        return total
 
 
-def sum_of(tensors: Iterator[Tensor]) -> Tensor:
-    """In the place of the first."""
-    total = next(tensors)
-    for tensor in tensors:
-        total.add_(tensor)
-    return total
+def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of two, either of which may not be there, in the place of the first."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one.add_(other)
 
 
 @dataclass(frozen=True)

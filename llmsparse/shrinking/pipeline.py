@@ -20,7 +20,6 @@ from llmsparse.shrinking.block import BlockRecord, shrink_block
 from llmsparse.shrinking.plan import make_plan, surveyed
 from llmsparse.shrinking.recipe import ShrinkRecipe
 from llmsparse.shrinking.report import ShrinkReport
-from llmsparse.storage.checkpoint import CheckpointReader
 from llmsparse.storage.heap import release_freed
 
 
@@ -42,13 +41,13 @@ def shrink(
     with Run(planned, progress, resume=resume, overwrite=overwrite, survey=surveyed) as run:
         plan = run.plan
         run.copy_the_rest()
-        reader = CheckpointReader(run.folder)
+        reader = run.made_so_far()
         trusted = plan.trust_remote_code
         made = StreamedModel(reader, device=plan.device, dtype=plan.dtype, trust_remote_code=trusted)
         onwards = plan.recipe.one_pass  # whole blocks hand calibration on to whole blocks
         through_made = plan.watches and (plan.fits or not onwards)
         streams = plan.streams(made, calibration=through_made, aims=plan.aims)
-        watched = plan.model.embed(plan.batches) if onwards and plan.watches else streams.calibration
+        watched = plan.model.embed(plan.batches, plan.ranks) if onwards and plan.watches else streams.calibration
         entering = streams.calibration_as_made
         report = ShrinkReport(**plan.described(), parameters=plan.total_parameters, reductions=plan.reductions)
         for block in run.blocks():

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from llmsparse.calibration.matching import HELD_OUT_SHARE
+from llmsparse.calibration.matching import HELD_OUT_SHARE, batches_per_step
 from llmsparse.encodings.reader import without_encoding
 from llmsparse.models.new_config import NewConfig
 from llmsparse.models.origin import read_config
 from llmsparse.models.prunable import refuse_flat_experts, refuse_shared_blocks
 from llmsparse.runs.device import split_batches
-from llmsparse.runs.joint import alone
+from llmsparse.runs.joint import joint
 from llmsparse.runs.memory import freed_bytes
 from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import held_bytes
@@ -146,14 +146,17 @@ class ShrinkPlan(RunPlan[ShrinkRecipe]):
         numbers = max(sum(torch.Size(shape).numel() for shape, _ in specs.values()) for specs in sizes)
         stored = max(sum(torch.Size(s).numel() * d.itemsize for s, d in specs.values()) for specs in sizes)
         stored = stored if self.device.type == "cpu" else 0
-        calibration = self.windows.ids.numel() * (
-            self.watches + (self.recipe.one_pass and self.fits) + self.fits + self.aims
-        )
-        streams = (calibration + 2 * self.windows.held_out.numel()) * width * itemsize
-        matching = 4 * 4 * numbers if self.recipe.match_steps else 0  # masters, their gradients and what Adam remembers
+        share = self.share
+        calibration = share.most_tokens * (self.watches + (self.recipe.one_pass and self.fits) + self.fits + self.aims)
+        held_out = self.share_of(self.held_out).most_tokens if self.held_out else 0
+        streams = (calibration + 2 * held_out) * width * itemsize
+        matching = 0
+        if self.recipe.match_steps:  # masters, what Adam remembers, and their gradients in the tree
+            together = batches_per_step(*share.shapes[0], width, most=share.total)
+            matching = 4 * (3 + self.share_of(self.batches[:together]).sums_at_once) * numbers
         working = 8 * self.batches[0].numel() * width * 4
         head = self.model.vocabulary * width * itemsize
-        held = sum(reduction.memory_bytes(self.windows.ids.numel(), len(self.batches)) for reduction in self.reductions)
+        held = sum(reduction.memory_bytes(share) for reduction in self.reductions)
         blocks = 3 * stored + numbers * itemsize + working
         worked = max(matching + held, self._logit_fit_bytes)
         return self.footprint + freed_bytes(self.device, stored) + streams + max(2 * head, blocks + worked)
@@ -166,7 +169,7 @@ class ShrinkPlan(RunPlan[ShrinkRecipe]):
         if weight is None or not (self.aims and self.recipe.refit):
             return 0
         shape, _ = self.block_specs(last)[weight.key]
-        return fit_bytes(self.model, torch.Size(shape).numel() // self.model.hidden_size, self.windows.ids.numel())
+        return fit_bytes(self.model, torch.Size(shape).numel() // self.model.hidden_size, self.share)
 
     def to_json(self) -> dict[str, Any]:
         before, after = self.total_parameters
@@ -194,12 +197,13 @@ def surveyed(run: Run[ShrinkPlan]) -> ShrinkPlan:
     """The plan of a run once all is known that the shapes of the result depend on."""
     reductions = [reduction.survey(run.plan, run) for reduction in run.plan.reductions]
     plan = replace(run.plan, reductions=reductions).with_config()
-    check_made(plan.model.config, plan.config.raw, plan.tensors, plan.folder, plan.trust_remote_code)
+    with run.ranks.together():
+        check_made(plan.model.config, plan.config.raw, plan.tensors, plan.folder, plan.trust_remote_code)
     gc.collect()  # models without weights, which shapes were learned from: their modules hold each other
     return plan
 
 
-@alone
+@joint
 def make_plan(
     recipe: ShrinkRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True
 ) -> ShrinkPlan:

@@ -26,13 +26,14 @@ PULL = 0.5  # of what the blocks before lack: all of it is more than this input 
 
 @dataclass
 class Seen:
-    """What calibration says of the input of one projection, x (tokens, width) in `pieces` equal pieces."""
+    """What some batches say of the input of one projection, x (tokens, width) in `pieces` equal pieces."""
 
     width: int
     pieces: int
     device: torch.device
     fits: bool  # XᵀX as a whole is wanted, not only what lies within a piece
     judges: int = JUDGES  # tokens held back, at most
+    start: int = 0  # the number of the first token: one in so many is held back
     tokens: int = 0
     gram: Gram | None = None
     squares: Tensor | None = None  # of each piece its part of XᵀX, (pieces, size, size)
@@ -42,7 +43,7 @@ class Seen:
 
     def update(self, x: Tensor, lack: Tensor | None = None) -> None:
         """Take in x (tokens, width), and what the output (tokens, out) is to have besides Wx."""
-        number = torch.arange(self.tokens, self.tokens + len(x), device=x.device)
+        number = torch.arange(len(x), device=x.device) + self.start + self.tokens
         self.tokens += len(x)
         if not self.fits:
             self.squares = self._within(x.float()) + (0 if self.squares is None else self.squares)
@@ -51,11 +52,23 @@ class Seen:
         if lack is not None:
             lack = PULL * lack.float()
             self.lacks = x[~judge].float().T @ lack[~judge] + (0 if self.lacks is None else self.lacks)
-        if sum(map(len, self.held)) < self.judges:
-            self.held.append(x[judge].clone())
-            self.held_lacks += [] if lack is None else [lack[judge]]
+        if (room := self.judges - sum(map(len, self.held))) > 0:
+            self.held.append(x[judge][:room].clone())
+            self.held_lacks += [] if lack is None else [lack[judge][:room].clone()]
         self.gram = self.gram or Gram(self.width, self.device)
         self.gram.update(x[~judge])
+
+    def merge(self, other: Seen) -> Seen:
+        """This, with later batches."""
+        self.tokens += other.tokens
+        self.held += other.held
+        self.held_lacks += other.held_lacks
+        self.squares = _both(self.squares, other.squares)
+        self.lacks = _both(self.lacks, other.lacks)
+        if self.gram is not None and other.gram is not None:
+            self.gram.merge(other.gram)
+        self.gram = self.gram or other.gram
+        return self
 
     def _within(self, x: Tensor) -> Tensor:
         parts = x.view(len(x), self.pieces, -1)
@@ -72,6 +85,13 @@ class Seen:
         if not bool(torch.isfinite(self.squares).all()):
             raise NumericalError("the activations are NaN or Inf; try --dtype float32, or check the model")
         return self.squares
+
+
+def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of two, either of which may not be there."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one.add_(other)
 
 
 @dataclass(frozen=True)

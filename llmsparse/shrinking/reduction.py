@@ -15,6 +15,7 @@ alone. It then says
 Tensors are cut in the disk's space, under the source's names, by each reduction in turn (`reductions.ORDER`): heads and ffn
 see every expert under its own number, experts renumber what they keep, blocks rename last. All of them watch one and
 the same pass of the whole block; what they fit afterwards is fitted on the block as it was made, in the same order.
+Of several processes each watches its own batches; what they sum up is added up in the tree of `ranks/tree.py`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from llmsparse.models.streamed import Activations, Block, StreamedModel
+from llmsparse.ranks.group import Ranks
+from llmsparse.ranks.share import Share
 from llmsparse.storage.checkpoint import CheckpointReader
 
 if TYPE_CHECKING:
@@ -53,27 +56,52 @@ class Source:
         return str(self.reader.folder)
 
 
+class Sum(Protocol):
+    """What some batches leave behind, to be added up."""
+
+    def merge(self, other: Any) -> Any:
+        """This, with what later batches left, which is let go of."""
+        ...
+
+
 class Cut:
-    """One reduction at work on one block. The defaults do nothing: a block that it leaves as it is."""
+    """One reduction at work on one block. The defaults do nothing: a block that it leaves as it is.
+
+    All processes call the same methods in the same order; `watching` and `watched` are of the batches that one has.
+    """
 
     watches: bool = False  # it wants to see the calibration batches run
 
+    def learn(self, acts: Activations, aims: Activations | None) -> None:
+        """Find out what has to be known before the batches run; `acts` enter the whole block."""
+
+    def owners(self, ranks: Ranks) -> list[int]:
+        """For each sum the process that is to have it."""
+        return []
+
+    def begin_sums(self, leaf: int) -> Sequence[Sum]:
+        """From here on other sums, those of this leaf of the tree."""
+        return []
+
     def watching(self, batch: int) -> AbstractContextManager[None]:
-        """Open while calibration batch number `batch` runs through the whole block."""
+        """Open while calibration batch number `batch`, among those of all processes, runs through the whole block."""
         return nullcontext()
 
     def watched(self, output: Tensor, aim: Tensor | None) -> None:
         """Called behind each batch with what the whole block made of it, and with what the source's own made, behind its own
         blocks, where the made block should come to that; (batch, tokens, width)."""
 
+    def take_sums(self, totals: Sequence[Any]) -> None:
+        """Of all batches, None where another process has one; called once, when all batches have run."""
+
     def cut(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """On-disk tensors of the block → those that stay; called once, when all batches have run. Shapes, dtypes and
+        """On-disk tensors of the block → those that stay; called once, behind that. Shapes, dtypes and
         names are those of `Reduction.resized`. Never writes into the tensors that it is given."""
         return tensors
 
     def aim(self, outputs: list[Tensor]) -> list[Tensor]:
-        """What the made block's outputs are to come to, one (batch, tokens, width) a batch: those of the whole block, which
-        are given, or more."""
+        """What the made block's outputs are to come to, one (batch, tokens, width) a batch held here: those of the whole
+        block, which are given, or more."""
         return outputs
 
     def refit(self, made: Block, acts: Activations) -> None:
@@ -125,8 +153,8 @@ class Reduction(ABC):
     def begin(self, block: Block) -> Cut:
         """Start work on a block, which is loaded whole."""
 
-    def memory_bytes(self, tokens: int, batches: int) -> int:
-        """What it holds beside a block while that is worked on, for so many calibration tokens in so many batches."""
+    def memory_bytes(self, share: Share) -> int:
+        """What a process holds beside a block while that is worked on, for these calibration batches."""
         return 0
 
     def fingerprint(self) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any, Self
 
 
 class Interrupts:
-    """A context manager that holds back what the process's own handlers would do, for `deliver` to do it. A second
-    signal of a kind is not held back. Does nothing outside the main thread, which alone gets signals."""
+    """A context manager that holds back what the process's own handlers would do, for `deliver` to do it, at its end at the
+    latest. A second signal of a kind is not held back. Does nothing outside the main thread, which alone gets signals."""
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
@@ -33,11 +33,13 @@ class Interrupts:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if error is None:
+            self.deliver()
 
     def deliver(self) -> None:
         """Do what was held back: as a rule, raise KeyboardInterrupt."""
         if self._held is not None:
-            number, frame = self._held
+            (number, frame), self._held = self._held, None
             self._before[number](number, frame)
 
     def _hold(self, number: int, frame: FrameType | None) -> None:

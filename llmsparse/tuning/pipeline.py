@@ -1,6 +1,7 @@
 """Tune a factorized checkpoint to the dense model it came from: load both, train, write.
 
-Unlike in other verbs both models are held whole, and the trained weights four times over in fp32: masters, gradients, two moments.
+Unlike in other verbs both models are held whole, and the trained weights several times over in fp32: masters, two moments, and
+gradients that are added up in a tree, three at most in one process.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from typing import Any
 from llmsparse.runs.progress import Progress
 from llmsparse.runs.recipe import from_arguments
 from llmsparse.runs.run import Run
-from llmsparse.tuning.accelerate_state import accelerate_set_aside
 from llmsparse.tuning.distillation import load_both
 from llmsparse.tuning.plan import make_plan
 from llmsparse.tuning.quality import expert_loads, held_out_losses
@@ -40,9 +40,10 @@ def tune(
     the same bytes. Raises a LlmsparseError of one line.
     """
     plan = make_plan(from_arguments(TuneRecipe, recipe, keys), resume=resume, overwrite=overwrite)
-    with Run(plan, progress, resume=resume, overwrite=overwrite) as run, accelerate_set_aside():
+    with Run(plan, progress, resume=resume, overwrite=overwrite) as run:
         run.copy_the_rest()
-        distillation = load_both(plan)
+        with plan.ranks.together():
+            distillation = load_both(plan)
         models = {"teacher": distillation.teacher, "before": distillation.student}
         before = run.fact(BEFORE, lambda: held_out_losses(plan, models))
         distillation.sharpen(plan.windows.ids[plan.schedule[0][: plan.windows_at_once]].to(plan.device))

@@ -9,7 +9,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import accelerate
 import torch
 from torch import Tensor
 
@@ -20,8 +19,9 @@ from llmsparse.factorization.plan import find_ffn
 from llmsparse.models.origin import Origin, config_fingerprint, fetch_model, load_config, look_at_model, read_config
 from llmsparse.models.streamed import StreamedModel
 from llmsparse.models.thresholds import refuse_cut
+from llmsparse.ranks.share import Share
 from llmsparse.runs.device import DTYPES, window_length
-from llmsparse.runs.joint import alone
+from llmsparse.runs.joint import joint
 from llmsparse.runs.opening import fetched, open_model, read_windows
 from llmsparse.runs.partial import check_output, held_bytes
 from llmsparse.runs.plan import RunPlan
@@ -32,6 +32,7 @@ from llmsparse.tuning.checks import check_router, check_student, check_teacher, 
 from llmsparse.tuning.recipe import TuneRecipe
 
 TOKENS_PER_STEP = 4096
+PARTS = 4  # of a step, whose gradients are added up in a tree: so many processes have something to do
 LOGITS_AT_ONCE = 2**23  # numbers in the logits of one forward: 32 MiB in fp32, several times over
 LOGITS_KEPT = 8  # copies of them that a step holds: both models' in fp32, their softmaxes, gradients
 KEPT_OF_A_BLOCK = 32  # numbers that a backward needs of each token and block, in hidden widths
@@ -74,9 +75,23 @@ class TunePlan(RunPlan[TuneRecipe]):
 
     @cached_property
     def windows_at_once(self) -> int:
-        """Windows in one forward, a divisor of `batch_size`: as many as the logits have room for."""
-        most = max(1, LOGITS_AT_ONCE // (self.seq_len * self.model.vocabulary))
+        """Windows in one forward, a divisor of `batch_size`: as many as the logits have room for, and so few that there are
+        PARTS forwards in a step of so many windows."""
+        room = LOGITS_AT_ONCE // (self.seq_len * self.model.vocabulary)
+        most = max(1, min(room, self.batch_size // PARTS))
         return next(count for count in range(min(most, self.batch_size), 0, -1) if self.batch_size % count == 0)
+
+    @cached_property
+    def share(self) -> Share:
+        """Of the forwards of a step, those that this process makes."""
+        count = self.batch_size // self.windows_at_once
+        return Share(self.ranks, ((self.windows_at_once, self.seq_len),) * count, PARTS)
+
+    @property
+    def idle(self) -> str:
+        """Which of the processes have nothing to do, in words; "" where all have something."""
+        parts, size = len(self.share.leaves), self.ranks.size
+        return f"a step has {parts} parts, so {size - parts} of {size} processes have none" if size > parts else ""
 
     @cached_property
     def batches(self) -> list[Tensor]:
@@ -145,7 +160,7 @@ class TunePlan(RunPlan[TuneRecipe]):
         return super().bytes_to_download + self.teacher_origin.bytes_to_download
 
     def memory_bytes(self) -> int:
-        """An estimate of the peak: the process itself, both models, gradients and two moments of what is trained, and a
+        """An estimate of the peak: the process itself, both models, two moments of what is trained and gradients in the tree, and a
         forward with what its backward needs: logits several times over, and of every block the inputs of its products."""
         student = 4 * sum(torch.Size(shape).numel() for shape, _ in self.tensors.values())
         teacher = sum(
@@ -154,11 +169,9 @@ class TunePlan(RunPlan[TuneRecipe]):
         tokens = self.windows_at_once * self.seq_len
         logits = LOGITS_KEPT * 4 * tokens * self.model.vocabulary
         kept = KEPT_OF_A_BLOCK * 4 * tokens * len(self.model.block_names) * self.model.hidden_size
-        return self.footprint + student + teacher + 3 * 4 * self.state_numbers + logits + kept
-
-    @property
-    def versions(self) -> dict[str, str]:
-        return super().versions | {"accelerate": accelerate.__version__}
+        return (
+            self.footprint + student + teacher + (2 + self.share.sums_at_once) * 4 * self.state_numbers + logits + kept
+        )
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -181,10 +194,11 @@ class TunePlan(RunPlan[TuneRecipe]):
             "teacher": plan["teacher"],
             "output": plan["output"],
             "train": f"{plan['train']}, {plan['parameters_to_train']:,} parameters, {plan['steps']} steps",
+            **({"processes": self.idle} if self.idle else {}),
         }
 
 
-@alone
+@joint
 def make_plan(recipe: TuneRecipe, *, resume: bool = False, overwrite: bool = False, download: bool = True) -> TunePlan:
     """Resolve and check everything a run needs, from headers and shapes alone, then read the text.
 

@@ -34,9 +34,10 @@ def tuned(plan: TunePlan, trainable: Trainable) -> Made[Tuned]:
     """Every tensor that training may change, as it will be stored; NumericalError where one overflows its dtype."""
     values = plan.model.naming.to_disk({name: value.cpu() for name, value in trainable.values().items()})
     rounded = {key: _stored(value, plan.reader.spec(key).dtype) for key, value in values.items()}
-    for key, value in rounded.items():
-        if not torch.isfinite(value).all():
-            raise NumericalError(f"{key} became NaN or Inf in {value.dtype}; lower --learning-rate")
+    with plan.ranks.together():
+        for key, value in rounded.items():
+            if not torch.isfinite(value).all():
+                raise NumericalError(f"{key} became NaN or Inf in {value.dtype}; lower --learning-rate")
     rest = plan.reader.read(key for key in plan.trained if key not in rounded)
     return Made(rest | rounded, Tuned(len(rounded)))
 

@@ -174,6 +174,16 @@ def test_samples_are_let_go_of_before_others_are_taken(dense: Path, sample: Path
     assert len(looks.held) > 4 and not any(looks.held)
 
 
+def test_errors_are_measured_on_as_much_text_whatever_the_batches(dense: Path, sample: Path, tmp_path: Path) -> None:
+    found: list[list[float | None]] = []
+    for size in (1, 16):
+        keys: dict[str, Any] = SMALL | {"calibration_samples": 16, "seq_len": 32, "batch_size": size}
+        llmsparse.activations(dense, output=tmp_path / str(size), sparsity=0.5, calibration=sample, **keys)
+        report = json.loads((tmp_path / str(size) / "llmsparse_report.json").read_text(encoding="utf-8"))
+        found.append([block["error"] for block in report["blocks"]])
+    assert found[0] == pytest.approx(found[1], rel=1e-2)
+
+
 class Stopped(Silent):
     """Ctrl-C as the second block begins."""
 

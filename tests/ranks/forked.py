@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
+
+
+class Death(NamedTuple):
+    """A rank, and the file name that it is sent a signal at as it is opened for the so-and-so-many-th time."""
+
+    rank: int
+    file: str
+    time: int
+    signal: int = signal.SIGKILL
 
 
 class Ended(NamedTuple):
@@ -29,6 +40,7 @@ class Forked:
 
     def __init__(self) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_CPP_LOG_LEVEL": "FATAL"}
+        environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # as `quiet` has it in processes that do not speak
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
         )
@@ -41,16 +53,11 @@ class Forked:
     ) -> None:
         self._process.communicate()
 
-    def run(
-        self, size: int, *commands: list[str], die: tuple[int, str, int] | None = None, **environment: str
-    ) -> list[Ended]:
-        """Each of `size` processes runs these command lines, one after the other, until one fails. `die`: a rank, and the
-        file name that it is killed at as it is opened for the so-and-so-many-th time."""
+    def run(self, size: int, *commands: list[str], die: Death | None = None, **environment: str) -> list[Ended]:
+        """Each of `size` processes runs these command lines, one after the other, until one fails."""
         return self.run_each([list(commands)] * size, die=die, **environment)
 
-    def run_each(
-        self, commands: list[list[list[str]]], die: tuple[int, str, int] | None = None, **environment: str
-    ) -> list[Ended]:
+    def run_each(self, commands: list[list[list[str]]], die: Death | None = None, **environment: str) -> list[Ended]:
         """Command lines of each process."""
         assert self._process.stdin is not None and self._process.stdout is not None
         asked = {"commands": commands, "die": die, "environment": environment}
@@ -73,7 +80,7 @@ def _child(rank: int, asked: dict[str, Any], folder: Path) -> None:
     if asked["die"] and asked["die"][0] == rank:
         from warm_process import die_at
 
-        die_at(asked["die"][1], asked["die"][2])
+        die_at(*asked["die"][1:])
     code = 0
     for command in asked["commands"][rank]:
         code = code or main(command)
@@ -98,7 +105,11 @@ def _serve() -> None:
                 pid = os.fork()
                 if pid == 0:
                     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)} | shared)
-                    _child(rank, asked, Path(name))
+                    try:
+                        _child(rank, asked, Path(name))
+                    except BaseException:  # a bug's traceback; the folder is the parent's
+                        traceback.print_exc()
+                        os._exit(70)
                 children.append(pid)
             codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
             said = [[(Path(name) / f"{n}.{kind}").read_text() for kind in ("stdout", "stderr")] for n in range(size)]

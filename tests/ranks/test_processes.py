@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import save_random, tiny_config
-from forked import Forked
+from forked import Death, Forked
 from safetensors.torch import load_file, save_file
 
 from llmsparse.cli.app import main
@@ -108,7 +108,7 @@ def test_a_process_that_is_killed_ends_the_others_and_any_number_goes_on(
     assert [one.code for one in forked.run(1, asked(whole, *flags))] == [0]
     for rank, file in ((1, "model-00002-of-00002.safetensors"), (0, "journal.jsonl")):
         resume = ["--resume"] if out.with_name("out.partial").exists() else []
-        ended = forked.run(2, asked(out, *flags, *resume), die=(rank, file, 2))
+        ended = forked.run(2, asked(out, *flags, *resume), die=Death(rank, file, 2))
         assert ended[rank].code == -9 and ended[1 - rank].code == 3, ended
         assert re.fullmatch(
             f"error: {'rank 1: ' if rank == 0 else ''}another process of this run has ended, .* --resume\n",

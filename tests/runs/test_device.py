@@ -87,3 +87,16 @@ def test_the_callers_precision_of_products_comes_back(chosen: str) -> None:
         assert products.fp32_precision == chosen
     finally:
         products.fp32_precision = before
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_what_comes_from_other_processes_comes_to_the_gpu_that_this_one_computes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    before = torch.cuda.current_device()
+    try:
+        assert choose_device("cuda:1") == torch.device("cuda", torch.cuda.current_device()) == torch.device("cuda:1")
+    finally:
+        torch.cuda.set_device(before)

@@ -45,8 +45,9 @@ class WarmProcess:
         return seconds if status == 0 else None
 
 
-def die_at(name: str, time: int) -> None:
-    """Kill this process as it opens, or puts in its place, a file of that name for the so-and-so-many-th time."""
+def die_at(name: str, time: int, number: int = signal.SIGKILL) -> None:
+    """Kill this process as it opens, or puts in its place, a file of that name for the so-and-so-many-th time; or send it
+    another signal."""
     left = time
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -55,7 +56,7 @@ def die_at(name: str, time: int) -> None:
         if isinstance(path, str | os.PathLike) and os.fspath(path).endswith(f"/{name}"):
             left -= 1
             if not left:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
 
     sys.addaudithook(hook)
 

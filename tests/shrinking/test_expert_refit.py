@@ -184,6 +184,25 @@ def test_one_batch_in_some_is_fitted_on_where_there_are_32_tokens_for_every_inpu
 
 
 @torch.no_grad()
+def test_all_tokens_that_may_judge_do_whatever_leaf_they_lie_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, block, mixture, acts = opened("qwen3_moe", tmp_path, batches=8)  # the first one judges
+    targets = outputs(block, mixture, acts)
+    spoil(block, mixture)
+    before = {key: tensor.clone() for key, tensor in block.stored.items()}
+    every = refit_experts(block, acts, mixture, dict(targets))
+    block.stored.update(before)
+    block.reload()
+    monkeypatch.setattr("llmsparse.shrinking.expert_refit.JUDGES", 32)
+    assert refit_experts(block, acts, mixture, dict(targets)) == every
+    block.stored.update(before)
+    block.reload()
+    monkeypatch.setattr("llmsparse.shrinking.expert_refit.JUDGES", 4)
+    assert refit_experts(block, acts, mixture, dict(targets)) != every
+
+
+@torch.no_grad()
 def test_batches_that_are_not_numbered_are_not_fitted_on(tmp_path: Path) -> None:
     _, block, mixture, acts = opened("qwen3_moe", tmp_path)
     targets = outputs(block, mixture, acts)

@@ -28,7 +28,17 @@ def test_who_insists_is_heard_at_once() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-        assert interrupts.pending
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.deliver()
+        assert not interrupts.pending
+
+
+def test_what_nobody_has_delivered_is_delivered_at_the_end() -> None:
+    with pytest.raises(KeyboardInterrupt), Interrupts():
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(ZeroDivisionError), Interrupts():
+        os.kill(os.getpid(), signal.SIGINT)
+        raise ZeroDivisionError
 
 
 def test_a_process_that_lets_sigterm_kill_it_keeps_doing_so() -> None:

@@ -62,7 +62,8 @@ def test_perplexity_comes_closer_to_the_teachers_on_text_not_trained_on(
     )
     perplexity = report.perplexity
     assert abs(perplexity["after"] - perplexity["teacher"]) < 0.9 * abs(perplexity["before"] - perplexity["teacher"])
-    assert report.losses[-1]["kl"] < 0.6 * report.losses[0]["kl"]
+    kl = [one["kl"] for one in report.losses]  # of a step each, of other windows
+    assert sum(kl[-5:]) < 0.75 * sum(kl[:5])
     assert report.losses[-1]["layer"] < report.losses[0]["layer"]
 
 
@@ -168,7 +169,10 @@ def test_same_seed_same_bytes_and_another_seed_others(moe: Path, keys: dict[str,
 def test_forwards_of_a_step_add_up_to_one_forward_of_all_its_windows(
     moe: Path, keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(planning, "PARTS", 1)
+    assert make_plan(TuneRecipe(model=str(moe), output=str(tmp_path / "one"), **keys)).windows_at_once == 8
     llmsparse.tune(model=str(moe), output=str(tmp_path / "one"), **keys, balance_weight=0)  # not a mean of tokens
+    monkeypatch.setattr(planning, "PARTS", 4)
     monkeypatch.setattr(planning, "LOGITS_AT_ONCE", 2 * 32 * 384)
     plan = make_plan(TuneRecipe(model=str(moe), output=str(tmp_path / "two"), **keys))
     assert (plan.batch_size, plan.windows_at_once) == (8, 2)

@@ -34,4 +34,4 @@ def test_a_row_is_what_a_stranger_measures(
     assert float(rows[0]["dense"]) == pytest.approx(expected.perplexity, abs=1e-3)
     assert int(rows[0]["measured_tokens"]) == expected.tokens
     assert results[0].ratio_after == pytest.approx(results[0].after / results[0].dense, abs=1e-4)
-    assert "accelerate" in rows[0]["versions"]
+    assert "transformers" in rows[0]["versions"]

@@ -37,7 +37,6 @@ PROMPT, SHORT, PORT, PATIENCE = 32, 8, 8123, 900
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
 COLUMNS = [
     "cpu", "torch", "vllm", "threads", "who", "rounds", "ms", "ms_min", "cpu_ms", "cpu_ms_min", "tokens_per_s", "over_vllm_dense",
-    "first_tokens",
 ]  # fmt: skip
 
 
@@ -46,14 +45,8 @@ def command(who: str, folder: Path) -> list[str]:
     if who == OURS:
         return [sys.executable, "-m", "llmsparse", "serve", model, "--port", str(PORT), "--device", "cpu"]
     limits = ["--max-model-len", "512", "--max-num-seqs", "4", "--no-enable-prefix-caching"]
-    return [
-        shutil.which("vllm", path=str(Path(sys.executable).parent)) or "vllm",
-        "serve",
-        model,
-        "--port",
-        str(PORT),
-        *limits,
-    ]
+    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]  # what `vllm serve` runs
+    return [*program, "--model", model, "--port", str(PORT), *limits]
 
 
 @contextmanager
@@ -89,8 +82,8 @@ def answers() -> bool:
     return False
 
 
-def ask(model: str, tokens: int) -> tuple[int, str]:
-    """How many tokens came, and what they say."""
+def ask(model: str, tokens: int) -> int:
+    """How many tokens came."""
     body = {"model": model, "prompt": [100 + n for n in range(PROMPT)], "max_tokens": tokens, "temperature": 0}
     with closing(http.client.HTTPConnection("127.0.0.1", PORT, timeout=PATIENCE)) as connection:
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -98,7 +91,7 @@ def ask(model: str, tokens: int) -> tuple[int, str]:
         found = json.loads(answer.read())
     if answer.status != 200:
         raise SystemExit(f"answered {answer.status}: {found}")
-    return found["usage"]["completion_tokens"], found["choices"][0]["text"]
+    return found["usage"]["completion_tokens"]
 
 
 def cpu_seconds(leader: int) -> float:
@@ -112,16 +105,15 @@ def cpu_seconds(leader: int) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def measure(who: str, folder: Path, threads: int, tokens: int) -> dict[str, Any]:
-    """Milliseconds of a further token, and how an answer begins."""
+def measure(who: str, folder: Path, threads: int, tokens: int) -> dict[str, float]:
+    """Milliseconds of a further token."""
     model = str(folder / FOLDERS[who])
     with served(who, folder, threads) as leader:
         ask(model, 2)  # what is made at first use
         spent: list[tuple[int, float, float]] = []
-        text = ""
         for asked in (SHORT, SHORT + tokens):
             began, cpu = time.perf_counter(), cpu_seconds(leader)
-            came, text = ask(model, asked)
+            came = ask(model, asked)
             spent.append((came, time.perf_counter() - began, cpu_seconds(leader) - cpu))
     (few, short, short_cpu), (many, long, long_cpu) = spent
     if many <= few:
@@ -129,7 +121,6 @@ def measure(who: str, folder: Path, threads: int, tokens: int) -> dict[str, Any]
     return {
         "ms": 1e3 * (long - short) / (many - few),
         "cpu_ms": 1e3 * (long_cpu - short_cpu) / (many - few),
-        "text": text,
     }
 
 
@@ -152,7 +143,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
-    found: dict[str, list[dict[str, Any]]] = {who: [] for who in FOLDERS}
+    found: dict[str, list[dict[str, float]]] = {who: [] for who in FOLDERS}
     with tempfile.TemporaryDirectory() as scratch:
         folder = prepared(options.folder or Path(scratch))
         for _ in range(options.rounds):
@@ -160,19 +151,17 @@ def main() -> None:
                 runs.append(measure(who, folder, options.threads, options.tokens))
                 print(
                     who,
-                    {key: value if key == "text" else round(value, 1) for key, value in runs[-1].items()},
+                    {key: round(value, 1) for key, value in runs[-1].items()},
                     flush=True,
                 )
     dense = statistics.median(run["ms"] for run in found[DENSE])
-    said = {who: runs[0]["text"][:40] for who, runs in found.items()}
     rows = list[list[Any]]()
     for who, runs in found.items():
         ms, cpu = ([run[key] for run in runs] for key in ("ms", "cpu_ms"))
         middle = statistics.median(ms)
         numbers = [f"{value:.1f}" for value in (middle, min(ms), statistics.median(cpu), min(cpu), 1e3 / middle)]
-        same = "same" if said[who] == said[DENSE] else "other"
         rows.append([cpu_name(), version("torch"), version("vllm-cpu"), options.threads, who, len(runs), *numbers,
-                     f"{middle / dense:.3f}", same])  # fmt: skip
+                     f"{middle / dense:.3f}"])  # fmt: skip
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

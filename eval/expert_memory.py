@@ -36,7 +36,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import llmsparse
-from eval.appended import append
+from eval.table import append
 from llmsparse.backends.cpu.pages import Arena
 from llmsparse.inference import decode, foresight, on_disk
 from llmsparse.inference.expert_memory import Tally

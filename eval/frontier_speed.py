@@ -15,7 +15,6 @@ normal weights rounded to the nearest, by turns in one run, on pages of 2 MB, as
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from eval.cpu_speed import Copies, compiler_version, cpu_name, dense_loop, measure
 from eval.nested_speed import copied, nested_of, q4_loop, q4_of
+from eval.table import write
 from llmsparse.backends import cpu
 from llmsparse.backends.cpu import nested, pages
 from llmsparse.formats.bitmask import Bitmask
@@ -123,10 +123,7 @@ def main() -> None:
             row | {"over_dense": f"{middle / dense[len(found) // 2]:.3f}", "over_dense_min": f"{least / dense[0]:.3f}"}
         )
         print(*(f"{key} {value}" for key, value in list(rows[-1].items())[5:]), flush=True)
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(RESULTS, rows)
 
 
 if __name__ == "__main__":

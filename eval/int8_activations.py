@@ -8,7 +8,6 @@ perplexity with 8 bits over that without, less 1.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import tempfile
 from dataclasses import replace
@@ -20,6 +19,7 @@ from torch import Tensor
 
 import llmsparse
 from eval.frontier import SAMPLES, WINDOWS, models
+from eval.table import write
 from llmsparse.inference.load import load_model
 from llmsparse.inference.packed_experts import PackedStack, packed_weights
 from llmsparse.models.origin import load_tokenizer
@@ -64,10 +64,7 @@ def main() -> None:
                 row |= {"exact": f"{exact:.5f}", "int8": f"{int8:.5f}", "change": f"{int8 / exact - 1:+.5%}"}
                 rows.append(row)
                 print(row, flush=True)
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(RESULTS, rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ By turns, on pages of 2 MB, as many copies of each as are twice the L3 cache. `b
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 from collections.abc import Callable
 from ctypes import c_int32, c_int64, c_void_p
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from eval.cpu_speed import Copies, compiler_version, cpu_name, dense_loop, measure
+from eval.table import write
 from llmsparse.backends.cpu import nested, pages
 from llmsparse.backends.cpu.build import load, openmp_runtime
 from llmsparse.backends.cpu.kernel_library import HERE
@@ -138,10 +138,7 @@ def main() -> None:
                     row[f"min_times_{other}"] = f"{times[other][0] / found[0]:.2f}"
                 table.append(machine | row)
                 print(*(f"{key} {value}" for key, value in row.items()), flush=True)
-        with RESULTS.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
+        write(RESULTS, table)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import llmsparse
-from eval.appended import append
 from eval.cpu_speed import cpu_name
+from eval.table import append
 from llmsparse.inference.load import load_model
 
 RESULTS = Path(__file__).parent / "results" / "prefill.csv"

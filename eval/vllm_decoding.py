@@ -11,7 +11,6 @@ least; where threads wait for each other in a loop, as vLLM's do, waiting counts
 from __future__ import annotations
 
 import argparse
-import csv
 import http.client
 import json
 import os
@@ -29,15 +28,13 @@ from typing import Any
 
 from eval.cpu_speed import cpu_name
 from eval.end_to_end import build
+from eval.table import append
 
 RESULTS = Path(__file__).parent / "results" / "vllm_decoding.csv"
 DENSE, PACKED, OURS = "vLLM, dense bf16", "vLLM, packed 70 %", "llmsparse serve, packed 70 %"
 FOLDERS = {DENSE: "pruned", PACKED: "packed", OURS: "packed"}
 PROMPT, SHORT, PORT, PATIENCE = 32, 8, 8123, 900
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
-COLUMNS = [
-    "cpu", "torch", "vllm", "threads", "who", "rounds", "ms", "ms_min", "cpu_ms", "cpu_ms_min", "tokens_per_s", "over_vllm_dense",
-]  # fmt: skip
 
 
 def command(who: str, folder: Path) -> list[str]:
@@ -149,25 +146,18 @@ def main() -> None:
         for _ in range(options.rounds):
             for who, runs in found.items():
                 runs.append(measure(who, folder, options.threads, options.tokens))
-                print(
-                    who,
-                    {key: round(value, 1) for key, value in runs[-1].items()},
-                    flush=True,
-                )
+                print(who, {key: round(value, 1) for key, value in runs[-1].items()}, flush=True)
     dense = statistics.median(run["ms"] for run in found[DENSE])
-    rows = list[list[Any]]()
+    machine = {"cpu": cpu_name(), "torch": version("torch"), "vllm": version("vllm-cpu"), "threads": options.threads}
+    rows: list[dict[str, Any]] = []
     for who, runs in found.items():
-        ms, cpu = ([run[key] for run in runs] for key in ("ms", "cpu_ms"))
-        middle = statistics.median(ms)
-        numbers = [f"{value:.1f}" for value in (middle, min(ms), statistics.median(cpu), min(cpu), 1e3 / middle)]
-        rows.append([cpu_name(), version("torch"), version("vllm-cpu"), options.threads, who, len(runs), *numbers,
-                     f"{middle / dense:.3f}"])  # fmt: skip
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(COLUMNS)
-        writer.writerows(rows)
+        row: dict[str, Any] = machine | {"who": who, "rounds": len(runs)}
+        for key in ("ms", "cpu_ms"):
+            spent = [run[key] for run in runs]
+            row |= {key: f"{statistics.median(spent):.1f}", f"{key}_min": f"{min(spent):.1f}"}
+        middle = statistics.median(run["ms"] for run in runs)
+        rows.append(row | {"tokens_per_s": f"{1e3 / middle:.1f}", "over_vllm_dense": f"{middle / dense:.3f}"})
+    append(RESULTS, rows)
     print(RESULTS.read_text(encoding="utf-8"))
 
 

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from architectures import save_random, tiny_config
 from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import llmsparse
 from llmsparse.cli.app import main
 from llmsparse.errors import RecipeError
+from llmsparse.pruning.allocation.owl import OWL
 from llmsparse.pruning.recipe import PruneRecipe
 from llmsparse.runs.progress import Silent
 
@@ -199,3 +203,26 @@ def test_bounds_are_kept() -> None:
     assert zeros(report) == as_uniform(report)
     written = PruneRecipe.load("out/llmsparse_recipe.yaml")
     assert written.allocation == {"name": "dlp", "spread": 0.5} and written.allocation_bounds == (0.65, 0.75)
+
+
+def test_every_block_is_looked_at_behind_the_dense_ones_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[Tensor] = []
+    look = OWL.look
+
+    def noting(self: OWL, weight: Tensor, stat: Any) -> Any:
+        norms.append(stat.norm)
+        return look(self, weight, stat)
+
+    monkeypatch.setattr(OWL, "look", noting)
+    plan = llmsparse.plan(PruneRecipe(model="model", output="out", **KEYS | {"allocation": "owl"}))
+    prune(allocation="owl")
+    model: Any = AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
+    entered: list[Tensor] = []
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.register_forward_pre_hook(lambda _, x: entered.append(x[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(plan.windows.ids)
+    seven = norms[::7]  # q of each block; each of its seven weights is looked at once
+    assert len(norms) == 21 and len(entered) == 3
+    for norm, x in zip(seven, entered, strict=True):  # x: (tokens, width)
+        torch.testing.assert_close(norm, x.norm(dim=0), rtol=1e-4, atol=1e-4)

@@ -128,3 +128,15 @@ def test_what_cannot_be_is_one_line(
     error = capsys.readouterr().err
     assert said in error and len(error.strip().splitlines()) == 1
     assert not Path("model-sparsegpt-50").exists()
+
+
+def test_looking_for_an_allocation_takes_the_time_of_the_tokens_that_are_looked_at(
+    plan: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def extra(tokens: int) -> float:
+        monkeypatch.setattr(duration, "LOOKED_TOKENS", tokens)
+        owl, uniform = (duration.seconds_of(plan(match_steps=0, allocation=name)) for name in ("owl", "uniform"))
+        return owl - uniform
+
+    assert extra(64) == pytest.approx(extra(128) / 2) and extra(64) > 0, "of the 128 that there are"
+    assert extra(1000) == pytest.approx(extra(128))

@@ -372,6 +372,21 @@ def test_second_run_is_told_of_the_first_until_that_dies(tmp_path: Path) -> None
         first.communicate()
 
 
+def test_of_several_processes_the_first_alone_looks_who_else_is_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with start(out):
+        with pytest.raises(MachineError, match="another run"):
+            check_output(out, resume=True, overwrite=False)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "1")
+        check_output(out, resume=True, overwrite=False)  # the first one of its own run may hold it by now
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(MachineError, match="another run"):
+            check_output(out, resume=True, overwrite=False)
+
+
 CRASH = """
 import os, sys
 from pathlib import Path

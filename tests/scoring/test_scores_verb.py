@@ -21,6 +21,8 @@ from llmsparse.cli.app import main
 from llmsparse.errors import RecipeError
 from llmsparse.runs.progress import Silent
 from llmsparse.scoring.file import FIELDS, ScoresFile
+from llmsparse.scoring.plan import make_plan
+from llmsparse.scoring.recipe import ScoresRecipe
 from tests.shrinking.mixtures import save_mixture, save_texts
 
 SMALL: dict[str, Any] = {"calibration_samples": 16, "seq_len": 32, "batch_size": 2, "device": "cpu"}
@@ -195,6 +197,11 @@ def test_scores_of_another_model_are_refused(
 FIRST = "model.layers.0/0/"
 
 
+def shrink_by(scores: Path, model: Path, texts: list[str]) -> None:
+    """Into `out` beside the scores."""
+    llmsparse.shrink(model, output=scores.with_name("out"), experts=4, calibration=texts, scores=scores, **SMALL)
+
+
 @pytest.mark.parametrize(
     ("field", "damage"),
     [
@@ -219,14 +226,7 @@ def test_sums_that_cannot_be_are_refused_before_anything_is_written(
     sums[FIRST + field] = damage(sums[FIRST + field])
     save_file(sums, tmp_path / "scores.safetensors", metadata)
     with pytest.raises(RecipeError, match=f"no scores of experts \\({FIRST}{field} is no sum over tokens\\)"):
-        llmsparse.shrink(
-            model,
-            output=tmp_path / "out",
-            experts=4,
-            calibration=texts,
-            scores=tmp_path / "scores.safetensors",
-            **SMALL,
-        )
+        shrink_by(tmp_path / "scores.safetensors", model, texts)
     assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors"]
 
 
@@ -251,14 +251,7 @@ def test_a_header_that_cannot_be_is_refused(
     header = json.dumps(json.loads(metadata["scores"]) | damage)
     save_file(load_file(scores), tmp_path / "scores.safetensors", metadata | {"scores": header})
     with pytest.raises(RecipeError, match="its header is not what"):
-        llmsparse.shrink(
-            model,
-            output=tmp_path / "out",
-            experts=4,
-            calibration=texts,
-            scores=tmp_path / "scores.safetensors",
-            **SMALL,
-        )
+        shrink_by(tmp_path / "scores.safetensors", model, texts)
 
 
 @pytest.mark.parametrize(
@@ -312,3 +305,12 @@ def test_a_scores_file_names_no_home_folder(
     (tmp_path / "mine.txt").write_text(Path(texts[0]).read_text())
     llmsparse.scores(model, output=tmp_path / "s.safetensors", calibration=str(tmp_path / "mine.txt"), **SMALL)
     assert str(tmp_path).encode() not in (tmp_path / "s.safetensors").read_bytes()
+
+
+def test_experts_are_watched_in_batches_that_they_can_share_out(
+    model: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmsparse.runs.device.ROUTED_TOKENS", 3 * 32)
+    keys = SMALL | {"batch_size": None, "calibration": texts}
+    recipe = ScoresRecipe(model=str(model), output=str(tmp_path / "scores.safetensors"), **keys)
+    assert [len(batch) for batch in make_plan(recipe).batches] == [3, 3, 3, 3, 3, 1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -184,36 +186,38 @@ def test_one_batch_in_some_is_fitted_on_where_there_are_32_tokens_for_every_inpu
 
 
 @torch.no_grad()
+def refits(block: Block, acts: Activations, mixture: Mixture) -> Callable[[range], dict[str, Any]]:
+    """Spoils the experts; what is returned refits them on numbered batches, each time from there."""
+    targets = outputs(block, mixture, acts)
+    spoil(block, mixture)
+    before = {key: tensor.clone() for key, tensor in block.stored.items()}
+
+    def refitted(batches: range) -> dict[str, Any]:
+        block.stored.update({key: tensor.clone() for key, tensor in before.items()})
+        block.reload()
+        return refit_experts(block, acts, mixture, {batch: targets[batch] for batch in batches})
+
+    return refitted
+
+
+@torch.no_grad()
 def test_all_tokens_that_may_judge_do_whatever_leaf_they_lie_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, block, mixture, acts = opened("qwen3_moe", tmp_path, batches=8)  # the first one judges
-    targets = outputs(block, mixture, acts)
-    spoil(block, mixture)
-    before = {key: tensor.clone() for key, tensor in block.stored.items()}
-    every = refit_experts(block, acts, mixture, dict(targets))
-    block.stored.update(before)
-    block.reload()
+    refitted = refits(block, acts, mixture)
+    every = refitted(range(8))
     monkeypatch.setattr("llmsparse.shrinking.expert_refit.JUDGES", 32)
-    assert refit_experts(block, acts, mixture, dict(targets)) == every
-    block.stored.update(before)
-    block.reload()
+    assert refitted(range(8)) == every
     monkeypatch.setattr("llmsparse.shrinking.expert_refit.JUDGES", 4)
-    assert refit_experts(block, acts, mixture, dict(targets)) != every
+    assert refitted(range(8)) != every
 
 
 @torch.no_grad()
 def test_batches_that_are_not_numbered_are_not_fitted_on(tmp_path: Path) -> None:
     _, block, mixture, acts = opened("qwen3_moe", tmp_path)
-    targets = outputs(block, mixture, acts)
-    spoil(block, mixture)
-    before = {key: tensor.clone() for key, tensor in block.stored.items()}
-    every = refit_experts(block, acts, mixture, dict(targets))
-    block.stored.update(before)
-    block.reload()
-    some = refit_experts(block, acts, mixture, {batch: targets[batch] for batch in range(0, 16, 2)})
+    refitted = refits(block, acts, mixture)
+    every, some = refitted(range(16)), refitted(range(0, 16, 2))
     assert some["kept"] and some["error_before"] != every["error_before"]  # 0 judges, not 0 and 8
-    block.stored.update(before)
-    block.reload()
     acts.hidden[1].fill_(torch.nan)
-    assert refit_experts(block, acts, mixture, {batch: targets[batch] for batch in range(0, 16, 2)}) == some
+    assert refitted(range(0, 16, 2)) == some

@@ -23,6 +23,7 @@ from llmsparse.runs.progress import Silent
 from llmsparse.scoring.file import ScoresFile
 from llmsparse.scoring.scores import choose
 from llmsparse.scoring.statistics import blend
+from llmsparse.shrinking.plan import make_plan
 from llmsparse.shrinking.recipe import amount_of, parse_amount
 from tests.shrinking.mixtures import files, save_mixture, save_texts
 
@@ -203,6 +204,21 @@ def test_a_dry_run_says_what_stays_and_writes_nothing(
     plan = json.loads(capsys.readouterr().out)
     assert plan["parameters"]["after"] < plan["parameters"]["before"]
     assert not list(tmp_path.iterdir())
+
+
+def test_experts_are_watched_in_batches_that_they_can_share_out(
+    model: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmsparse.runs.device.ROUTED_TOKENS", 32)  # a window; others get as many as are held out from
+    keys = SMALL | {"batch_size": None, "calibration": str(texts[0]), "output": str(tmp_path / "out")}
+    sizes = {
+        what: {
+            len(batch)
+            for batch in make_plan(llmsparse.ShrinkRecipe(model=str(model), **{what: amount}, **keys)).batches
+        }
+        for what, amount in (("experts", 5), ("blocks", 2))
+    }
+    assert sizes == {"experts": {1}, "blocks": {2}}
 
 
 def test_what_a_plan_promises_is_what_is_written(model: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from llmsparse.factorization.oracle import Routing, routing_quality
 from llmsparse.factorization.recipe import FactorizeRecipe
 from llmsparse.factorization.refit import SCALES, refit, scaled
 from llmsparse.factorization.router import ROUTERS, Router, RouterTask, shipped
-from llmsparse.factorization.split import SPLITS, Layout
+from llmsparse.factorization.split import SPLITS, Layout, Split
 from llmsparse.models.streamed import Activations, Block, Slot
 from llmsparse.models.tap import Tap
 from llmsparse.models.weight import Weight
@@ -93,7 +93,16 @@ def factorize_block(
     inputs = ffn_inputs(block, acts)
 
     some = draw(inputs, share, PROFILE_TOKENS, generator).to(options.device)
-    split = ranks.known(lambda: SPLITS[recipe.split](layout, dense.loudness(some).T.contiguous(), generator))
+
+    def make_split() -> Split:
+        loudness = dense.loudness(some).T.contiguous()  # (neurons, tokens)
+        if not torch.isfinite(loudness).all():
+            raise NumericalError(
+                f"the hidden units of the FFN of {block.name} are NaN or Inf in float32; check the model"
+            )
+        return SPLITS[recipe.split](layout, loudness, generator)
+
+    split = ranks.known(make_split)
     x = draw(inputs, share, ROUTER_TOKENS, generator).to(options.device)
 
     def make_router() -> tuple[Router, Tensor]:

@@ -87,7 +87,7 @@ class QuantizeRecipe(RunRecipe):
     group: Group = "row"
     rules: tuple[Rule, ...] = ()
     rate: Number = 0.1
-    damp: Annotated[Number, Field(gt=0)] = 0.01
+    damp: Annotated[Number, Field(gt=0, le=1)] = 0.01  # more is no damping any more: rounding to the nearest
     head_bits: Annotated[int, Field(ge=4, le=8)] | None = None
     match_steps: Annotated[int, Field(ge=0)] = 0
     only: Globs = ()

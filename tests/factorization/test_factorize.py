@@ -17,7 +17,7 @@ from torch.nn.functional import linear, silu
 
 import llmsparse
 from llmsparse.cli.app import main
-from llmsparse.errors import CheckpointError, MachineError, RecipeError
+from llmsparse.errors import CheckpointError, MachineError, NumericalError, RecipeError
 from llmsparse.factorization.plan import make_plan
 from llmsparse.factorization.recipe import FactorizeRecipe
 from llmsparse.runs import recipe_file
@@ -332,6 +332,16 @@ def test_sources_of_another_kind_are_one_line_and_exit_2(
     assert main(["factorize", str(tmp_path / "model"), "-o", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+
+
+def test_hidden_units_that_overflow_are_one_line_that_names_the_block(model: Path, notes: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    for name in ("gate", "up"):
+        tensors[f"model.layers.0.mlp.{name}_proj.weight"].fill_(3e38)
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericalError, match=r"hidden units of the FFN of model\.layers\.0 are NaN or Inf"):
+        llmsparse.factorize(model=str(tmp_path / "model"), output=str(tmp_path / "out"), calibration=str(notes), **RUN)
 
 
 def test_weights_that_are_no_numbers_are_named(

@@ -234,6 +234,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "both": (["--bits", "3", "--values", "int8"], "both say how many bits"),
     "too few bits": (["--bits", "0.5"], "takes at least 0.65 bits a weight"),
     "no bits": (["--bits", "0"], "wanted a number of bits"),
+    "damping beyond reason": (["--bits", "3", "damp=1e300"], "damp=1e300: got 1e+300, wanted at most 1"),
     "too many bits": (["--bits", "9"], "at most 8"),
     "a dense matrix": (["--values", "int8"], "is a dense matrix (0.0% zeros)"),
     "a group that does not divide": (["--bits", "3", "--group", "48"], "has 64 inputs, which 48 does not divide"),
